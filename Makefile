@@ -1,0 +1,15 @@
+# make demo: watch GRPO and DEEP-GRPO learn.   make test: check every formula.   Both make .venv first when it is missing.
+PYTHON ?= python3
+
+.PHONY: demo test
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: .venv/installed
+	.venv/bin/python compare.py
+
+test: .venv/installed
+	.venv/bin/python -m pytest

@@ -1,0 +1,225 @@
+r"""DEEP-GRPO, "Deep Dense Exploration for LLM Reinforcement Learning via Pivot-Driven Resampling"   (arXiv 2602.14169)
+
+The algorithm, one step on a batch of questions x with verifiable answers:
+
+     1  draw G responses tau^i to each x from the policy, and reward them: R_i = 1 if right and finished, else 0     roll_out
+     2  for every failed tau^i (R_i = 0) draw one pivot t* ~ Q(t), Q ~ P_phi(success | t/T) (t/T)^gamma         choose_pivots
+     3  draw K continuations y^{i,k} of the prefix s_{<t*} from the same policy, and reward prefix + suffix          resample
+     4  y = 1 if any of the K is right: add (r_t*, y) to the buffer M and fit P_phi again                  learn_recoverability
+     5  A_global from the G rewards of x; A_local from the K rewards of a pivot; the two are never mixed     sequence_weights
+     6  J = mean over x of 1/G sum_i L_main(tau^i) + lambda/|T_fail| sum_i 1/K sum_k L_aux(y^{i,k})                 objective
+     7  (the prefix of a branch carries no loss: it was already judged, once, in L_main)
+     8  one clipped AdamW step on -J; with config.updates > 1 several, on the same batch                                update
+     9  GRPO is K = 0: lines 2-4 vanish, and of J the first half is left
+    10  repeat; the budget is G + |T_fail| K sequences per question, the second kind suffixes only
+
+Departures from the paper: steps t are the sentences of a response (pivot.py); phi is the exact L2-regularised fit
+(recoverability.py); a response that does not end within the cap has reward 0, and a branch has the room that its prefix left.
+Departures from the authors' code: Config.objective = "paper" is the default (loss.py says how "authors" differs); answers are
+compared as numbers, and the prompt is never graded (grading.py).
+"""
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from loss import k3_kl, sequence_weights, weighted_objective
+from packing import micro_batches, pack, score_rows
+from pivot import draw_pivot, fixed_ends, sentence_ends
+
+
+@dataclass
+class Trajectory:
+    """One root rollout tau^i and, when it was branched, its pivot and the K suffixes drawn from there. Token ids throughout."""
+    response: list[int]
+    reward: float
+    pivot: int | None = None                     # t*: number of response tokens that the branches keep
+    branches: list[list[int]] = field(default_factory=list)
+    branch_rewards: list[float] = field(default_factory=list)
+    ratio: float | None = None                   # r_t*: relative depth of the pivot
+
+
+@dataclass
+class Group:
+    """A question x, as the token ids of its prompt, and its G rollouts."""
+    prompt: list[int]
+    trajectories: list[Trajectory]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyper-parameters, with the paper's letters; the defaults are those of the authors' GSM8K script. ValueError if impossible."""
+    group_size: int = 8          # G
+    branches: int = 8            # K; 0 is GRPO
+    gamma: float = 2.0           # exponent of depth in Eq. (Q)
+    lam: float = 1.0             # lambda: weight of the branch stream in Eq. (J)
+    beta: float = 1e-4           # weight of k3 in Eq. (L)
+    clip_low: float = 0.2        # eps_low
+    clip_high: float = 0.2       # eps_high
+    temperature: float = 1.0     # T of the policy softmax(logits / T), in sampling and in the loss alike
+    objective: str = "paper"     # or "authors": see loss.py
+    segment_tokens: int = 0      # states of a response: 0 = its sentences, n = every n tokens
+    max_new_tokens: int = 512    # cap of a response, pivot and branch together
+    updates: int = 1             # optimizer steps on one batch
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        for name, low in {"group_size": 1, "branches": 0, "segment_tokens": 0, "max_new_tokens": 1, "updates": 1}.items():
+            if int(getattr(self, name)) != getattr(self, name) or getattr(self, name) < low:
+                raise ValueError(f"{name} must be an integer of at least {low}, got {getattr(self, name)}")
+        for name in ("lam", "beta", "clip_low", "clip_high"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or positive, got {getattr(self, name)}")
+        for name in ("temperature", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not math.isfinite(self.gamma):
+            raise ValueError(f"gamma must be a finite number, got {self.gamma}")
+        if self.objective not in ("paper", "authors"):
+            raise ValueError(f"objective must be 'paper' or 'authors', got {self.objective!r}")
+
+
+def roll_out(draw, prompts, reward, config) -> list[Group]:
+    """Line 1. draw(prefixes, k, max_new_tokens=...) is resample.sample with its model filled in; reward(x, response) grades
+    a response (token ids) to the question with index x in prompts."""
+    responses = draw(prompts, config.group_size, max_new_tokens=config.max_new_tokens)
+    return [Group(prompt, [Trajectory(y, reward(x, y)) for y in responses[x]]) for x, prompt in enumerate(prompts)]
+
+
+def choose_pivots(groups, config, recoverability, decode, rng) -> list[Group]:
+    """Line 2: the same groups with pivot and ratio of every failed trajectory. decode: ids -> text; rng: numpy Generator."""
+    def with_pivot(t):
+        if t.reward != 0:
+            return t
+        ends = fixed_ends(t.response, config.segment_tokens) if config.segment_tokens else sentence_ends(t.response, decode)
+        pivot, ratio = draw_pivot(ends, recoverability, config.gamma, rng)
+        return replace(t, pivot=pivot, ratio=ratio)
+
+    return [Group(g.prompt, [with_pivot(t) for t in g.trajectories]) for g in groups]
+
+
+def resample(draw, groups, reward, config) -> list[Group]:
+    """Line 3: the same groups with K branches on every trajectory that has a pivot, all drawn in one call."""
+    prefixes = [g.prompt + t.response[:t.pivot] for g in groups for t in g.trajectories if t.pivot is not None]
+    if not prefixes:
+        return groups
+    shortest = min(t.pivot for g in groups for t in g.trajectories if t.pivot is not None)
+    drawn = iter(draw(prefixes, config.branches, max_new_tokens=config.max_new_tokens - shortest))
+
+    def with_branches(x, t):
+        if t.pivot is None:
+            return t
+        room = config.max_new_tokens - t.pivot       # what is cut here did not end within the cap, and has reward 0
+        branches = [y[:room] for y in next(drawn)]
+        return replace(t, branches=branches, branch_rewards=[reward(x, t.response[:t.pivot] + y) for y in branches])
+
+    return [Group(g.prompt, [with_branches(x, t) for t in g.trajectories]) for x, g in enumerate(groups)]
+
+
+def learn_recoverability(groups, recoverability) -> None:
+    """Line 4: one outcome per pivot into the buffer M, then the fit of Eq. (P)."""
+    for t in (t for g in groups for t in g.trajectories if t.branches):
+        recoverability.observe(t.ratio, any(t.branch_rewards))
+    recoverability.fit()
+
+
+def pack_groups(groups):
+    """One packed Row per trajectory, in the order of the groups."""
+    return [pack(g.prompt, t.response, t.pivot, t.branches) for g in groups for t in g.trajectories]
+
+
+@torch.no_grad()
+def log_probabilities(model, groups, config, micro_batch_tokens=None) -> list[torch.Tensor]:
+    """log pi of every response and branch token: one tensor per trajectory, [response | branch 1 | ... | branch K], in nats."""
+    rows = pack_groups(groups)
+    logps = [None] * len(rows)
+    for batch in micro_batches(rows, micro_batch_tokens):
+        logp, _ = score_rows(model, [rows[i] for i in batch], config.temperature)
+        for i, part in zip(batch, logp.split([len(rows[i].targets) for i in batch])):
+            logps[i] = part
+    return logps
+
+
+def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch_tokens=None, backward=False):
+    """Lines 5-6: (loss, metrics), loss = -J of Eq. (J) over all groups (or the authors' form), a scalar tensor.
+
+    ref_model: pi_ref; None leaves the KL term out. old_logps: log pi_old as log_probabilities() returns it; None means that
+    pi_old is the current policy (rho = 1). micro_batch_tokens changes memory, never the result; with backward the gradient of
+    the loss is added to the parameters' .grad one micro-batch at a time, and the returned loss is detached.
+    metrics, over tokens of root responses unless said: entropy, kl (k3), both in nats; clip_fraction (all loss tokens);
+    trained_tokens (with A != 0), forwarded_tokens (of the packed rows, without padding).
+    """
+    rows = pack_groups(groups)
+    weights = [w for group in sequence_weights(groups, config) for w in group]               # per row: one entry per sequence
+    lengths = [[len(y) for y in (t.response, *t.branches)] for g in groups for t in g.trajectories]
+    total, sums, n_main = 0.0, {"entropy": 0.0, "kl": 0.0, "clip_fraction": 0.0}, sum(n[0] for n in lengths)
+    for batch in micro_batches(rows, micro_batch_tokens):
+        part = [rows[i] for i in batch]
+        logp, entropy = score_rows(model, part, config.temperature)                          # (N,) loss tokens of these rows
+        repeats = torch.tensor([n for i in batch for n in lengths[i]], device=logp.device)
+
+        def per_token(values):
+            return torch.tensor(values, dtype=logp.dtype, device=logp.device).repeat_interleave(repeats)
+
+        advantage, policy, kl = (per_token(v) for v in zip(*(w for i in batch for w in weights[i])))
+        main = per_token([float(s == 0) for i in batch for s in range(len(lengths[i]))])     # 1 on root responses
+        old = logp.detach() if old_logps is None else torch.cat([old_logps[i] for i in batch]).to(logp)
+        ref = None
+        if ref_model is not None and config.beta > 0:
+            with torch.no_grad():
+                ref, _ = score_rows(ref_model, part, config.temperature)
+        loss = -weighted_objective(logp, old, ref, advantage, policy, kl, config.clip_low, config.clip_high)
+        if backward:
+            loss.backward()
+            loss = loss.detach()
+        total = total + loss
+        with torch.no_grad():
+            ratio = torch.exp(logp - old)
+            clipped = ((advantage > 0) & (ratio > 1 + config.clip_high)) | ((advantage < 0) & (ratio < 1 - config.clip_low))
+            sums["entropy"] += (entropy * main).sum().item()
+            sums["clip_fraction"] += clipped.sum().item()
+            sums["kl"] += (k3_kl(logp, ref) * main).sum().item() if ref is not None else 0.0
+    n_all = sum(map(sum, lengths))
+    metrics = {"entropy": sums["entropy"] / n_main, "kl": sums["kl"] / n_main, "clip_fraction": sums["clip_fraction"] / n_all,
+               "trained_tokens": sum(n for ns, ws in zip(lengths, weights) for n, w in zip(ns, ws) if w.advantage != 0),
+               "forwarded_tokens": sum(len(row.ids) for row in rows)}
+    return total, metrics
+
+
+def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None) -> dict:
+    """Line 8: config.updates optimizer steps on -J. Returns the metrics of the last one, with loss and grad_norm (unclipped).
+
+    FloatingPointError when loss or gradient are not finite; the weights are then those of before that step.
+    """
+    old_logps = log_probabilities(model, groups, config, micro_batch_tokens) if config.updates > 1 else None
+    for _ in range(config.updates):
+        optimizer.zero_grad()
+        loss, metrics = objective(model, groups, config, ref_model, old_logps, micro_batch_tokens, backward=True)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
+        optimizer.step()
+    optimizer.zero_grad()                            # gradients are not kept while the next batch is generated
+    return {"loss": loss.item(), "grad_norm": norm.item(), **metrics}
+
+
+def summarize(groups, eos_token_ids) -> dict:
+    """What lines 1-3 produced, as metrics; shares are of root rollouts unless said, lengths in tokens."""
+    roots = [t for g in groups for t in g.trajectories]
+    pivots = [t for t in roots if t.branches]
+    branches = [y for t in pivots for y in t.branches]
+    mean = lambda values: sum(values) / len(values) if values else None            # noqa: E731 (None: nothing to average)
+    return {
+        "reward": mean([t.reward for t in roots]),
+        "branch_reward": mean([r for t in pivots for r in t.branch_rewards]),
+        "dead_groups": mean([len({t.reward for t in g.trajectories}) == 1 for g in groups]),     # of questions
+        "dead_branch_groups": mean([len(set(t.branch_rewards)) == 1 for t in pivots]),           # of pivots
+        "pivots": len(pivots),
+        "pivot_depth": mean([t.ratio for t in pivots]),
+        "recovered": mean([any(t.branch_rewards) for t in pivots]),                              # of pivots
+        "response_length": mean([len(t.response) for t in roots]),
+        "branch_length": mean([len(y) for y in branches]),
+        "truncated": mean([t.response[-1] not in eos_token_ids for t in roots]),
+        "sequences": len(roots) + len(branches),
+        "generated_tokens": sum(map(len, branches)) + sum(len(t.response) for t in roots),
+    }

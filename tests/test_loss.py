@@ -1,0 +1,142 @@
+"""Eq. (A), (L), (J): values by hand, gradients, and the KL estimator against exact enumeration."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deep_grpo import Config, Group, Trajectory
+from loss import SequenceWeights, clipped_surrogate, group_advantages, k3_kl, sequence_weights, weighted_objective
+
+
+def test_advantages_of_the_paper():
+    rewards = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])
+    std = group_advantages(rewards)
+    assert std.tolist() == pytest.approx([1.2076] * 3 + [-0.7246] * 5, abs=5e-5)
+    assert group_advantages(rewards, normalize=False).tolist() == pytest.approx([0.625] * 3 + [-0.375] * 5, abs=1e-7)
+    unbiased = math.sqrt(8 * 0.375 * 0.625 / 7)
+    assert group_advantages(rewards.double())[0].item() == pytest.approx(0.625 / (unbiased + 1e-6), rel=1e-12)
+    assert group_advantages(rewards.double(), eps=0.5)[0].item() == pytest.approx(0.625 / (unbiased + 0.5), rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3, 0.7, 1e8 / 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 24])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equal_rewards_give_exactly_zero(value, size, normalize):
+    # 0.7 summed seven times and divided is not 0.7: rounding noise divided by std + 1e-6 used to give advantages of order .1.
+    assert torch.equal(group_advantages(torch.full((2, size), value), normalize), torch.zeros(2, size))
+
+
+def test_groups_are_independent():
+    rewards = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 1, 0.5]])
+    for row, advantages in zip(rewards, group_advantages(rewards)):
+        assert torch.equal(advantages, group_advantages(row))
+    assert group_advantages(rewards.view(1, 3, 3)).shape == (1, 3, 3)
+    with pytest.raises(ValueError, match="rewards"):
+        group_advantages(torch.tensor(1.0))
+
+
+def test_k3_is_the_kl_divergence_from_policy_to_reference_by_enumeration():
+    torch.manual_seed(0)
+    logits, ref = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64).log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    exact = (logp.exp() * (logp - ref)).sum()
+    assert (logp.exp() * k3_kl(logp, ref)).sum().item() == pytest.approx(exact.item(), rel=1e-12)    # E_pi[k3] = KL(pi || ref)
+    assert abs((ref.exp() * (ref - logp)).sum() - exact) > 0.05                                       # the reversed one differs
+    assert (k3_kl(logp, ref) >= 0).all() and k3_kl(ref, ref).abs().max() == 0
+
+
+def test_k3_gradient_and_small_differences():
+    logp = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-1.5, -1.0, -0.5], dtype=torch.float64)
+    k3_kl(logp, ref).sum().backward()
+    assert logp.grad.tolist() == pytest.approx([1 - math.exp(-0.5), 1 - math.exp(1.0), 0.0], abs=1e-14)
+    assert k3_kl(torch.tensor(-1.0), torch.tensor(-1.0001)).item() == pytest.approx(5e-9, rel=2e-3)   # fp32: d^2/2, no noise
+
+
+@pytest.mark.parametrize("ratio, advantage, value, gradient", [
+    (1.0, 2.0, 2.0, 2.0), (1.0, -2.0, -2.0, -2.0),
+    (1.5, 2.0, 2.0 * 1.3, 0.0), (1.5, -2.0, -3.0, -3.0),           # too likely already: only the good one is held back
+    (0.5, 2.0, 1.0, 1.0), (0.5, -2.0, -2.0 * 0.9, 0.0),            # too unlikely already: only the bad one is held back
+    (1.25, 2.0, 2.5, 2.5), (0.95, -2.0, -1.9, -1.9)])              # inside [1 - .1, 1 + .3]: nothing is
+def test_clipped_surrogate(ratio, advantage, value, gradient):
+    logp = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
+    result = clipped_surrogate(logp, torch.zeros((), dtype=torch.float64), torch.tensor(advantage), clip_low=0.1, clip_high=0.3)
+    result.backward()
+    assert result.item() == pytest.approx(value, rel=1e-12) and logp.grad.item() == pytest.approx(gradient, rel=1e-12, abs=1e-15)
+
+
+def example():
+    """Two questions: one with two failures (3 branches each, other lengths), one with none."""
+    failed = Trajectory([5] * 4, 0.0, 1, [[6] * 2, [6] * 3, [6] * 5], [1.0, 0.0, 0.0])
+    hopeless = Trajectory([5] * 7, 0.0, 2, [[6] * 1, [6] * 2, [6] * 3], [0.0, 0.0, 0.0])
+    return [Group([1, 2], [Trajectory([5] * 10, 1.0), failed, hopeless]),
+            Group([1], [Trajectory([5] * 2, 1.0), Trajectory([5] * 3, 1.0), Trajectory([5] * 6, 1.0)])]
+
+
+def test_weights_of_the_papers_objective_by_hand():
+    config = Config(lam=0.5, beta=0.01)
+    first, second = sequence_weights(example(), config)
+    std3 = math.sqrt((4 / 9 + 1 / 9 + 1 / 9) / 2) + 1e-6           # of rewards 1, 0, 0
+    high, low = (2 / 3) / std3, (-1 / 3) / std3
+
+    def close(got, advantage, weight):
+        assert got == pytest.approx((advantage, weight, 0.01 * weight), rel=1e-12)
+
+    close(first[0][0], high, 1 / (2 * 3 * 10))                     # 1/questions, 1/G, 1/|y|
+    close(first[1][0], low, 1 / (2 * 3 * 4))
+    close(first[2][0], low, 1 / (2 * 3 * 7))
+    for weights, advantage, length in zip(first[1][1:], [high, low, low], [2, 3, 5]):
+        close(weights, advantage, 0.5 / (2 * 2 * 3 * length))      # lambda/questions, 1/|T_fail|, 1/K, 1/|y|
+    for weights, length in zip(first[2][1:], [1, 2, 3]):
+        close(weights, 0.0, 0.5 / (2 * 2 * 3 * length))            # equal siblings: no push, but the KL still acts
+    for (weights,), length in zip(second, [2, 3, 6]):
+        close(weights, 0.0, 1 / (2 * 3 * length))
+
+
+def test_weights_of_the_authors_code_by_hand():
+    first, second = sequence_weights(example(), Config(lam=0.5, beta=0.01, objective="authors"))
+    t_main, t_branch = 10 + 4 + 7, 2 + 3 + 5                       # only sequences with an advantage are counted
+    assert first[0][0] == pytest.approx((2 / 3, 1 / t_main, 0.01 / t_main), rel=1e-12)
+    assert first[1][0] == pytest.approx((-1 / 3, 1 / t_main, 0.01 / t_main), rel=1e-12)
+    assert first[2][0] == pytest.approx((-1 / 3, 1 / t_main, 0.01 / t_main), rel=1e-12)
+    assert first[1][1] == pytest.approx((2 / 3, 0.5 / t_branch, 0.01 / t_branch), rel=1e-12)   # lambda leaves the KL alone
+    assert first[1][2] == first[1][3] == pytest.approx((-1 / 3, 0.5 / t_branch, 0.01 / t_branch), rel=1e-12)
+    nothing = SequenceWeights(0.0, 0.0, 0.0)
+    assert first[2][1:] == [nothing] * 3 and second == [[nothing]] * 3
+
+
+def test_groups_and_siblings_are_never_mixed():
+    groups = example()
+    before = sequence_weights(groups, Config())
+    groups[0].trajectories[2].branch_rewards = [1.0, 1.0, 0.0]     # another pivot's branches, and another question
+    groups[1].trajectories[0].reward = 0.0
+    after = sequence_weights(groups, Config())
+    assert after[0][:2] == before[0][:2] and after[0][2][0] == before[0][2][0]
+    assert after[0][2][1:] != before[0][2][1:] and after[1] != before[1]
+
+
+def test_without_branches_only_the_first_half_is_left():
+    groups = [Group(g.prompt, [Trajectory(t.response, t.reward) for t in g.trajectories]) for g in example()]
+    for got, full in zip(sequence_weights(groups, Config()), sequence_weights(example(), Config())):
+        assert got == [[row[0]] for row in full]
+
+
+def test_weighted_objective_by_hand():
+    logp = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    old, ref = torch.tensor([-1.0, -2.1, -2.5]), torch.tensor([-1.2, -2.0, -3.3])
+    advantage, policy, kl = torch.tensor([1.0, 1.0, -2.0]), torch.tensor([0.5, 0.25, 0.1]), torch.tensor([0.01, 0.02, 0.03])
+    terms = [0.5 * 1.0, 0.25 * math.exp(0.1), 0.1 * -2 * 0.8]      # ratios 1, e^.1, e^-.5 -> clipped at .8
+    k3 = [math.exp(-0.2) + 0.2 - 1, 0.0, math.exp(-0.3) + 0.3 - 1]
+    result = weighted_objective(logp, old, ref, advantage, policy, kl)
+    assert result.item() == pytest.approx(sum(terms) - 0.01 * k3[0] - 0.03 * k3[2], abs=1e-7)
+    result.backward()
+    assert logp.grad.tolist() == pytest.approx([0.5 - 0.01 * (1 - math.exp(-0.2)), 0.25 * math.exp(0.1),
+                                                -0.03 * (1 - math.exp(-0.3))], abs=1e-7)
+    without = weighted_objective(logp, old, None, advantage, policy, kl)
+    assert without.item() == pytest.approx(sum(terms), abs=1e-7)
+
+
+def test_sequence_weights_need_only_three_settings():
+    config = SimpleNamespace(objective="paper", lam=1.0, beta=0.0)
+    assert all(w.kl == 0 for group in sequence_weights(example(), config) for row in group for w in row)

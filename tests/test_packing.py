@@ -1,0 +1,113 @@
+"""Packed rows against separate rows: the mask token by token, log-probabilities and gradients to float rounding."""
+import pytest
+import torch
+from conftest import make_model
+
+from packing import Row, micro_batches, pack, score_rows, tree_mask
+
+ROLLOUTS = [  # prompt, response, pivot, branches: ragged, pivot at the root and in the middle, an empty and a one-token branch
+    ([3, 4, 5], [6, 7, 8, 9, 10], 2, [[11, 12, 13], [6], []]),
+    ([3], [5, 4], 0, [[7, 8, 9], [9, 9]]),
+    ([9, 8, 7, 6], [5, 4, 3, 3, 5, 1], None, []),
+    ([2, 2], [5, 6, 7], 3, [[8, 1]]),
+]
+
+
+def separate_logps(model, prompt, response, pivot, branches):
+    """The slow twin: every sequence alone through the whole model, log_softmax of all logits, no mask, no packing."""
+    pieces = []
+    for prefix, tail in [(prompt, response), *((prompt + response[:pivot], y) for y in branches)]:
+        logits = model(input_ids=torch.tensor([prefix + tail])).logits[0, :-1]
+        logp = logits.log_softmax(-1).gather(-1, torch.tensor([(prefix + tail)[1:]]).T)[:, 0]
+        pieces.append(logp[len(prefix) - 1:])
+    return torch.cat(pieces)
+
+
+def test_row_by_hand():
+    row = pack([1, 2], [3, 4, 5, 6], 2, [[7, 8], [9]])
+    assert row == Row(ids=[1, 2, 3, 4, 5, 6, 7, 8, 9], positions=[0, 1, 2, 3, 4, 5, 4, 5, 4], segments=[0, 0, 1, 1, 1, 1, 2, 2, 3],
+                      prefix_length=4, targets=[3, 4, 5, 6, 7, 8, 9], predictors=[1, 2, 3, 4, 3, 6, 3])
+
+
+def test_mask_by_its_definition():
+    rows = [pack(*rollout) for rollout in ROLLOUTS]
+    width = max(len(r.ids) for r in rows) + 2                            # with padding
+    segments = torch.tensor([r.segments + [-1] * (width - len(r.ids)) for r in rows])
+    mask = tree_mask(segments, torch.tensor([r.prefix_length for r in rows]))
+    assert mask.shape == (len(rows), 1, width, width) and mask.dtype == torch.bool
+    for b, (prompt, _, pivot, _) in enumerate(ROLLOUTS):
+        n = len(rows[b].ids)
+        for q in range(n):
+            for k in range(width):
+                segment = rows[b].segments[k] if k < n else None
+                in_prefix = segment == 0 or (segment == 1 and k < len(prompt) + (pivot or 0))
+                assert mask[b, 0, q, k] == (k <= q and (in_prefix or segment == rows[b].segments[q]))
+    assert mask.any(-1).all()                                            # also padding: a fully masked row would be NaN
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_log_probabilities_and_gradients_equal_those_of_separate_rows(checkpointing, chunk):
+    model, twin = make_model(), make_model()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()                                                    # transformers checkpoints in training mode only
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    logps, entropies = score_rows(model, [pack(*rollout) for rollout in ROLLOUTS], chunk=chunk)
+    expected = torch.cat([separate_logps(twin, *rollout) for rollout in ROLLOUTS])
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-10)
+    torch.manual_seed(0)
+    weights = torch.randn(len(logps), dtype=torch.float64)               # every token matters, in its own way
+    (logps * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        assert q.grad.abs().max() > 1e-3, name                           # not a comparison of zeros
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
+    assert not entropies.requires_grad
+    assert len(calls) == 1 + checkpointing                               # it was really computed again
+
+
+def test_temperature_and_entropy():
+    model, rollout = make_model(), ROLLOUTS[2]
+    logps, entropies = score_rows(model, [pack(*rollout)], temperature=0.7)
+    logits = model(input_ids=torch.tensor([rollout[0] + rollout[1]])).logits[0, 3:-1] / 0.7
+    p = logits.softmax(-1)
+    torch.testing.assert_close(logps, p.gather(-1, torch.tensor([rollout[1]]).T)[:, 0].log(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(entropies, -(p * p.log()).sum(-1), rtol=0, atol=1e-10)
+
+
+def test_float32_agrees_within_its_rounding():
+    model = make_model(dtype=torch.float32)
+    logps, _ = score_rows(model, [pack(*rollout) for rollout in ROLLOUTS])
+    expected = torch.cat([separate_logps(model, *rollout) for rollout in ROLLOUTS])
+    torch.testing.assert_close(logps, expected, rtol=0, atol=2e-5)
+
+
+def test_the_mask_is_what_keeps_branches_apart():
+    # A later branch must not see an earlier one: change the first branch and look at the second.
+    model = make_model()
+    for changed in ([4, 4, 4], [11, 12, 13]):
+        logps, _ = score_rows(model, [pack([3, 4, 5], [6, 7, 8], 1, [changed, [9, 10]])])
+        second = logps[-2:] if changed == [4, 4, 4] else second
+    torch.testing.assert_close(second, logps[-2:], rtol=0, atol=1e-12)
+
+
+def test_micro_batches_fill_up_to_the_tokens_longest_first():
+    rows = [pack([1], [2] * (n - 1)) for n in (3, 10, 5, 4, 10, 2)]
+    assert micro_batches(rows, 20) == [[1, 4], [2, 3, 0, 5]]
+    assert micro_batches(rows, 10) == [[1], [4], [2, 3], [0, 5]]
+    assert micro_batches(rows, 1) == [[1], [4], [2], [3], [0], [5]]      # a row is never cut
+    assert sorted(micro_batches(rows, None)[0]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="prompt"):
+        pack([], [1, 2])
+    for pivot in (None, -1, 3):
+        with pytest.raises(ValueError, match="pivot"):
+            pack([1], [2, 3], pivot, [[4]])
+    model = make_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="sdpa"):
+        score_rows(model, [pack([1], [2])])

@@ -1,0 +1,436 @@
+r"""Train DEEP-GRPO, or GRPO, on GSM8K or on the embedded task: one command, one run directory.
+
+    python train_gsm8k.py                                    # no GPU: the embedded task, a minute; a GPU: GSM8K
+    python train_gsm8k.py --preset gsm8k                     # Qwen2.5-0.5B-Instruct, the authors' hyper-parameters
+    python train_gsm8k.py --preset gsm8k --method grpo       # the baseline: the same code with K = 0
+    python train_gsm8k.py --model FOLDER --data FILE.jsonl   # your own, with the fields question and answer (ends in #### n)
+
+The run directory holds config.json (all settings, versions, git revision), metrics.jsonl (a line per step), samples.jsonl
+(rollouts and branches as text), checkpoints/step_N (a Hugging Face model folder plus trainer.pt) and run.png.
+Exit codes: 0 done, 2 bad input (one line on stderr), 1 anything else.
+"""
+import argparse
+import copy
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from deep_grpo import Config, choose_pivots, learn_recoverability, resample, roll_out, summarize, update
+from grading import grade_gsm8k
+from plot import plot_run
+from recoverability import Recoverability
+from resample import sample
+from tasks import load_rows, make_questions
+
+EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64, micro_batch_tokens=8192)
+PRESETS = {
+    "tiny": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny"), data="tiny", max_new_tokens=96),
+    "tiny-deep": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160),
+    # The authors' GSM8K script: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4, 512 + 512 tokens.
+    "gsm8k": dict(questions=64, lr=1e-6, steps=1000, eval_every=5, eval_rows=1319, max_prompt_tokens=512,
+                  micro_batch_tokens=16384, max_new_tokens=512, model="Qwen/Qwen2.5-0.5B-Instruct", data="openai/gsm8k",
+                  eval_data="openai/gsm8k", save_every=50),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the usage text in front of an error: one line, exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
+def parse_args(argv=None):
+    """The settings of a run: flags, filled up by the preset, filled up by the defaults of Config."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    run = parser.add_argument_group("run")
+    run.add_argument("--preset", choices=PRESETS, help="fills in all other flags; default: gsm8k with a GPU, tiny without")
+    run.add_argument("--method", choices=["deep_grpo", "grpo"], default="deep_grpo", help="grpo is K = 0 in the same code")
+    run.add_argument("--out", type=Path, help="run directory, a new one; default: runs/PRESET-METHOD-SEED")
+    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run; with --steps N up to N")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--steps", type=int, help="batches of questions to train on")
+    run.add_argument("--budget-tokens", type=int, help="end after the step that reaches this many generated tokens")
+    run.add_argument("--eval-every", type=int, help="greedy evaluation before training, every N steps, and at the end; 0: never")
+    run.add_argument("--save-every", type=int, help="checkpoint every N steps, and at the end; 0: at the end only")
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model", help="hub name or local folder")
+    data.add_argument("--data", help="hub name, local .jsonl, or tiny / tiny-deep: training questions")
+    data.add_argument("--eval-data", help="the same, for evaluation; default: the last --eval-rows rows of --data, held out")
+    data.add_argument("--eval-rows", type=int, help="questions to evaluate on")
+    data.add_argument("--max-prompt-tokens", type=int, help="longer questions are named and skipped")
+    method = parser.add_argument_group("method (the paper's letters; deep_grpo.Config)")
+    method.add_argument("--questions", type=int, help="questions x per step")
+    method.add_argument("--group-size", type=int, help="G, rollouts per question")
+    method.add_argument("--branches", type=int, help="K, continuations per pivot")
+    method.add_argument("--gamma", type=float, help="exponent of depth in Eq. (Q)")
+    method.add_argument("--lam", type=float, help="lambda, weight of the branch stream")
+    method.add_argument("--beta", type=float, help="weight of the KL term; 0 needs no reference model")
+    method.add_argument("--clip-low", type=float, help="eps_low")
+    method.add_argument("--clip-high", type=float, help="eps_high")
+    method.add_argument("--temperature", type=float, help="T, of rollouts and branches")
+    method.add_argument("--objective", choices=["paper", "authors"], help="Eq. (J), or the authors' code: see loss.py")
+    method.add_argument("--segment-tokens", type=int, help="states every N tokens instead of by sentence (0)")
+    method.add_argument("--max-new-tokens", type=int, help="cap of a response; one that does not end has reward 0")
+    method.add_argument("--updates", type=int, help="optimizer steps per batch")
+    optim = parser.add_argument_group("optimizer (AdamW, betas .9/.999, weight decay .01) and memory")
+    optim.add_argument("--lr", type=float, help="learning rate, constant")
+    optim.add_argument("--max-grad-norm", type=float)
+    optim.add_argument("--micro-batch-tokens", type=int, help="padded tokens per forward pass of the update; memory only")
+    optim.add_argument("--gradient-checkpointing", action="store_true")
+    args = parser.parse_args(argv)
+    if args.resume is not None:
+        restore_settings(parser, args)
+    else:
+        fill_settings(parser, args)
+    return args
+
+
+def fill_settings(parser, args):
+    """Preset and defaults into the flags that were not given; checks what no other module checks."""
+    gpu = torch.cuda.is_available()
+    why = "asked for"
+    if args.preset is None:
+        args.preset = "gsm8k" if gpu else "tiny"
+        why = "a GPU is here; --preset tiny is the embedded task" if gpu else "no GPU is here; --preset gsm8k is the full run"
+    print(f"preset {args.preset}: {why}")
+    if args.method == "grpo" and args.branches not in (None, 0):
+        parser.error(f"argument --branches: --method grpo is K = 0, got {args.branches}")
+    if args.method == "deep_grpo" and args.branches == 0:
+        parser.error("argument --branches: K = 0 is GRPO, ask for it with --method grpo")
+    defaults = {f.name: f.default for f in fields(Config)} | dict(budget_tokens=None, save_every=0, eval_data=None)
+    if args.method == "grpo":
+        defaults["branches"] = 0
+    for name, value in (defaults | PRESETS[args.preset]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
+    for name in ("steps", "questions", "eval_rows", "max_prompt_tokens", "micro_batch_tokens", "budget_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
+    for name in ("eval_every", "save_every", "seed"):
+        if getattr(args, name) < 0:
+            parser.error(f"argument --{name.replace('_', '-')}: must be 0 or more, got {getattr(args, name)}")
+    if not 0 < args.lr < float("inf"):
+        parser.error(f"argument --lr: must be positive, got {args.lr}")
+
+
+def restore_settings(parser, args):
+    """All settings from the config.json of the run that goes on; only --steps and --budget-tokens may change."""
+    asked = vars(args).copy()
+    try:
+        settings = json.loads((args.resume / "config.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"argument --resume: {args.resume} does not hold a run: {error}")
+    for name, value in settings.items():
+        setattr(args, name, value)
+    for name in ("steps", "budget_tokens"):
+        if asked[name] is not None:
+            setattr(args, name, asked[name])
+    args.out = args.resume
+    print(f"preset {args.preset}: that of the run {args.out}, which goes on")
+
+
+@dataclass
+class Run:
+    """Everything a step works on; what of it changes from step to step is in its checkpoint."""
+    args: argparse.Namespace
+    config: Config
+    model: torch.nn.Module
+    ref_model: torch.nn.Module | None
+    tokenizer: object
+    stop: list[int]
+    questions: list
+    eval_questions: list
+    skipped: int
+    optimizer: torch.optim.Optimizer
+    recoverability: Recoverability
+    pivot_rng: np.random.Generator
+    step: int = 0
+    generated_total: int = 0
+
+    def draw(self, prefixes, k, *, max_new_tokens, temperature=None):
+        """resample.sample from the present policy, at the run's temperature unless another is given."""
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop[0]
+        with precision(self.model):
+            return sample(self.model, prefixes, k, max_new_tokens=max_new_tokens, eos_token_id=self.stop, pad_token_id=pad,
+                          temperature=self.config.temperature if temperature is None else temperature)
+
+    def text(self, ids):
+        """Token ids as text, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def reward(self, question, response):
+        """1.0 if the response ended within the cap and its final answer is right, else 0.0."""
+        return float(response[-1] in self.stop and grade_gsm8k(self.text(response), question.gold))
+
+
+def precision(model):
+    """fp32 on a CPU; on a GPU bf16 compute with the fp32 master weights that the model was loaded with."""
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda")
+
+
+def prepare(args) -> Run:
+    """Load and check everything. Nothing is written before this has succeeded. ValueError or OSError on bad input."""
+    if args.resume is None and (args.out.is_file() or (args.out / "config.json").exists()):
+        raise ValueError(f"{args.out} already holds a run (or is a file): choose another --out, or --resume {args.out}")
+    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    rows, eval_rows = load_questions(args)
+    model, tokenizer = load_model(args.model)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {args.model} has no chat template; the prompts are made with it")
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    questions, skipped = make_questions(rows, tokenizer, args.max_prompt_tokens)
+    eval_questions, eval_skipped = make_questions(eval_rows, tokenizer, args.max_prompt_tokens)
+    for row in (skipped + eval_skipped)[:5]:
+        print(f"skipped, longer than {args.max_prompt_tokens} prompt tokens: {row['question'][:60]!r} ...")
+    if skipped or eval_skipped:
+        print(f"skipped {len(skipped)} of {len(rows)} training and {len(eval_skipped)} of {len(eval_rows)} evaluation questions")
+    if not questions or (args.eval_every and not eval_questions):
+        raise ValueError(f"no question is left: all are longer than --max-prompt-tokens {args.max_prompt_tokens}")
+    ref_model = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    own_stop = model.generation_config.eos_token_id
+    stop = {tokenizer.eos_token_id, *(own_stop if isinstance(own_stop, list) else [own_stop])} - {None}
+    if not stop:
+        raise ValueError(f"{args.model} names no end-of-sequence token, so no response could end")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    run = Run(args, config, model, ref_model, tokenizer, sorted(stop), questions, eval_questions, len(skipped) + len(eval_skipped),
+              optimizer, Recoverability(), np.random.default_rng(args.seed))
+    if args.resume is not None:
+        load_checkpoint(run)
+    return run
+
+
+def load_questions(args):
+    """(training rows, evaluation rows) as the flags say."""
+    def rows_of(source, split):
+        if source in tiny.PRESETS:                   # endless supply: evaluation rows are the same for every --seed
+            return tiny.make_rows(tiny.PRESETS[source], 4096 if split == "train" else args.eval_rows, args.seed + 1 if split == "train" else 0)
+        return load_rows(source, split)
+
+    rows = rows_of(args.data, "train")
+    if args.eval_data is not None:
+        return rows, rows_of(args.eval_data, "test")[:args.eval_rows]
+    if args.data in tiny.PRESETS:
+        return rows, rows_of(args.data, "test")
+    if len(rows) < 2:
+        raise ValueError(f"{args.data} has {len(rows)} row: at least 2 are needed, one to hold out (or give --eval-data)")
+    held_out = min(args.eval_rows, len(rows) // 2)
+    return rows[:-held_out], rows[-held_out:]
+
+
+def load_model(name):
+    """(model in fp32 with sdpa attention, tokenizer) from a folder or from the hub; ValueError when there is none."""
+    if Path(name).exists() and not (Path(name) / "config.json").exists():
+        raise ValueError(f"{name} does not hold a model: there is no config.json in it")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:                       # many types; the person needs one line
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model {name!r} is neither a local folder with a model nor could it be loaded from the hub: {reason}") from error
+    return model, tokenizer
+
+
+def batch_at(run, step):
+    """The questions of a step (1, 2, ...): a walk through a new permutation per epoch, a function of seed and step alone."""
+    n, size = len(run.questions), run.args.questions
+    at = range((step - 1) * size, step * size)
+    order = {epoch: np.random.default_rng((run.args.seed, epoch)).permutation(n) for epoch in {i // n for i in at}}
+    return [run.questions[order[i // n][i % n]] for i in at]
+
+
+def train_step(run) -> tuple[dict, list, list]:
+    """Lines 1-8 of deep_grpo.py on the next batch. Returns (metrics, questions, groups)."""
+    clock = {"rollout": 0.0, "resample": 0.0, "score": 0.0, "update": 0.0}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+    def timed(name, function, *args, **kwargs):
+        start, scored = time.perf_counter(), clock["score"]
+        result = function(*args, **kwargs)
+        clock[name] += time.perf_counter() - start - (clock["score"] - scored if name != "score" else 0.0)
+        return result
+
+    batch = batch_at(run, run.step + 1)
+
+    def reward(x, response):
+        return timed("score", run.reward, batch[x], response)
+
+    groups = timed("rollout", roll_out, run.draw, [q.prompt for q in batch], reward, run.config)
+    if run.config.branches:
+        groups = timed("resample", choose_pivots, groups, run.config, run.recoverability, run.text, run.pivot_rng)
+        groups = timed("resample", resample, run.draw, groups, reward, run.config)
+        learn_recoverability(groups, run.recoverability)
+    with precision(run.model):
+        learned = timed("update", update, run.model, run.optimizer, groups, run.config, run.ref_model, run.args.micro_batch_tokens)
+    metrics = summarize(groups, run.stop) | learned | {"w": run.recoverability.w, "b": run.recoverability.b}
+    metrics |= {f"seconds_{name}": seconds for name, seconds in clock.items()}
+    metrics["tokens_per_second"] = metrics["generated_tokens"] / sum(clock.values())
+    metrics["peak_memory_gb"] = (torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available()
+                                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    run.step += 1
+    run.generated_total += metrics["generated_tokens"]
+    return metrics | {"generated_total": run.generated_total}, batch, groups
+
+
+def evaluate(run) -> dict:
+    """Greedy accuracy on the evaluation questions: finished and right."""
+    start = time.perf_counter()
+    answers = run.draw([q.prompt for q in run.eval_questions], 1, max_new_tokens=run.config.max_new_tokens, temperature=0)
+    right = [run.reward(q, y) for q, (y,) in zip(run.eval_questions, answers)]
+    return {"eval_accuracy": sum(right) / len(right), "seconds_eval": time.perf_counter() - start}
+
+
+def sample_lines(run, batch, groups):
+    """For samples.jsonl: the first right and the first failed rollout of every question, with all branches of the latter."""
+    for question, group in zip(batch, groups):
+        for wanted in (1.0, 0.0):
+            for t in [t for t in group.trajectories if t.reward == wanted][:1]:
+                yield {"step": run.step, "question": question.text, "gold": question.gold, "response": run.text(t.response),
+                       "reward": t.reward, "pivot": t.pivot, "prefix": run.text(t.response[:t.pivot]) if t.branches else None,
+                       "branches": [{"text": run.text(y), "reward": r} for y, r in zip(t.branches, t.branch_rewards)]}
+
+
+def moving_parts(run):
+    """What a resumed run needs beside weights and optimizer, as of now."""
+    return {"step": run.step, "generated_total": run.generated_total, "recoverability": run.recoverability.state_dict(),
+            "pivot_rng": run.pivot_rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all()}
+
+
+def save_checkpoint(run, parts):
+    """checkpoints/step_N: model and tokenizer in Hugging Face format, and trainer.pt. Written beside, then renamed."""
+    folder = run.args.out / "checkpoints" / f"step_{parts['step']}"
+    if folder.exists():
+        return
+    beside = folder.with_name(folder.name + ".partial")
+    run.model.save_pretrained(beside)
+    run.tokenizer.save_pretrained(beside)
+    torch.save({"optimizer": run.optimizer.state_dict(), **parts}, beside / "trainer.pt")
+    os.replace(beside, folder)
+
+
+def load_checkpoint(run):
+    """Put the run back to its last checkpoint; later lines of its logs are dropped, they will be written again."""
+    found = sorted((int(path.name[5:]), path) for path in (run.args.out / "checkpoints").glob("step_*") if path.name[5:].isdigit())
+    if not found:
+        raise ValueError(f"{run.args.out} has no checkpoint to go on from: start again with another --out, and --save-every N")
+    step, folder = found[-1]
+    try:
+        parts = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=False)
+        run.model.load_state_dict(load_model(str(folder))[0].state_dict())
+    except Exception as error:
+        raise ValueError(f"the checkpoint {folder} cannot be read ({str(error).splitlines()[0]}); "
+                         "remove it to go on from the one before") from error
+    run.optimizer.load_state_dict(parts["optimizer"])
+    run.recoverability.load_state_dict(parts["recoverability"])
+    run.pivot_rng.bit_generator.state = parts["pivot_rng"]
+    torch.set_rng_state(parts["torch_rng"])
+    if parts["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(parts["cuda_rng"])
+    run.step, run.generated_total = parts["step"], parts["generated_total"]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (run.args.out / name).read_text().splitlines(keepends=True)
+        (run.args.out / name).write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def write_config(run):
+    """config.json: all settings, and what the numbers depend on besides."""
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.args).items() if k != "resume"}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    about = {"settings": settings, "training_questions": len(run.questions), "evaluation_questions": len(run.eval_questions),
+             "skipped_questions": run.skipped, "parameters": sum(p.numel() for p in run.model.parameters()), "device": device,
+             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+                          "numpy": np.__version__}, "git_revision": revision.stdout.strip() or None}
+    (run.args.out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    print(" ".join(f"{name}={value}" for name, value in settings.items()))
+    print(f"{len(run.questions)} training and {len(run.eval_questions)} evaluation questions, "
+          f"{about['parameters'] / 1e6:.1f} M parameters, {device}; writing to {run.args.out}")
+
+
+def log(run, name, *lines):
+    """Append JSON lines to a file of the run directory."""
+    with open(run.args.out / name, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def finished(run):
+    """Is the run at its last step, or over its budget of generated tokens?"""
+    return run.step >= run.args.steps or (run.args.budget_tokens or float("inf")) <= run.generated_total
+
+
+def train(run) -> int:
+    """The loop: step, log, evaluate, save. Returns the exit code."""
+    args = run.args
+    bar = tqdm(total=args.steps, initial=run.step, desc=args.method, unit="step", disable=None if sys.stderr.isatty() else False)
+    shown = {}
+    if run.step == 0 and args.eval_every:
+        result = evaluate(run)
+        log(run, "metrics.jsonl", {"step": 0, "generated_total": 0, **result})
+        shown["accuracy"] = f"{result['eval_accuracy']:.3f}"
+    while not finished(run):
+        before = moving_parts(run)
+        try:
+            metrics, batch, groups = train_step(run)
+        except FloatingPointError as error:
+            bar.close()
+            if run.step and "gradient" in str(error):    # the weights are still those of the step before
+                save_checkpoint(run, before)
+            print(f"error: stopped at step {run.step + 1}: {error}. The last good state is in {args.out / 'checkpoints'} "
+                  "(none there: the starting model); try a smaller --lr", file=sys.stderr)
+            return 1
+        shown |= {"reward": f"{metrics['reward']:.2f}", "tokens/s": f"{metrics['tokens_per_second']:.0f}"}
+        if args.eval_every and (run.step % args.eval_every == 0 or finished(run)):
+            metrics |= evaluate(run)
+            shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
+            log(run, "samples.jsonl", *sample_lines(run, batch, groups))
+        log(run, "metrics.jsonl", {"step": run.step, **metrics})
+        bar.set_postfix(shown)
+        bar.update()
+        if args.save_every and run.step % args.save_every == 0 or finished(run):
+            save_checkpoint(run, moving_parts(run))
+    bar.close()
+    plot_run(args.out)
+    print(f"done after {run.step} steps and {run.generated_total} generated tokens"
+          + (f"; greedy accuracy {shown['accuracy']}" if "accuracy" in shown else "")
+          + f"; the model is in {args.out / 'checkpoints' / f'step_{run.step}'}, the figure in {args.out / 'run.png'}")
+    return 0
+
+
+def main(argv=None) -> int:
+    """Parse, prepare, train."""
+    transformers.logging.set_verbosity_error()
+    args = parse_args(argv)
+    try:
+        run = prepare(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if args.resume is None:
+        write_config(run)
+    return train(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

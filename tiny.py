@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks import GSM8K_INSTRUCTION, chat_prompt
 
@@ -169,10 +169,13 @@ def measure(model, tokenizer, lock, n=256, seed=1):
 
 
 def pretrain(lock, tokenizer, steps, batch=32, lr=2e-3, seed=0, log=print):
-    """A base policy for `lock`: Qwen2 with .57 M parameters, trained on demonstrations. Returns the model."""
+    """A base policy for `lock`: a Llama with .56 M parameters, trained on demonstrations. Returns the model.
+
+    (Not a Qwen2: AutoTokenizer gives every folder with that model type a Qwen2Tokenizer, whatever tokenizer.json says.)
+    """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
+    model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))

@@ -12,4 +12,4 @@ demo: .venv/installed
 	.venv/bin/python compare.py
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile

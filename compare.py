@@ -2,9 +2,10 @@ r"""GRPO and DEEP-GRPO side by side on the embedded task, at an equal budget of 
 
     python compare.py        # what `make demo` runs: tiny-deep, 3 seeds each, two runs at a time with one thread each
 
-Both methods start from the shipped base model and see the same questions. A DEEP-GRPO step costs 8 rollouts per question and 8
-short branches per failure, which while nearly everything fails is as many tokens as 24 rollouts: GRPO gets G = 24. As failures
-get rarer DEEP-GRPO steps get cheaper; both run until the same number of tokens has been generated.
+Both methods start from the shipped base model and see the same questions. A DEEP-GRPO step costs 8 rollouts
+per question and 8 short branches per failure, which while nearly everything fails is as many tokens as 24
+rollouts: GRPO gets G = 24. As failures get rarer DEEP-GRPO steps get cheaper; both run until the same number
+of tokens has been generated.
 Writes one run directory each, table.md and comparison.png. Finished runs in --out are kept and not run again.
 """
 import argparse
@@ -34,23 +35,18 @@ METHODS = {"grpo": ("GRPO, G = 24", ["--method", "grpo", "--group-size", "24"], 
 def run_all(args) -> dict[str, list[Path]]:
     """Run every method with every seed, args.jobs at a time; returns method -> run directories."""
     directories = {m: [args.out / f"{m}-{seed}" for seed in range(args.seeds)] for m in METHODS}
-    waiting = [(m, seed, d) for m in METHODS for seed, d in enumerate(directories[m])]
-    waiting.sort(key=lambda entry: entry[1])
-    kept = [entry for entry in waiting if (entry[2] / "run.png").exists()]        # written last
+    everything = [(m, seed, d) for m in METHODS for seed, d in enumerate(directories[m])]
+    waiting = [entry for entry in everything if not (entry[2] / "run.png").exists()]              # written last
+    kept = len(everything) - len(waiting)
     if kept:
-        print(f"{len(kept)} finished runs in {args.out} are kept; delete the folder to run them again")
-    waiting = [entry for entry in waiting if entry not in kept]
+        print(f"{kept} finished runs in {args.out} are kept; delete the folder to run them again")
+    waiting.sort(key=lambda entry: entry[1])                                                      # seed by seed
     running = {}
-    with tqdm(total=len(waiting) * args.budget_tokens, unit="token", unit_scale=True, desc="generated") as bar:
+    with tqdm(total=len(everything) * args.budget_tokens, unit="token", unit_scale=True, desc="generated") as bar:
         while waiting or running:
             while waiting and len(running) < args.jobs:
-                method, seed, directory = waiting.pop(0)
-                shutil.rmtree(directory, ignore_errors=True)                      # of an interrupted comparison
-                directory.parent.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, str(Path(__file__).parent / "train_gsm8k.py"), "--preset", args.preset, *METHODS[method][1],
-                           "--seed", str(seed), "--budget-tokens", str(args.budget_tokens), "--steps", "100000", "--out", str(directory)]
-                output = open(directory.with_suffix(".log"), "w")
-                running[directory] = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                directory = waiting[0][2]
+                running[directory] = start_run(args, *waiting.pop(0))
             time.sleep(0.5)
             for directory, process in list(running.items()):
                 if process.poll() is not None:
@@ -58,10 +54,27 @@ def run_all(args) -> dict[str, list[Path]]:
                     if process.returncode:
                         for other in running.values():
                             other.terminate()
-                        sys.exit(f"error: {directory} failed, its last line: {directory.with_suffix('.log').read_text().splitlines()[-1]}")
-            bar.n = sum(min(args.budget_tokens, tokens_so_far(d)) for m in METHODS for d in directories[m]) - len(kept) * args.budget_tokens
+                        last_line = log_of(directory).read_text().splitlines()[-1]
+                        sys.exit(f"error: {directory} failed, its last line: {last_line}")
+            bar.n = sum(min(args.budget_tokens, tokens_so_far(d)) for _, _, d in everything)
             bar.refresh()
     return directories
+
+
+def start_run(args, method, seed, directory) -> subprocess.Popen:
+    """One training run in a process of its own, one thread, its output in a .log beside its directory."""
+    shutil.rmtree(directory, ignore_errors=True)                                                  # of an interrupted comparison
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(Path(__file__).parent / "train_gsm8k.py"), "--preset", args.preset, *METHODS[method][1],
+               "--seed", str(seed), "--budget-tokens", str(args.budget_tokens), "--steps", "100000",
+               "--eval-every", str(args.eval_every), "--out", str(directory)]
+    with open(log_of(directory), "w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def log_of(run_dir):
+    """What a run printed."""
+    return run_dir.with_suffix(".log")
 
 
 def tokens_so_far(run_dir):
@@ -106,28 +119,57 @@ def draw_curves(axis, directories, x_name, y_name):
 
 def draw_pivots(fit_axis, where_axis, runs):
     """The fit of Eq. (P) over the observed recovery rate per depth, and where pivots were drawn, from all seeds."""
-    states = [torch.load(sorted(run.glob("checkpoints/step_*/trainer.pt"))[-1], weights_only=False)["recoverability"] for run in runs]
-    bins = np.linspace(0, 1, 11)
+    trainers = [next(run.glob("checkpoints/step_*/trainer.pt")) for run in runs]
+    states = [torch.load(path, weights_only=False)["recoverability"] for path in trainers]
     ratio, success = np.array([outcome for state in states for outcome in state["outcomes"]]).T
-    place = np.digitize(ratio, bins) - 1
-    used = [i for i in range(10) if (place == i).any()]
+    place = np.rint(10 * ratio)                                              # depths to the nearest tenth
+    used = np.unique(place)
     rate = np.array([success[place == i].mean() for i in used])
-    error = np.array([np.sqrt(rate[j] * (1 - rate[j]) / (place == i).sum()) for j, i in enumerate(used)])
-    fit_axis.errorbar(bins[used] + 0.05, rate, yerr=error, fmt="o", color="black", label="observed ± standard error")
+    error = np.sqrt(rate * (1 - rate) / [(place == i).sum() for i in used])
+    fit_axis.errorbar(used / 10, rate, yerr=error, fmt="o", color="black", label="observed ± standard error")
     depth = np.linspace(0.05, 0.95, 50)
     for i, state in enumerate(states):
-        fit_axis.plot(depth, sigmoid(state["w"] * depth + state["b"]), color="tab:red", alpha=0.6, label=None if i else "fit of Eq. (P), a line per seed")
+        fit_axis.plot(depth, sigmoid(state["w"] * depth + state["b"]), color="tab:red", alpha=0.6,
+                      label=None if i else "fit of Eq. (P), a line per seed")
     fit_axis.set(title="P(success | r): at least one of K branches right", xlabel="relative depth r of the pivot", ylim=(0, 1))
     fit_axis.legend(fontsize=8)
-    halves = [[r for state in states for r, _ in part(state["outcomes"])] for part in (lambda o: o[:len(o) // 2], lambda o: o[len(o) // 2:])]
-    where_axis.hist(halves, bins=bins, density=True, label=["first half of the run", "second half"], color=["tab:pink", "tab:red"])
+    first, second = [], []
+    for outcomes in (state["outcomes"] for state in states):
+        first += [r for r, _ in outcomes[:len(outcomes) // 2]]
+        second += [r for r, _ in outcomes[len(outcomes) // 2:]]
+    where_axis.hist([first, second], bins=np.arange(-0.05, 1.1, 0.1), density=True, color=["tab:pink", "tab:red"],
+                    label=["first half of all pivots", "second half"])
     where_axis.set(title="where pivots were drawn", xlabel="relative depth r", ylabel="density")
     where_axis.legend(fontsize=8)
 
 
+def accuracy_at(runs, x_name, x):
+    """Accuracy of every run at x (generated tokens, or updates where x_name is None), between two evaluations on a line."""
+    values = []
+    for steps, accuracy, totals in ((*m["eval_accuracy"], m["generated_total"]) for m in map(read_metrics, runs)):
+        values.append(np.interp(x, np.interp(steps, *totals) if x_name else steps, accuracy))
+    return np.array(values)
+
+
+def caption(directories) -> str:
+    """What is seen, in two sentences made from the numbers: equal generated tokens, and equal updates."""
+    metrics = {m: [read_metrics(run) for run in runs] for m, runs in directories.items()}
+    sentences = []
+    for x_name, what in (("generated_total", "{:.0f} generated tokens"), (None, "{:.0f} updates")):
+        x = min(m[x_name][1][-1] if x_name else m["grad_norm"][0][-1] for runs in metrics.values() for m in runs)
+        grpo, deep = (accuracy_at(directories[m], x_name, x) for m in ("grpo", "deep_grpo"))
+        difference = deep.mean() - grpo.mean()
+        error = np.sqrt(sum(np.var(v, ddof=len(v) > 1) / len(v) for v in (grpo, deep)))
+        verdict = ("DEEP-GRPO is ahead" if difference > 2 * error else "DEEP-GRPO is behind" if difference < -2 * error
+                   else "no difference beyond two standard errors")
+        sentences.append(f"After {what.format(x)}: GRPO {grpo.mean():.2f}, DEEP-GRPO {deep.mean():.2f}, "
+                         f"difference {difference:+.2f} \u00b1 {error:.2f} (standard error): {verdict}.")
+    return "\n".join(sentences)
+
+
 def draw(directories, path):
-    """The figure of the comparison."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    """The figure of the comparison, also returned."""
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
     draw_curves(axes[0, 0], directories, "generated_total", "eval_accuracy")
     axes[0, 0].set(title="greedy accuracy on held-out questions", xlabel="generated tokens")
     draw_curves(axes[0, 1], directories, None, "eval_accuracy")
@@ -137,8 +179,10 @@ def draw(directories, path):
     draw_pivots(axes[1, 0], axes[1, 1], directories["deep_grpo"])
     draw_curves(axes[1, 2], directories, None, "reward")
     axes[1, 2].set(title="mean reward of the rollouts", xlabel="updates")
+    seeds = len(directories["grpo"])
+    figure.supxlabel(f"Mean of {seeds} seeds in bold. {caption(directories)}", fontsize=10)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
+    return figure
 
 
 def main():
@@ -146,7 +190,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=["tiny", "tiny-deep"], default="tiny-deep")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budget-tokens", type=int, default=300_000, help="generated tokens per run")
+    parser.add_argument("--budget-tokens", type=int, default=80_000, help="generated tokens per run")
+    parser.add_argument("--eval-every", type=int, default=3, help="updates between evaluations")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()
@@ -155,7 +200,7 @@ def main():
     text = table(directories)
     (args.out / "table.md").write_text(text + "\n")
     draw(directories, args.out / "comparison.png")
-    print(f"\n{args.preset}, {args.seeds} seeds, mean ± standard deviation:\n\n{text}\n")
+    print(f"\n{args.preset}, {args.seeds} seeds, mean ± standard deviation:\n\n{text}\n\n{caption(directories)}\n")
     print(f"figure: {args.out / 'comparison.png'}   ({time.time() - start:.0f} seconds)")
 
 

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ from tasks import load_rows, make_questions
 EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64, micro_batch_tokens=8192)
 PRESETS = {
     "tiny": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny"), data="tiny", max_new_tokens=96),
-    "tiny-deep": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160),
+    "tiny-deep": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160, questions=1, lr=4e-5),
     # The authors' GSM8K script: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4, 512 + 512 tokens.
     "gsm8k": dict(questions=64, lr=1e-6, steps=1000, eval_every=5, eval_rows=1319, max_prompt_tokens=512,
                   micro_batch_tokens=16384, max_new_tokens=512, model="Qwen/Qwen2.5-0.5B-Instruct", data="openai/gsm8k",
@@ -394,7 +393,7 @@ def train(run) -> int:
             metrics, batch, groups = train_step(run)
         except FloatingPointError as error:
             bar.close()
-            if run.step and "gradient" in str(error):    # the weights are still those of the step before
+            if run.step and "gradient" in str(error):    # the weights are still those of the last good update
                 save_checkpoint(run, before)
             print(f"error: stopped at step {run.step + 1}: {error}. The last good state is in {args.out / 'checkpoints'} "
                   "(none there: the starting model); try a smaller --lr", file=sys.stderr)

@@ -1,4 +1,8 @@
 """Packed rows against separate rows: the mask token by token, log-probabilities and gradients to float rounding."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_model
@@ -111,3 +115,10 @@ def test_bad_arguments_are_named():
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="sdpa"):
         score_rows(model, [pack([1], [2])])
+
+
+def test_the_drawing_is_the_mask():
+    out = subprocess.run([sys.executable, "packing.py"], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True).stdout
+    drawn = [line.split()[2:] for line in out.splitlines() if line[:2] in (" P", " R", " 1", " 2")]
+    assert ["".join(line) for line in drawn] == ["#........", "##.......", "###......", "####.....", "#####....", "######...",
+                                                 "####..#..", "####..##.", "####....#"]

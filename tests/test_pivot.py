@@ -1,5 +1,7 @@
 """Eq. (Q): the paper's test vectors, exact rational arithmetic, and where sentences end."""
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -110,7 +112,5 @@ def test_the_given_generator_is_the_only_randomness():
 
 
 def test_demo_prints_a_chart_per_setting():
-    import subprocess
-    import sys
     out = subprocess.run([sys.executable, "pivot.py"], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True).stdout
     assert len(re.findall(r"^Q\(t\) for", out, re.M)) == 10 and out.count("#") > 500

@@ -1,5 +1,9 @@
 """Eq. (P): the fit against an independent optimiser, hand-computed minima, and what happens with little or odd data."""
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,3 +121,9 @@ def test_sigmoid_does_not_overflow():
 def test_bad_arguments_are_named(name, call):
     with pytest.raises(ValueError, match=name):
         call()
+
+
+def test_demo_prints_estimates_that_approach_the_truth():
+    out = subprocess.run([sys.executable, "recoverability.py"], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True).stdout
+    errors = [abs(float(w) + 6) for w in re.findall(r"w +(-?[\d.]+) \(truth -6\.0\)", out)]
+    assert len(errors) == 5 and errors[-1] < 0.3 < errors[0]

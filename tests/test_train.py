@@ -1,0 +1,336 @@
+"""The training command: it learns, repeats itself, goes on where it stopped, says what is wrong; and GSM8K's rows go through it."""
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import tiny
+import train_gsm8k
+from grading import grade_gsm8k
+from recoverability import Recoverability
+from tasks import GSM8K_INSTRUCTION, chat_prompt
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+FAST = ["--preset", "tiny", "--questions", "2", "--group-size", "4", "--branches", "2", "--eval-rows", "8", "--eval-every", "2"]
+
+
+def train(*argv):
+    """The exit code of the command, run in this process."""
+    try:
+        return train_gsm8k.main([str(a) for a in argv])
+    except SystemExit as stop:                                     # argparse
+        return stop.code
+
+
+def read(run_dir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("seconds") and k not in ("tokens_per_second", "peak_memory_gb")}
+            for row in rows]
+
+
+def weights(run_dir, step):
+    return AutoModelForCausalLM.from_pretrained(run_dir / "checkpoints" / f"step_{step}", dtype=torch.float32).state_dict()
+
+
+def test_learns_the_tiny_task(tmp_path):
+    """From under .2 to over .8 within 40 steps. (Seeds 0 to 9 end between .90 and 1.00.)"""
+    assert train("--preset", "tiny", "--out", tmp_path / "run", "--eval-every", "20", "--eval-rows", "64") == 0
+    rows = read(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(41))
+    assert rows[0]["eval_accuracy"] < 0.2 and rows[-1]["eval_accuracy"] > 0.8
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "run.png"}
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["settings"]["gamma"] == 2.0 and saved["versions"]["torch"] == torch.__version__ and saved["git_revision"]
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        assert train(*FAST, "--steps", 2, "--seed", seed, "--out", tmp_path / name) == 0
+    a, b, c = (without_clock(read(tmp_path / name)) for name in "abc")
+    assert a == b and a[1:] != c[1:]
+    assert read(tmp_path / "a", "samples.jsonl") == read(tmp_path / "b", "samples.jsonl")
+    first, second = weights(tmp_path / "a", 2), weights(tmp_path / "b", 2)
+    assert all(torch.equal(p, second[name]) for name, p in first.items())
+
+
+def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(*FAST, "--steps", 5, "--out", whole) == 0
+    assert train(*FAST, "--steps", 3, "--out", parts, "--save-every", 2) == 0
+    with open(parts / "metrics.jsonl", "a") as file:               # steps after the checkpoint are run, and logged, again
+        file.write(json.dumps({"step": 4}) + "\n")
+    assert train("--resume", parts, "--steps", 5) == 0
+    a, b = read(whole), read(parts)
+    assert b[3].get("eval_accuracy") is not None                   # the end of the first part was evaluated, too
+    assert without_clock(a)[4:] == without_clock(b)[4:] and [row["step"] for row in b] == [0, 1, 2, 3, 4, 5]
+    first, second = weights(whole, 5), weights(parts, 5)
+    assert all(torch.equal(p, second[name]) for name, p in first.items())
+    assert read(whole, "samples.jsonl")[-1] == read(parts, "samples.jsonl")[-1]
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert train(*FAST, "--branches", 4, "--steps", 3, "--out", out, "--eval-every", 3, "--updates", 2) == 0
+    return out
+
+
+def test_metrics_of_the_run_by_hand(short_run):
+    """What is not a metric of objective() or summarize() (tests/test_deep_grpo.py): totals, speed, the fit, the accuracy."""
+    rows = read(short_run)
+    total = 0
+    for row in rows[1:]:
+        total += row["generated_tokens"]
+        seconds = sum(row[f"seconds_{part}"] for part in ("rollout", "resample", "score", "update"))
+        assert row["generated_total"] == total and row["tokens_per_second"] == pytest.approx(row["generated_tokens"] / seconds)
+        assert row["sequences"] == 2 * 4 + 4 * row["pivots"] and row["pivots"] == round((1 - row["reward"]) * 8)
+        assert row["peak_memory_gb"] > 0.1 and math.isfinite(row["loss"]) and row["grad_norm"] >= 0
+    parts = torch.load(short_run / "checkpoints" / "step_3" / "trainer.pt", weights_only=False)
+    again = Recoverability()
+    for ratio, success in parts["recoverability"]["outcomes"]:
+        again.observe(ratio, success)
+    again.fit()
+    assert len(again.outcomes) == sum(row["pivots"] for row in rows[1:])
+    assert (rows[-1]["w"], rows[-1]["b"]) == (again.w, again.b)
+
+    folder = short_run / "checkpoints" / "step_3"                  # the accuracy, greedily, one token and one question at a time
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    right = 0
+    for row in tiny.make_rows(tiny.PRESETS["tiny"], 8, seed=0):
+        prompt = chat_prompt(tokenizer, row["question"] + GSM8K_INSTRUCTION)
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 96 and ids[-1] != tokenizer.eos_token_id:
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        text = tokenizer.decode(ids[len(prompt):], skip_special_tokens=True)
+        right += grade_gsm8k(text, row["answer"].split("#### ")[1]) and ids[-1] == tokenizer.eos_token_id
+    assert rows[-1]["eval_accuracy"] == right / 8
+
+
+def test_samples_hold_text_pivots_and_branches(short_run):
+    samples = read(short_run, "samples.jsonl")
+    failed = [s for s in samples if s["reward"] == 0]
+    assert failed and {s["step"] for s in samples} == {3}
+    for s in failed:
+        assert s["response"].startswith(s["prefix"]) and s["prefix"] != s["response"] and len(s["branches"]) == 4
+        assert s["prefix"] == "" or s["prefix"].endswith(".\n")
+        for branch in s["branches"]:
+            assert branch["reward"] == float(grade_gsm8k(s["prefix"] + branch["text"], s["gold"]))
+
+
+def test_an_unfinished_response_earns_nothing(tmp_path):
+    args = train_gsm8k.parse_args([*FAST, "--out", str(tmp_path / "run")])
+    run = train_gsm8k.prepare(args)
+    right = run.tokenizer.encode("#### 42", add_special_tokens=False)
+    question = run.questions[0]._replace(gold="42")
+    assert run.reward(question, [*right, run.tokenizer.eos_token_id]) == 1.0
+    assert run.reward(question, right) == 0.0
+    assert run.reward(question._replace(gold="43"), [*right, run.tokenizer.eos_token_id]) == 0.0
+
+
+def test_grpo_is_the_same_code_without_branches(tmp_path):
+    assert train(*FAST[:-6], "--method", "grpo", "--steps", 1, "--eval-every", 0, "--out", tmp_path / "run") == 0
+    row = read(tmp_path / "run")[0]
+    assert row["sequences"] == 8 and row["pivots"] == 0 and row["recovered"] is None
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["branches"] == 0
+
+
+def test_budget_tokens_end_the_run_after_the_step_that_reaches_them(tmp_path):
+    assert train(*FAST, "--steps", 50, "--budget-tokens", 1500, "--eval-every", 0, "--out", tmp_path / "run") == 0
+    totals = [row["generated_total"] for row in read(tmp_path / "run")]
+    assert totals[-1] >= 1500 > totals[-2]
+    assert (tmp_path / "run" / "checkpoints" / f"step_{len(totals)}" / "trainer.pt").exists()
+
+
+def test_every_epoch_walks_through_all_questions():
+    run = argparse.Namespace(questions=list(range(7)), args=argparse.Namespace(questions=3, seed=0))
+    walk = [q for step in range(1, 15) for q in train_gsm8k.batch_at(run, step)]
+    epochs = [walk[i:i + 7] for i in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 3
+    run.args.seed = 1
+    assert walk[:21] != [q for step in range(1, 8) for q in train_gsm8k.batch_at(run, step)]
+
+
+# ---- real rows, the real tokenizer ----
+
+def test_gsm8k_rows_with_the_qwen_tokenizer(tmp_path, capsys):
+    """Everything but the weights is real. The model has memorised two answers, so that some rollouts are right and some fail."""
+    if not DATA.exists():
+        pytest.skip(f"needs GSM8K rows and the Qwen2.5 tokenizer in {DATA}")
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "qwen2.5_0.5b_instruct")
+    rows = [json.loads(line) for line in open(DATA / "gsm8k_train.jsonl")][:4]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                                         eos_token_id=[151645, 151643], pad_token_id=151643, bos_token_id=None))
+    optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.03), torch.tensor(torch.inf)
+    while loss > 0.4:                                              # about 40 steps; a whole answer is then right in 1 of 10
+        loss = torch.zeros(())
+        for row in rows[:2]:
+            prompt, gold = chat_prompt(tokenizer, row["question"] + GSM8K_INSTRUCTION), row["answer"].split("#### ")[1]
+            answer = tokenizer.encode(f"So it is {gold}.\n#### {gold}") + [151645]
+            logits = model(input_ids=torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
+            loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(answer))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    assert train("--preset", "gsm8k", "--model", tmp_path / "model", "--data", data, "--eval-data", data, "--eval-rows", 2,
+                 "--questions", 4, "--group-size", 4, "--branches", 2, "--max-new-tokens", 16, "--steps", 2, "--eval-every", 1,
+                 "--lr", "1e-4", "--micro-batch-tokens", 1000, "--out", tmp_path / "run") == 0
+    metrics = read(tmp_path / "run")
+    assert all(row["pivots"] and 0 < row["recovered"] < 1 and row["grad_norm"] > 0 and row["reward"] < 1 for row in metrics[1:])
+    assert metrics[0]["eval_accuracy"] >= 0.5                      # greedy, on the two memorised rows
+    samples = read(tmp_path / "run", "samples.jsonl")
+    assert all(s["question"] in [row["question"] for row in rows] for s in samples) and any(s["reward"] for s in samples)
+    assert any(s["prefix"].endswith(".\n") for s in samples if s["branches"])
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoints" / "step_2").decode(
+        tokenizer.encode("é 1,080")) == "é 1,080"
+    assert "4 training and 2 evaluation questions" in capsys.readouterr().out
+
+
+# ---- bad input: one clear line, exit code 2, no traceback, no half-made run directory ----
+
+GOOD_ROW = {"question": "The dials show 37.\n(a) L+3\nWhat do they show?", "answer": "(a) L+3: 37 -> 67.\n#### 67"}
+
+
+def bad_inputs(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    for name, lines in {"torn": [json.dumps(GOOD_ROW), '{"question": "a'], "list": ["[1]"], "nothing": [],
+                        "no_answer": [json.dumps(GOOD_ROW), "", json.dumps({"question": "Why?", "answer": "Because."})],
+                        "words": [json.dumps({"question": "Why?", "answer": "#### many"})],
+                        "field": [json.dumps({"problem": "1+1", "answer": "#### 2"})],
+                        "one": [json.dumps(GOOD_ROW)]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return {
+        "no such file": (["--data", tmp_path / "none.jsonl"], "cannot read the data file .*none.jsonl"),
+        "torn line": (["--data", tmp_path / "torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
+        "not an object": (["--data", tmp_path / "list.jsonl"], "list.jsonl, line 1: .*'question' and 'answer'"),
+        "no rows": (["--data", tmp_path / "nothing.jsonl"], "nothing.jsonl holds no rows"),
+        "no final answer": (["--data", tmp_path / "no_answer.jsonl"], "no_answer.jsonl, line 3: no #### marker"),
+        "final answer without a number": (["--data", tmp_path / "words.jsonl"], "words.jsonl, line 1: .*must be a number.*many"),
+        "missing field": (["--data", tmp_path / "field.jsonl"], "field.jsonl, line 1: .*'question' and 'answer'"),
+        "nothing to hold out": (["--data", tmp_path / "one.jsonl"], "one.jsonl has 1 row: at least 2"),
+        "all too long": (["--max-prompt-tokens", 3], "all are longer than --max-prompt-tokens 3"),
+        "folder without a model": (["--model", tmp_path / "folder"], "folder does not hold a model"),
+        "broken model": (["--model", tmp_path / "broken"], "broken' is neither a local folder with a model nor"),
+        "a method of no name": (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
+        "unknown flag": (["--group", "4"], "unrecognized arguments: --group 4"),
+        "not a number": (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        "negative rate": (["--lr", -1], "--lr: must be positive"),
+        "no steps": (["--steps", 0], "--steps: must be at least 1"),
+        "negative seed": (["--seed", -1], "--seed: must be 0 or more"),
+        "no rollouts": (["--group-size", 0], "group_size must be an integer of at least 1"),
+        "negative beta": (["--beta", -1], "beta must be 0 or positive"),
+        "temperature 0": (["--temperature", 0], "temperature must be positive"),
+        "infinite gamma": (["--gamma", "inf"], "gamma must be a finite number"),
+        "grpo with branches": (["--method", "grpo", "--branches", 8], "--method grpo is K = 0, got 8"),
+        "deep without branches": (["--branches", 0], "K = 0 is GRPO, ask for it with --method grpo"),
+        "output is a file": (["--out", tmp_path / "file"], "file already holds a run"),
+        "resume from nothing": (["--resume", tmp_path / "folder"], "folder does not hold a run"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_inputs(Path(__import__("tempfile").mkdtemp())))
+def test_bad_input_is_one_clear_line(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags, message = bad_inputs(tmp_path)[case]
+    out = tmp_path / "run"
+    before = sorted(tmp_path.rglob("*"))
+    assert train(*FAST, "--steps", 1, "--out", out, *flags) == 2
+    err = capsys.readouterr().err
+    line = [text for text in err.splitlines() if text.startswith("error:")]
+    assert len(line) == 1 and re.search(message, line[0]), err
+    assert "Traceback" not in err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_directory_that_holds_a_run_is_left_alone(short_run, capsys):
+    before = {p: p.stat().st_mtime_ns for p in short_run.rglob("*")}
+    assert train(*FAST, "--steps", 1, "--out", short_run) == 2
+    assert f"--resume {short_run}" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in short_run.rglob("*")} == before
+
+
+def test_long_questions_are_named_counted_and_skipped(tmp_path, capsys):
+    long = GOOD_ROW | {"question": GOOD_ROW["question"].replace("(a) L+3\n", "(a) L+3\n(b) R+1\n(c) R+1\n(d) R+1\n")}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [GOOD_ROW, long, GOOD_ROW, GOOD_ROW]))
+    assert train(*FAST, "--data", tmp_path / "rows.jsonl", "--steps", 1, "--max-prompt-tokens", 14, "--out", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "skipped, longer than 14 prompt tokens: 'The dials show 37.\\n(a) L+3\\n(b) R+1" in out
+    assert "skipped 1 of 2 training and 0 of 2 evaluation questions" in out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["skipped_questions"] == 1
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_non_finite_gradient_names_the_step_and_leaves_the_last_good_state(tmp_path, capsys, monkeypatch, updates):
+    good, bad, calls = tmp_path / "good", tmp_path / "bad", []
+    assert train(*FAST, "--steps", 2, "--updates", updates, "--out", good) == 0
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def explode_late(parameters, *args):
+        calls.append(1)
+        return clip(parameters, *args) * (float("nan") if len(calls) == 3 * updates else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode_late)
+    assert train(*FAST, "--steps", 5, "--updates", updates, "--out", bad) == 1
+    err = capsys.readouterr().err
+    assert "stopped at step 3: loss" in err and "gradient norm nan" in err and "Traceback" not in err
+    first, second = weights(good, 2), weights(bad, 2)
+    if updates == 1:
+        assert all(torch.equal(p, second[name]) for name, p in first.items())
+    else:                                                          # the first of the two updates of step 3 was good, and is kept
+        assert all(p.isfinite().all() for p in second.values()) and any(not torch.equal(p, second[n]) for n, p in first.items())
+    assert [row["step"] for row in read(bad)] == [0, 1, 2]
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    assert train("--resume", bad, "--steps", 3) == 0               # and goes on from there
+
+
+def test_a_policy_that_blew_up_is_named_before_it_is_sampled(tmp_path, capsys):
+    assert train(*FAST, "--steps", 4, "--beta", 0, "--lr", "1e30", "--out", tmp_path / "run", "--eval-every", 0) == 1
+    err = capsys.readouterr().err
+    assert re.search(r"error: stopped at step \d", err) and "smaller --lr" in err and "Traceback" not in err
+
+
+# ---- the command line ----
+
+@pytest.mark.parametrize("gpu, preset, why", [(False, "tiny", "no GPU is here"), (True, "gsm8k", "a GPU is here")])
+def test_without_flags_the_machine_decides_and_the_first_line_says_so(gpu, preset, why, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = train_gsm8k.parse_args([])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert args.preset == preset and first.startswith(f"preset {preset}: {why}")
+
+
+def test_the_gsm8k_preset_is_the_authors_script():
+    args = train_gsm8k.parse_args(["--preset", "gsm8k"])
+    expected = dict(questions=64, group_size=8, branches=8, gamma=2.0, lam=1.0, lr=1e-6, beta=1e-4, clip_low=0.2, clip_high=0.2,
+                    temperature=1.0, max_prompt_tokens=512, max_new_tokens=512, eval_every=5, eval_rows=1319, updates=1,
+                    max_grad_norm=1.0, model="Qwen/Qwen2.5-0.5B-Instruct", data="openai/gsm8k")
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_help_names_every_flag_and_the_command_can_be_typed(tmp_path):
+    shown = subprocess.run([sys.executable, "train_gsm8k.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0
+    for flag in ("preset", "method", "model", "data", "steps", "out", "seed", "resume", "save-every", "eval-every", "budget-tokens",
+                 "gamma", "lam", "beta", "objective", "micro-batch-tokens"):
+        assert f"--{flag} " in shown.stdout
+    wrong = subprocess.run([sys.executable, "train_gsm8k.py", "--preset", "huge"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "invalid choice: 'huge'" in wrong.stderr

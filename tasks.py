@@ -1,22 +1,69 @@
-r"""Questions and prompts: GSM8K rows from the hub or from a local file, through the model's own chat template.
+r"""Questions and prompts: GSM8K, MATH and the five evaluation sets, from the hub or from local files.
 
-A row has `question` and `answer`, the answer ending in `#### <number>`. The user's message is the question and one sentence of
-instruction (the prompt of the authors' scripts, arXiv 2602.14169).
+There are two kinds of rows. GSM8K: `question` and `answer`, the latter ending in `#### <number>`. MATH: `problem` and
+`answer`, LaTeX or a list of accepted alternatives. Whatever the hub calls these fields, a loader returns these names.
+
+A prompt is the model's own chat template around the question and one sentence of instruction (the authors' scripts, arXiv
+2602.14169), or, for base models, one of the templates of Dr. GRPO (arXiv 2503.20783, sail-sg/understand-r1-zero): `qwen_math`,
+`r1` and `no`. Those stand around the bare question, so a GSM8K answer is then not told to use `####`.
 """
 import json
+import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from grading import gsm8k_gold
 
 GSM8K_INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'
+MATH_INSTRUCTION = r" Let's think step by step and output the final answer within \boxed{}."
+TEMPLATES = {                                        # the text before and after the question
+    "chat": None,
+    "qwen_math": ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+                  "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    "r1": ("A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
+           "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
+           "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
+           "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\nUser: ", "\nAssistant: <think>"),
+    "no": ("", ""),
+}
+SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+            "precalculus")
+
+
+class Source(NamedTuple):
+    """Where a set comes from: file name in --data-dir; hub name, configs, splits; the row counts known to be right."""
+    file: str
+    hub: str
+    configs: tuple
+    splits: tuple
+    counts: tuple
+
+
+# 675 rows of OlympiadBench in the suite of Dr. GRPO, 674 on the hub. MATH levels 3-5 without MATH500: 8,523 in Dr. GRPO,
+# 8,886 in the file that other projects share; the hub's full set should leave about as many.
+SETS = {
+    "gsm8k_train": Source("gsm8k_train.jsonl", "openai/gsm8k", ("main",), ("train",), (7473,)),
+    "gsm8k": Source("gsm8k_test.jsonl", "openai/gsm8k", ("main",), ("test",), (1319,)),
+    "math_train": Source("math_lvl3to5_train.jsonl", "EleutherAI/hendrycks_math", SUBJECTS, ("train", "test"),
+                         (8523, 8886, 8888)),
+    "aime24": Source("eval_aime24.jsonl", "HuggingFaceH4/aime_2024", (None,), ("train",), (30,)),
+    "amc": Source("eval_amc.jsonl", "AI-MO/aimo-validation-amc", (None,), ("train",), (83,)),
+    "math500": Source("eval_math500.jsonl", "HuggingFaceH4/MATH-500", (None,), ("test",), (500,)),
+    "minerva": Source("eval_minerva.jsonl", "math-ai/minervamath", (None,), ("test",), (272,)),
+    "olympiadbench": Source("eval_olympiadbench.jsonl", "math-ai/olympiadbench", (None,), ("test",), (674, 675)),
+}
 
 
 class Question(NamedTuple):
-    """A question as the policy sees it: text and gold answer for people, prompt (token ids) for the model."""
+    """A question as the policy sees it: text and gold answer for people, prompt (token ids) for the model.
+
+    math: the final answer is the last \\boxed{} and gold may be a list of alternatives; else it stands after `####`.
+    """
     text: str
-    gold: str
+    gold: str | list[str]
     prompt: list[int]
+    math: bool = False
 
 
 def chat_prompt(tokenizer, text):
@@ -25,25 +72,130 @@ def chat_prompt(tokenizer, text):
                                          return_dict=False)
 
 
+def make_questions(rows, tokenizer, max_prompt_tokens, template="chat"):
+    """(questions, skipped): a Question per row, and the rows whose prompt is longer than max_prompt_tokens.
+
+    template: one of TEMPLATES. ValueError for another, and for "chat" when the tokenizer has no chat template.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+    if template == "chat" and tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template, and template is 'chat': use qwen_math, r1 or no")
+    questions, skipped = [], []
+    for row in rows:
+        math = "problem" in row
+        text, gold = (row["problem"], row["answer"]) if math else (row["question"], gsm8k_gold(row["answer"]))
+        if template == "chat":
+            prompt = chat_prompt(tokenizer, text + (MATH_INSTRUCTION if math else GSM8K_INSTRUCTION))
+        else:
+            before, after = TEMPLATES[template]
+            prompt = list(tokenizer(before + text + after)["input_ids"])
+        if len(prompt) > max_prompt_tokens:
+            skipped.append(row)
+        else:
+            questions.append(Question(text, gold, prompt, math))
+    return questions, skipped
+
+
+def stop_ids(tokenizer, model):
+    """Sorted ids that end an answer: the checkpoint's eos (a base Qwen2.5: 151643) and what its chat template ends turns with.
+
+    The base Math models write <|im_end|> (151645) inside a chat though their eos is another. ValueError when there is none.
+    """
+    found = {tokenizer.eos_token_id}
+    for config in (model.config, model.generation_config):
+        eos = getattr(config, "eos_token_id", None)
+        found.update(eos if isinstance(eos, (list, tuple)) else [eos])
+    if tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        _, _, end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        found.update(special & set(tokenizer.encode(end, add_special_tokens=False)))
+    found.discard(None)
+    if not found:
+        raise ValueError("neither the tokenizer nor the model names an end-of-sequence token, so no answer could end")
+    return sorted(found)
+
+
+def split_validation(rows, n=256):
+    """(train, validation): the last n rows are held out, whatever the seed, to choose the best checkpoint on."""
+    if not 1 <= n < len(rows):
+        raise ValueError(f"n must leave rows to train on: 1 to {len(rows) - 1} of {len(rows)} rows, got {n}")
+    return rows[:-n], rows[-n:]
+
+
+def load_set(name, data_dir=None):
+    """The rows of one of SETS, from its file in the folder data_dir, or from the hub.
+
+    A warning on stderr when there are more or fewer rows than known. ValueError names the file and line, or the data set and
+    row, and what is wrong.
+    """
+    if name not in SETS:
+        raise ValueError(f"name must be one of {', '.join(SETS)}, got {name!r}")
+    source, math = SETS[name], not name.startswith("gsm8k")
+    if data_dir is not None:
+        where = Path(data_dir) / source.file
+        rows = _read_jsonl(where, math)
+    else:
+        where = source.hub
+        rows = [row for config in source.configs for split in source.splits for row in _read_hub(where, config, split, math)]
+        if name == "math_train":
+            everything, rows = len(rows), filter_math(rows, load_set("math500"))
+            print(f"{where}: {len(rows)} of {everything} rows are left, levels 3-5 without MATH500", file=sys.stderr)
+    if len(rows) not in source.counts:
+        known = " or ".join(f"{count:,}" for count in source.counts)
+        print(f"warning: {where} has {len(rows):,} rows, {name} is known with {known}", file=sys.stderr)
+    return rows
+
+
 def load_rows(source, split):
-    """Rows {question, answer} from a local .jsonl (then split is not used) or from a data set of the hub.
+    """Rows from a local .jsonl of either kind (then split is not used) or, GSM8K rows, from a data set of the hub.
 
     ValueError names the file and the line, or the data set, and what is wrong.
     """
     if str(source).endswith((".jsonl", ".json")) or Path(source).exists():
         return _read_jsonl(Path(source))
+    return _read_hub(source, "main" if source.endswith("gsm8k") else None, split, math=False)
+
+
+def filter_math(rows, test_rows):
+    """The MATH rows of level 3 to 5 whose problem is not in test_rows (compared with white space normalised)."""
+    def words(row):
+        return " ".join(row["problem"].split())
+
+    test = {words(row) for row in test_rows}
+    return [row for row in rows if re.search("[345]$", str(row.get("level"))) and words(row) not in test]
+
+
+def last_boxed(solution):
+    r"""The content of the last \boxed{..} of a MATH solution (also \fbox{..}, and \boxed 2 up to a $), or None."""
+    rest = solution[max(solution.rfind(r"\boxed"), solution.rfind(r"\fbox"), 0):]
+    match = re.match(r"\\(?:boxed|fbox)\s*", rest)
+    rest = rest[match.end():] if match else ""
+    if not rest.startswith("{"):
+        return rest.split("$")[0].strip() or None
+    depth = 0
+    for part in re.finditer(r"\\.|[{}]", rest):      # \{ and \} do not count
+        depth += (part[0] == "{") - (part[0] == "}")
+        if depth == 0:
+            return rest[1:part.start()]
+
+
+def _read_hub(name, config, split, math):
     from datasets import load_dataset                # slow to import, and not needed for local files
+
     try:
-        rows = load_dataset(source, *(["main"] if source.endswith("gsm8k") else []), split=split)
+        rows = load_dataset(name, *([config] if config else []), split=split)
     except Exception as error:                       # the hub raises many types; the person needs one line
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"data set {source!r} is neither a local .jsonl nor could it be loaded from the hub: {reason}") from error
-    return [_check_row(row, f"{source}, {split}, row {i}") for i, row in enumerate(rows)]
+        raise ValueError(f"data set {name!r} is neither a local .jsonl nor can the hub load it: {reason}") from error
+    place = ", ".join(filter(None, (name, config, split)))
+    return [_check_row(row, f"{place}, row {i}", math) for i, row in enumerate(rows)]
 
 
-def _read_jsonl(path):
+def _read_jsonl(path, math=None):
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")         # not splitlines: JSON may hold other line ends as text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the data file {path}: {error}") from error
     rows = []
@@ -54,16 +206,20 @@ def _read_jsonl(path):
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-        rows.append(_check_row(row, f"{path}, line {number}"))
+        rows.append(_check_row(row, f"{path}, line {number}", math))
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
 
 
-def _check_row(row, where):
-    """The row, if it has a question and an answer ending in a number; ValueError otherwise."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) and row[name] for name in ("question", "answer")):
-        raise ValueError(f"{where}: a row needs the text fields 'question' and 'answer'")
+def _check_row(row, where, math=None):
+    """The row under the names of the module's docstring; ValueError when it lacks something. math None: by its fields."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a row must be an object with named fields, got {type(row).__name__}")
+    if math or math is None and "problem" in row:
+        return _check_math_row(row, where)
+    if not all(isinstance(row.get(name), str) and row[name] for name in ("question", "answer")):
+        raise ValueError(f"{where}: a row needs the text fields 'question' and 'answer', it has {', '.join(row) or 'none'}")
     try:
         gsm8k_gold(row["answer"])
     except ValueError as error:
@@ -71,13 +227,16 @@ def _check_row(row, where):
     return row
 
 
-def make_questions(rows, tokenizer, max_prompt_tokens):
-    """(questions, skipped): a Question per row, and the rows whose prompt is longer than max_prompt_tokens."""
-    questions, skipped = [], []
-    for row in rows:
-        prompt = chat_prompt(tokenizer, row["question"] + GSM8K_INSTRUCTION)
-        if len(prompt) > max_prompt_tokens:
-            skipped.append(row)
-        else:
-            questions.append(Question(row["question"], gsm8k_gold(row["answer"]), prompt))
-    return questions, skipped
+def _check_math_row(row, where):
+    """`problem` or `question`; `answer`, `final_answer` or the box of `solution`; AMC has floats, AIME leading zeros."""
+    problem = row.get("problem") or row.get("question")
+    answer = row["answer"] if row.get("answer") is not None else row.get("final_answer")
+    if answer is None and isinstance(row.get("solution"), str):
+        answer = last_boxed(row["solution"])
+    golds = answer if isinstance(answer, list) else [answer]
+    golds = [f"{gold:.15g}" if isinstance(gold, (int, float)) else gold for gold in golds]
+    if not isinstance(problem, str) or not problem or not golds or not all(isinstance(g, str) and g for g in golds):
+        raise ValueError(f"{where}: a row needs the text 'problem' (or 'question') and an 'answer' (or 'final_answer', or a "
+                         f"'solution' with a \\boxed{{}}), text or a list of texts; it has {', '.join(row) or 'no fields'}")
+    golds = [re.sub(r"^0+(?=\d+$)", "", gold) for gold in golds]
+    return row | {"problem": problem, "answer": golds if isinstance(answer, list) else golds[0]}

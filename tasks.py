@@ -9,7 +9,6 @@ A prompt is the model's own chat template around the question and one sentence o
 """
 import json
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +126,7 @@ def split_validation(rows, n=256):
 def load_set(name, data_dir=None):
     """The rows of one of SETS, from its file in the folder data_dir, or from the hub.
 
-    A warning on stderr when there are more or fewer rows than known. ValueError names the file and line, or the data set and
+    A printed warning when there are more or fewer rows than known. ValueError names the file and line, or the data set and
     row, and what is wrong.
     """
     if name not in SETS:
@@ -141,10 +140,10 @@ def load_set(name, data_dir=None):
         rows = [row for config in source.configs for split in source.splits for row in _read_hub(where, config, split, math)]
         if name == "math_train":
             everything, rows = len(rows), filter_math(rows, load_set("math500"))
-            print(f"{where}: {len(rows)} of {everything} rows are left, levels 3-5 without MATH500", file=sys.stderr)
+            print(f"{where}: {len(rows)} of {everything} rows are left, levels 3-5 without MATH500")
     if len(rows) not in source.counts:
         known = " or ".join(f"{count:,}" for count in source.counts)
-        print(f"warning: {where} has {len(rows):,} rows, {name} is known with {known}", file=sys.stderr)
+        print(f"warning: {where} has {len(rows):,} rows, {name} is known with {known}")
     return rows
 
 

@@ -106,7 +106,7 @@ def test_make_questions_skips_and_complains():
                                         ("math500", 500), ("minerva", 272), ("olympiadbench", 675)])
 def test_real_files(name, rows, capsys):
     loaded = load_set(name, DATA)
-    assert len(loaded) == rows and capsys.readouterr().err == ""                    # the known count: no warning
+    assert len(loaded) == rows and capsys.readouterr().out == ""                    # the known count: no warning
     raw = [json.loads(line) for line in (DATA / SETS[name].file).read_text().splitlines()]
     changed = [(new["answer"], old["answer"]) for new, old in zip(loaded, raw) if new != old]
     assert len(changed) == (4 if name == "math_train" else 0) and all(new == old.lstrip("0") for new, old in changed)
@@ -120,7 +120,7 @@ def test_real_files(name, rows, capsys):
 def test_a_different_count_is_a_warning(tmp_path, capsys):
     (tmp_path / "eval_olympiadbench.jsonl").write_text((json.dumps(MATH_ROW) + "\n") * 3)
     assert len(load_set("olympiadbench", tmp_path)) == 3
-    assert capsys.readouterr().err == (f"warning: {tmp_path / 'eval_olympiadbench.jsonl'} has 3 rows, olympiadbench is known "
+    assert capsys.readouterr().out == (f"warning: {tmp_path / 'eval_olympiadbench.jsonl'} has 3 rows, olympiadbench is known "
                                        "with 674 or 675\n")
 
 
@@ -183,7 +183,7 @@ def test_the_hub_gives_the_questions_of_the_files(name, where, monkeypatch, caps
     local = load_set(name, DATA)
     calls = hub_of({where: [as_on_the_hub(name, row) for row in local]}, monkeypatch)
     hub = load_set(name)
-    assert calls == [where] and capsys.readouterr().err == ""
+    assert calls == [where] and capsys.readouterr().out == ""
     assert [row["problem"] for row in hub] == [row["problem"] for row in local]
     for a, b in zip(hub, local):
         assert a["answer"] == (b["answer"][:1] if name == "olympiadbench" else b["answer"][0] if name == "minerva" else b["answer"])
@@ -193,7 +193,7 @@ def test_gsm8k_from_the_hub(monkeypatch, capsys):
     calls = hub_of({("openai/gsm8k", "main", split): [GSM8K_ROW] * n for split, n in (("train", 7473), ("test", 1319))}, monkeypatch)
     assert load_set("gsm8k_train")[0] == GSM8K_ROW and len(load_set("gsm8k")) == 1319
     assert load_rows("openai/gsm8k", "test") == [GSM8K_ROW] * 1319
-    assert [split for _, _, split in calls] == ["train", "test", "test"] and capsys.readouterr().err == ""
+    assert [split for _, _, split in calls] == ["train", "test", "test"] and capsys.readouterr().out == ""
     hub_of({("me/mine", None, "train"): [{"question": "a", "answer": "#### x"}]}, monkeypatch)
     with pytest.raises(ValueError, match="me/mine, train, row 0: the gold answer must be a number"):
         load_rows("me/mine", "train")
@@ -224,7 +224,7 @@ def test_math_from_the_hub_keeps_levels_3_to_5_without_math500(monkeypatch, caps
     assert {r["problem"] for r in rows} == wanted - {"algebra test 4"} and len(rows) == 41
     assert all(r["answer"] == r"\frac{1}{2}" for r in rows)                         # the last box, braces and all
     assert len(calls) == 15 and len(set(calls)) == 15
-    error = capsys.readouterr().err
+    error = capsys.readouterr().out
     assert "EleutherAI/hendrycks_math: 41 of 85 rows are left, levels 3-5 without MATH500\n" in error
     assert "has 41 rows, math_train is known with 8,523 or 8,886 or 8,888" in error
 

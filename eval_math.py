@@ -1,0 +1,310 @@
+r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with intervals.
+
+    python eval_math.py --model Qwen/Qwen2.5-0.5B-Instruct --sets gsm8k --max-new-tokens 512
+    python eval_math.py --model runs/my-run/checkpoints/step_100 --sets aime24,amc,math500,minerva,olympiadbench
+    python eval_math.py --model sail/Qwen2.5-Math-7B-Oat-Zero --template qwen_math --sets math500 --samples 8 --temperature 0.6
+    python eval_math.py --model assets/tiny --sets tiny --max-new-tokens 96      # the embedded task: nothing is downloaded
+
+Protocol of the MATH table (that of Dr. GRPO): greedy, at most 3,000 new tokens, 4,096 with the prompt, the last \boxed{} counts,
+unfinished answers are graded like all others. On GSM8K an unfinished answer is wrong, as in training; beside the accuracy stand
+`strict`, the plain `#### n` rule, and `last number`, anywhere in the answer: for models that were not told the format.
+
+accuracy   share of right answers; with k samples the mean over questions and samples.
+interval   Wilson, 95 %, n = number of questions (conservative with k samples, which are not independent).
+pass@j     1 - C(k - c, j) / C(k, j) for c right of k samples: unbiased for j draws (2107.03374, Eq. 1), mean over questions.
+tokens     mean length of an answer. truncated: share without a stop id (r1: or </answer>) within the cap.
+
+--out holds config.json, answers.jsonl (a line per answer, written batch by batch), results.json and results.md. The same command
+goes on with an interrupted evaluation. Batches and the seed of each depend on the settings alone, so that the result is that of an
+uninterrupted one (but a GPU that runs out of memory splits a batch, which then draws other samples).
+Exit codes: 0 done, 2 bad input (one line on stderr), 1 anything else.
+"""
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from grading import grade_gsm8k, grade_last_number, grade_math
+from resample import sample
+from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
+
+MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
+TOTAL_TOKENS = 4096                                  # prompt and answer together
+PAPER = {                                            # accuracies in %, the paper's tables
+    "Qwen2.5-0.5B-Instruct: GRPO, N = 8": {"gsm8k": 64.1}, "GRPO, N = 64": {"gsm8k": 66.2}, "TreeRL": {"gsm8k": 65.5},
+    "AttnRL": {"gsm8k": 67.0}, "DEEP-GRPO": {"gsm8k": 67.7},
+    "Oat-Zero-1.5B (Dr. GRPO)": dict(zip(MATH_SETS, (20.0, 53.0, 74.2, 25.7, 37.6)), mean=42.1),
+    "DEEP-GRPO-1.5B": dict(zip(MATH_SETS, (26.7, 50.6, 75.2, 27.2, 36.7)), mean=43.3),
+    "Oat-Zero-7B (Dr. GRPO)": dict(zip(MATH_SETS, (43.3, 62.7, 80.0, 30.1, 41.0)), mean=51.4),
+    "DEEP-GRPO-7B": dict(zip(MATH_SETS, (46.7, 65.1, 81.6, 33.8, 42.6)), mean=54.0)}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the usage text in front of an error: one line, exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
+def parse_args(argv=None):
+    """The flags, checked."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="hub name or local folder")
+    parser.add_argument("--sets", required=True, help=f"comma-separated: {', '.join([*SETS, *tiny.PRESETS])}")
+    parser.add_argument("--data-dir", type=Path, help="folder with gsm8k_test.jsonl, eval_aime24.jsonl, ...; default: the hub")
+    parser.add_argument("--out", type=Path, help="folder to write or to go on in; default: runs/eval-MODEL")
+    parser.add_argument("--samples", type=int, default=1, help="k answers per question")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--template", choices=TEMPLATES, default="chat", help="chat: the model's own; others are for base models")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--max-new-tokens", type=int, default=3000, help="cap of an answer (GSM8K training has 512)")
+    parser.add_argument("--batch-tokens", type=int, default=262_144, help="answers at a time, times their greatest length")
+    args = parser.parse_args(argv)
+    args.sets = list(dict.fromkeys(name.strip() for name in args.sets.split(",")))
+    for name in args.sets:
+        if name not in SETS and name not in tiny.PRESETS:
+            parser.error(f"argument --sets: {name!r} is not one of {', '.join([*SETS, *tiny.PRESETS])}")
+    for name in ("samples", "max_new_tokens", "batch_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.temperature < float("inf"):
+        parser.error(f"argument --temperature: must be 0 (greedy) or positive, got {args.temperature}")
+    if args.samples > 1 and args.temperature == 0:
+        parser.error(f"argument --samples: {args.samples} greedy answers would all be the same; give a --temperature above 0")
+    args.out = args.out or Path("runs") / f"eval-{Path(args.model).name}"
+    return args
+
+
+def load_model(name):
+    """(model, tokenizer) from a folder or the hub, bf16 on a GPU and fp32 on a CPU; ValueError when there is none."""
+    if Path(name).exists() and not (Path(name) / "config.json").exists():
+        raise ValueError(f"{name} does not hold a model: there is no config.json in it")
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:                       # many types; the person needs one line
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model {name!r} could be loaded neither as a local folder nor from the hub: {reason}") from error
+    return model.to("cuda" if gpu else "cpu").eval(), tokenizer
+
+
+def describe(args, model, stop, questions):
+    """All that an answer depends on, for config.json; weights and questions as checksums."""
+    flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
+    weights = sum(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item() for p in model.parameters())
+    digests = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16] for name, asked in questions.items()}
+    return ({name: getattr(args, name) for name in flags}
+            | {"stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": weights, "questions": digests})
+
+
+def check_folder(out, config):
+    """ValueError when out is no folder, or holds an evaluation with another config."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder")
+    if not (out / "config.json").exists():
+        return
+    try:
+        there = dict(json.loads((out / "config.json").read_text()).items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{out / 'config.json'} cannot be read ({error}): choose another --out") from error
+    for name in there | config:
+        if there.get(name) != config.get(name):
+            raise ValueError(f"{out} holds another evaluation: {name} is {there.get(name)!r} there and {config.get(name)!r} now; "
+                             "choose another --out, or delete that folder")
+
+
+def make_batches(questions, k, new_tokens, batch_tokens):
+    """Lists of question indices, longest prompt first, each with rows * (longest prompt + new_tokens) <= batch_tokens.
+
+    A question whose k answers are more than that is a batch of its own (sample() halves it when memory runs out).
+    """
+    batches, width = [], 0
+    for i in sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt)):
+        if not batches or (len(batches[-1]) + 1) * k * width > batch_tokens:
+            batches.append([])
+            width = len(questions[i].prompt) + new_tokens
+        batches[-1].append(i)
+    return batches
+
+
+def grade(question, text, finished, template):
+    """{column: right?} of an answer: only `correct` for MATH; for GSM8K also strict and last_number."""
+    if question.math:
+        if template == "r1" and "<answer>" in text:
+            text = text.split("<answer>")[1].split("</answer>")[0]
+            text = text if "\\boxed" in text else f"\\boxed{{{text.strip()}}}"
+        return {"correct": grade_math(text, question.gold)}
+    return {"correct": finished and grade_gsm8k(text, question.gold),
+            "strict": finished and grade_gsm8k(text, question.gold, strict=True),
+            "last_number": finished and grade_last_number(text, question.gold)}
+
+
+def answer_batch(args, model, tokenizer, stop, name, questions, batch):
+    """The answers to the questions of a batch as dicts, one per line of answers.jsonl. Uses torch's global generator."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
+    room = {i: min(args.max_new_tokens, TOTAL_TOKENS - len(questions[i].prompt)) for i in batch}
+    fits = [i for i in batch if room[i] > 0]
+    tails = sample(model, [questions[i].prompt for i in fits], args.samples, max_new_tokens=max(1, *room.values()),
+                   eos_token_id=stop, pad_token_id=pad, temperature=args.temperature)
+    tails = dict(zip(fits, tails))
+    for i in batch:                                  # a prompt that fills the cap alone has empty answers
+        for j, ids in enumerate(tails.get(i, [[]] * args.samples)):
+            ids = ids[:room[i]] if room[i] > 0 else []
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            finished = bool(ids) and ids[-1] in stop or args.template == "r1" and "</answer>" in text
+            yield {"set": name, "row": i, "sample": j, "question": questions[i].text, "gold": questions[i].gold,
+                   "response": text, "tokens": len(ids), "finished": finished,
+                   **grade(questions[i], text, finished, args.template)}
+
+
+def read_answers(path, keys):
+    """[(answer, bytes of its line)] for the lines in the order of keys (set, row, sample), up to the first that is torn."""
+    answers = []
+    for line, key in zip(path.read_bytes().splitlines(keepends=True) if path.exists() else [], keys):
+        try:
+            answer = json.loads(line)
+            good = line.endswith(b"\n") and (answer["set"], answer["row"], answer["sample"]) == key
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            break
+        answers.append((answer, len(line)))
+    return answers
+
+
+def evaluate(args, model, tokenizer, stop, questions):
+    """Answer every question that has no answer in args.out yet; returns all answers, as they are in answers.jsonl."""
+    batches = [(name, batch) for name, asked in questions.items()
+               for batch in make_batches(asked, args.samples, args.max_new_tokens, args.batch_tokens)]
+    ends = list(itertools.accumulate((len(batch) * args.samples for _, batch in batches), initial=0))
+    path = args.out / "answers.jsonl"
+    there = read_answers(path, [(name, i, j) for name, batch in batches for i in batch for j in range(args.samples)])
+    done = max(b for b, end in enumerate(ends) if end <= len(there))             # whole batches: a batch has one seed
+    answers = [answer for answer, _ in there[:ends[done]]]
+    with open(path, "a") as file, tqdm(total=ends[-1], initial=ends[done], unit="answer", desc="evaluation") as bar:
+        file.truncate(sum(size for _, size in there[:ends[done]]))
+        for b, (name, batch) in enumerate(batches[done:], start=done):
+            torch.manual_seed(random.Random(f"{args.seed} {b}").getrandbits(63))
+            new = list(answer_batch(args, model, tokenizer, stop, name, questions[name], batch))
+            file.writelines(json.dumps(answer) + "\n" for answer in new)
+            file.flush()
+            answers += new
+            bar.update(len(new))
+    return answers
+
+
+def wilson(p, n, z=1.959964):
+    """Wilson's 95 % interval (low, high) for a share p of n."""
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def pass_at(j, c, k):
+    """Probability that at least one of j of the k samples, drawn without replacement, is among the c right ones."""
+    return 1 - math.comb(k - c, j) / math.comb(k, j)
+
+
+def summarize(answers, k):
+    """The numbers of one set, from its lines."""
+    def share(column):
+        return sum(answer[column] for answer in answers) / len(answers)
+
+    right = {}
+    for answer in answers:
+        right[answer["row"]] = right.get(answer["row"], 0) + answer["correct"]
+    n, accuracy = len(right), share("correct")
+    draws = sorted({1 << bit for bit in range(k.bit_length())} | {k})            # 1, 2, 4, ... and k
+    result = {"n": n, "accuracy": accuracy, "interval": wilson(accuracy, n), "tokens": share("tokens"),
+              "truncated": 1 - share("finished"),
+              "pass": {str(j): sum(pass_at(j, c, k) for c in right.values()) / n for j in draws}}
+    return result | {column: share(column) for column in ("strict", "last_number") if column in answers[0]}
+
+
+def write_table(results):
+    """Markdown: a row per set, then the rows of the paper beside the sets that there are."""
+    def row(*cells):
+        return "| " + " | ".join(f"{100 * x:.1f}" if isinstance(x, float) else str(x) for x in cells) + " |"
+
+    config, sets = results["config"], results["sets"]
+    k = config["samples"]
+    how = f"mean of {k} samples, T = {config['temperature']:g}" if config["temperature"] else "greedy"
+    head = ["set", "n", "accuracy %", "95 % interval", *([f"pass@{k} %"] if k > 1 else []), "tokens", "truncated %",
+            "strict %", "last number % (fallback)"]
+    lines = [f"{config['model']}, {how}, template {config['template']}", "", row(*head), "|---" * len(head) + "|"]
+    for name, r in sets.items():
+        lines.append(row(name, r["n"], r["accuracy"], "{:.1f} to {:.1f}".format(*(100 * x for x in r["interval"])),
+                         *([r["pass"][str(k)]] if k > 1 else []), round(r["tokens"]), r["truncated"],
+                         r.get("strict", ""), r.get("last_number", "")))
+    own = {name: r["accuracy"] for name, r in sets.items()} | {"mean": "" if results["math_mean"] is None else results["math_mean"]}
+    for columns in ([*MATH_SETS, "mean"], ["gsm8k"]):
+        if any(name in sets for name in columns):
+            lines += ["", row("accuracy %: the paper, greedy", *columns), "|---" * (len(columns) + 1) + "|"]
+            lines += [row(name, *(f"{numbers[c]:.1f}" for c in columns)) for name, numbers in PAPER.items() if columns[0] in numbers]
+            lines.append(row(f"{config['model']}, {how}", *(own.get(c, "") for c in columns)))
+    return "\n".join(lines) + "\n"
+
+
+def write_file(path, text):
+    """Written beside, then renamed: never half a file."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def prepare(args):
+    """((model, tokenizer, stop ids, questions by set), config). Writes nothing. ValueError or OSError on bad input."""
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        raise ValueError(f"--data-dir {args.data_dir} is not a folder")
+    rows = {name: tiny.make_rows(tiny.PRESETS[name], 256, seed=0) if name in tiny.PRESETS else load_set(name, args.data_dir)
+            for name in args.sets}
+    model, tokenizer = load_model(args.model)
+    stop = stop_ids(tokenizer, model)
+    questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0] for name in args.sets}
+    config = describe(args, model, stop, questions)
+    check_folder(args.out, config)
+    return (model, tokenizer, stop, questions), config
+
+
+def main(argv=None) -> int:
+    """Parse, prepare, evaluate, report."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    args = parse_args(argv)
+    try:
+        parts, config = prepare(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_file(args.out / "config.json", json.dumps(config, indent=2) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    try:
+        answers = evaluate(args, *parts)
+    except (KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {' '.join(str(error).split())}"
+        print(f"{why}; the answers so far are in {args.out}, the same command goes on from there", file=sys.stderr)
+        return 1
+    sets = {name: summarize([answer for answer in answers if answer["set"] == name], args.samples) for name in args.sets}
+    mean = sum(sets[s]["accuracy"] for s in MATH_SETS) / len(MATH_SETS) if all(s in sets for s in MATH_SETS) else None
+    results = {"config": config, "sets": sets, "math_mean": mean,
+               "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    write_file(args.out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_file(args.out / "results.md", write_table(results))
+    print(write_table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

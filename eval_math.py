@@ -15,8 +15,8 @@ pass@j     1 - C(k - c, j) / C(k, j) for c right of k samples: unbiased for j dr
 tokens     mean length of an answer. truncated: share without a stop id (r1: or </answer>) within the cap.
 
 --out holds config.json, answers.jsonl (a line per answer, written batch by batch), results.json and results.md. The same command
-goes on with an interrupted evaluation. Batches and the seed of each depend on the settings alone, so that the result is that of an
-uninterrupted one (but a GPU that runs out of memory splits a batch, which then draws other samples).
+goes on with an interrupted evaluation. Batches, and the seed that each has, depend on the settings alone, so that the result is
+that of an uninterrupted one (but a GPU that runs out of memory splits a batch, which then draws other samples).
 Exit codes: 0 done, 2 bad input (one line on stderr), 1 anything else.
 """
 import argparse
@@ -41,9 +41,9 @@ from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
 
 MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
 TOTAL_TOKENS = 4096                                  # prompt and answer together
-PAPER = {                                            # accuracies in %, the paper's tables
-    "Qwen2.5-0.5B-Instruct: GRPO, N = 8": {"gsm8k": 64.1}, "GRPO, N = 64": {"gsm8k": 66.2}, "TreeRL": {"gsm8k": 65.5},
-    "AttnRL": {"gsm8k": 67.0}, "DEEP-GRPO": {"gsm8k": 67.7},
+PAPER = {                                            # accuracies in %, the paper's two tables
+    **{f"{method}, Qwen2.5-0.5B-Instruct": {"gsm8k": x} for method, x in (
+        ("GRPO, N = 8", 64.1), ("GRPO, N = 64", 66.2), ("TreeRL", 65.5), ("AttnRL", 67.0), ("DEEP-GRPO", 67.7))},
     "Oat-Zero-1.5B (Dr. GRPO)": dict(zip(MATH_SETS, (20.0, 53.0, 74.2, 25.7, 37.6)), mean=42.1),
     "DEEP-GRPO-1.5B": dict(zip(MATH_SETS, (26.7, 50.6, 75.2, 27.2, 36.7)), mean=43.3),
     "Oat-Zero-7B (Dr. GRPO)": dict(zip(MATH_SETS, (43.3, 62.7, 80.0, 30.1, 41.0)), mean=51.4),
@@ -106,8 +106,8 @@ def describe(args, model, stop, questions):
     flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
     weights = sum(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item() for p in model.parameters())
     digests = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16] for name, asked in questions.items()}
-    return ({name: getattr(args, name) for name in flags}
-            | {"stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": weights, "questions": digests})
+    return {name: getattr(args, name) for name in flags} | {
+        "stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": weights, "questions": digests}
 
 
 def check_folder(out, config):
@@ -142,10 +142,10 @@ def make_batches(questions, k, new_tokens, batch_tokens):
 
 def grade(question, text, finished, template):
     """{column: right?} of an answer: only `correct` for MATH; for GSM8K also strict and last_number."""
+    if template == "r1" and "<answer>" in text:      # what stands between the first tags, in a box or not
+        text = text.split("<answer>")[1].split("</answer>")[0].strip()
+        text = f"\\boxed{{{text}}}" if question.math and "\\boxed" not in text else text
     if question.math:
-        if template == "r1" and "<answer>" in text:
-            text = text.split("<answer>")[1].split("</answer>")[0]
-            text = text if "\\boxed" in text else f"\\boxed{{{text.strip()}}}"
         return {"correct": grade_math(text, question.gold)}
     return {"correct": finished and grade_gsm8k(text, question.gold),
             "strict": finished and grade_gsm8k(text, question.gold, strict=True),
@@ -155,14 +155,12 @@ def grade(question, text, finished, template):
 def answer_batch(args, model, tokenizer, stop, name, questions, batch):
     """The answers to the questions of a batch as dicts, one per line of answers.jsonl. Uses torch's global generator."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
-    room = {i: min(args.max_new_tokens, TOTAL_TOKENS - len(questions[i].prompt)) for i in batch}
-    fits = [i for i in batch if room[i] > 0]
-    tails = sample(model, [questions[i].prompt for i in fits], args.samples, max_new_tokens=max(1, *room.values()),
+    room = [max(0, min(args.max_new_tokens, TOTAL_TOKENS - len(questions[i].prompt))) for i in batch]
+    tails = sample(model, [questions[i].prompt for i in batch], args.samples, max_new_tokens=max(1, *room),
                    eos_token_id=stop, pad_token_id=pad, temperature=args.temperature)
-    tails = dict(zip(fits, tails))
-    for i in batch:                                  # a prompt that fills the cap alone has empty answers
-        for j, ids in enumerate(tails.get(i, [[]] * args.samples)):
-            ids = ids[:room[i]] if room[i] > 0 else []
+    for i, space, own in zip(batch, room, tails):
+        for j, ids in enumerate(own):
+            ids = ids[:space]                        # each to its own cap: answers do not depend on the batch
             text = tokenizer.decode(ids, skip_special_tokens=True)
             finished = bool(ids) and ids[-1] in stop or args.template == "r1" and "</answer>" in text
             yield {"set": name, "row": i, "sample": j, "question": questions[i].text, "gold": questions[i].gold,
@@ -171,7 +169,7 @@ def answer_batch(args, model, tokenizer, stop, name, questions, batch):
 
 
 def read_answers(path, keys):
-    """[(answer, bytes of its line)] for the lines in the order of keys (set, row, sample), up to the first that is torn."""
+    """[(answer, bytes of its line)] as long as the lines are whole and in the order of keys, tuples (set, row, sample)."""
     answers = []
     for line, key in zip(path.read_bytes().splitlines(keepends=True) if path.exists() else [], keys):
         try:
@@ -209,7 +207,7 @@ def evaluate(args, model, tokenizer, stop, questions):
 def wilson(p, n, z=1.959964):
     """Wilson's 95 % interval (low, high) for a share p of n."""
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def pass_at(j, c, k):
@@ -248,11 +246,14 @@ def write_table(results):
         lines.append(row(name, r["n"], r["accuracy"], "{:.1f} to {:.1f}".format(*(100 * x for x in r["interval"])),
                          *([r["pass"][str(k)]] if k > 1 else []), round(r["tokens"]), r["truncated"],
                          r.get("strict", ""), r.get("last_number", "")))
-    own = {name: r["accuracy"] for name, r in sets.items()} | {"mean": "" if results["math_mean"] is None else results["math_mean"]}
+    own = {name: r["accuracy"] for name, r in sets.items()}
+    if results["math_mean"] is not None:
+        own["mean"] = results["math_mean"]
     for columns in ([*MATH_SETS, "mean"], ["gsm8k"]):
         if any(name in sets for name in columns):
             lines += ["", row("accuracy %: the paper, greedy", *columns), "|---" * (len(columns) + 1) + "|"]
-            lines += [row(name, *(f"{numbers[c]:.1f}" for c in columns)) for name, numbers in PAPER.items() if columns[0] in numbers]
+            rows = {name: numbers for name, numbers in PAPER.items() if columns[0] in numbers}
+            lines += [row(name, *(f"{numbers[c]:.1f}" for c in columns)) for name, numbers in rows.items()]
             lines.append(row(f"{config['model']}, {how}", *(own.get(c, "") for c in columns)))
     return "\n".join(lines) + "\n"
 

@@ -155,7 +155,7 @@ def test_interrupted_at_any_batch_it_ends_the_same(checkpoint, data, tmp_path, g
     run(checkpoint, data, tmp_path / "count", **sampling)
     total = len(calls)
     assert total >= 5 and files_of(tmp_path / "count") == files_of(tmp_path / "whole")
-    for at, error in [(1, KeyboardInterrupt()), (total // 2, FloatingPointError("logits")), (total, OSError("no space left"))]:
+    for at, error in [(1, KeyboardInterrupt()), (total // 2, FloatingPointError("logits")), (total, OSError("full"))]:  # noqa: B007
         calls.clear()
         out = tmp_path / f"broken-{at}"
         capsys.readouterr()
@@ -211,7 +211,8 @@ def test_batches_do_not_change_greedy_answers(checkpoint, data, tmp_path):
     answers = []
     for batch_tokens in (1, 130, 10 ** 6):
         assert run(checkpoint, data, tmp_path / str(batch_tokens), batch_tokens=batch_tokens) == 0
-        answers.append(sorted((x["set"], x["row"], x["response"], x["tokens"], x["finished"]) for x in lines_of(tmp_path / str(batch_tokens))))
+        answers.append(sorted((x["set"], x["row"], x["response"], x["tokens"], x["finished"])
+                              for x in lines_of(tmp_path / str(batch_tokens))))
     assert answers[0] == answers[1] == answers[2]
     model, tokenizer = eval_math.load_model(str(checkpoint))
     for x in (x for x in lines_of(tmp_path / "130") if x["set"] == "gsm8k"):
@@ -232,7 +233,8 @@ def test_prompt_and_answer_share_the_cap(checkpoint, data, tmp_path, monkeypatch
     assert run(checkpoint, data, tmp_path / "long", "amc,gsm8k") == 0
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     free = {(x["set"], x["row"]): x for x in lines_of(tmp_path / "long")}
-    prompt = {key: len(chat_prompt(tokenizer, x["question"] + tiny.GSM8K_INSTRUCTION)) for key, x in free.items() if key[0] == "gsm8k"}
+    prompt = {key: len(chat_prompt(tokenizer, x["question"] + tiny.GSM8K_INSTRUCTION))
+              for key, x in free.items() if key[0] == "gsm8k"}
     lengths = sorted(set(prompt.values()))
     cap = lengths[1] + 3
     assert lengths[0] + 12 <= cap <= lengths[-1]     # all three cases: room for all, for 3 tokens, for none
@@ -265,6 +267,12 @@ def test_unfinished_answers_count_for_math_only():
     ("no tags \\boxed{18}", True), ("18", False)])
 def test_r1_answers_stand_between_tags(text, right):
     assert grade(Question("", "18", [], True), text, True, "r1") == {"correct": right}
+
+
+def test_r1_number_stands_between_tags():
+    text = "1 </think> <answer> It is 18 </answer> User: 7"
+    assert grade(Question("", "18", []), text, True, "r1") == {"correct": False, "strict": False, "last_number": True}
+    assert not grade(Question("", "18", []), text, True, "no")["last_number"]
 
 
 @pytest.mark.parametrize("changed, name", [
@@ -301,9 +309,11 @@ def test_other_weights_or_questions_do_not_mix(checkpoint, data, tmp_path, capsy
     (dict(batch_tokens=0), "--batch-tokens: must be at least 1"), (dict(template="llama"), "--template: invalid choice"),
     (dict(frobnicate=1), "unrecognized arguments"), (dict(model="EMPTY"), "there is no config.json in it"),
     (dict(model="HALF"), "could be loaded neither as a local folder nor from the hub"),
-    (dict(model="no/such-model"), "'no/such-model' could be loaded neither"), (dict(data_dir="/no/such"), "--data-dir /no/such is not"),
+    (dict(model="no/such-model"), "'no/such-model' could be loaded neither"),
+    (dict(data_dir="/no/such"), "--data-dir /no/such is not"),
     (dict(data_dir="EMPTY"), "cannot read the data file"), (dict(data_dir="BAD"), "gsm8k_test.jsonl, line 1: not valid JSON"),
-    (dict(out="FILE"), "is not a folder"), (dict(out="BAD"), "config.json cannot be read"), (dict(model="BARE"), "no chat template")])
+    (dict(out="FILE"), "is not a folder"), (dict(out="BAD"), "config.json cannot be read"),
+    (dict(model="BARE"), "no chat template")])
 def test_bad_input_is_one_line_and_leaves_nothing_behind(checkpoint, data, tmp_path, monkeypatch, capsys, flags, complaint):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     places = {name: tmp_path / name for name in ("EMPTY", "HALF", "BAD", "BARE")}
@@ -331,14 +341,17 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(checkpoint, data, tmp_p
 
 
 def test_the_command(checkpoint, tmp_path):
-    def command(*flags):
-        return subprocess.run([sys.executable, str(ROOT / "eval_math.py"), *flags], capture_output=True, text=True, cwd=tmp_path)
-
-    done = command("--model", str(checkpoint), "--sets", "tiny", "--max-new-tokens", "4", "--template", "no")
+    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--model", str(checkpoint), "--sets", "tiny",
+                           "--max-new-tokens", "4"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "| tiny | 256 | 0.0 | 0.0 to 1.5 |" in done.stdout and "256/256" in done.stderr
     assert (tmp_path / "runs" / f"eval-{checkpoint.name}" / "results.json").exists()
-    shown = command("--help")
-    assert shown.returncode == 0 and "--sets" in shown.stdout and "Wilson" in shown.stdout
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "--samples" in shown and "Wilson" in shown and "olympiadbench" in shown
 
 
 def test_a_qwen_checkpoint_on_real_questions(tmp_path):

@@ -168,7 +168,8 @@ def as_on_the_hub(name, row):
     gold = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
     return {"aime24": {"id": 60, "problem": row["problem"], "solution": "...", "answer": gold.zfill(3), "url": "", "year": "2024"},
             "amc": {"id": 1, "problem": row["problem"], "answer": float(gold) if name == "amc" else 0.0, "url": ""},
-            "math500": {"problem": row["problem"], "solution": "...", "answer": gold, "subject": "Algebra", "level": 2, "unique_id": "x"},
+            "math500": {"problem": row["problem"], "solution": "...", "answer": gold, "subject": "Algebra", "level": 2,
+                        "unique_id": "test/algebra/1.json"},
             "minerva": {"question": row["problem"], "answer": gold},
             "olympiadbench": {"id": 1606, "question": row["problem"], "solution": ["..."], "final_answer": [gold], "context": None,
                               "subfield": "Algebra", "unit": None}}[name]
@@ -186,11 +187,13 @@ def test_the_hub_gives_the_questions_of_the_files(name, where, monkeypatch, caps
     assert calls == [where] and capsys.readouterr().out == ""
     assert [row["problem"] for row in hub] == [row["problem"] for row in local]
     for a, b in zip(hub, local):
-        assert a["answer"] == (b["answer"][:1] if name == "olympiadbench" else b["answer"][0] if name == "minerva" else b["answer"])
+        first = b["answer"] if isinstance(b["answer"], str) else b["answer"][0]
+        assert a["answer"] == ([first] if name == "olympiadbench" else first)
 
 
 def test_gsm8k_from_the_hub(monkeypatch, capsys):
-    calls = hub_of({("openai/gsm8k", "main", split): [GSM8K_ROW] * n for split, n in (("train", 7473), ("test", 1319))}, monkeypatch)
+    rows = {("openai/gsm8k", "main", split): [GSM8K_ROW] * n for split, n in (("train", 7473), ("test", 1319))}
+    calls = hub_of(rows, monkeypatch)
     assert load_set("gsm8k_train")[0] == GSM8K_ROW and len(load_set("gsm8k")) == 1319
     assert load_rows("openai/gsm8k", "test") == [GSM8K_ROW] * 1319
     assert [split for _, _, split in calls] == ["train", "test", "test"] and capsys.readouterr().out == ""
@@ -212,8 +215,8 @@ def test_math_from_the_hub_keeps_levels_3_to_5_without_math500(monkeypatch, caps
     def row(problem, level, answer=r"\frac{1}{2}"):
         return {"problem": problem, "level": level, "type": "Algebra", "solution": f"First \\boxed{{9}}, so \\boxed{{{answer}}}."}
 
-    contents = {("EleutherAI/hendrycks_math", subject, split): [row(f"{subject} {split} {level}", f"Level {level}") for level in "12345?"]
-                for subject in tasks.SUBJECTS for split in ("train", "test")}
+    contents = {("EleutherAI/hendrycks_math", subject, split):
+                [row(f"{subject} {split} {level}", f"Level {level}") for level in "12345?"] for subject in tasks.SUBJECTS for split in ("train", "test")}
     contents["EleutherAI/hendrycks_math", "geometry", "test"].append(row("Find  $x$\nin the  figure.", "Level 5"))
     contents["HuggingFaceH4/MATH-500", None, "test"] = [
         {"problem": "Find $x$ in the figure. ", "answer": "3"}, {"problem": "algebra test 4", "answer": "3"},
@@ -249,8 +252,9 @@ def test_rows_of_both_kinds_from_one_loader(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(GSM8K_ROW, ensure_ascii=False) + "\n\n" + json.dumps(MATH_ROW) + "\r\n", encoding="utf-8")
     assert load_rows(str(path), "train") == [GSM8K_ROW, MATH_ROW]
-    path.write_text(json.dumps(GSM8K_ROW | {"question": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf-8")   # not line ends here
-    assert load_rows(path, "train")[0]["question"] == "a\u2028b\x85c"
+    odd = GSM8K_ROW | {"question": "a\u2028b\x85c"}                                 # not line ends here
+    path.write_text(json.dumps(odd, ensure_ascii=False), encoding="utf-8")
+    assert load_rows(path, "train") == [odd]
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no rows"):
         load_rows(path, "train")

@@ -181,7 +181,7 @@ def last_boxed(solution):
 
 
 def _read_hub(name, config, split, math):
-    from datasets import load_dataset                # slow to import, and not needed for local files
+    from datasets import load_dataset  # slow to import, and not needed for local files
 
     try:
         rows = load_dataset(name, *([config] if config else []), split=split)

@@ -166,12 +166,13 @@ def hub_of(contents, monkeypatch):
 def as_on_the_hub(name, row):
     """A local row with the fields that the hub's data set has."""
     gold = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
-    return {"aime24": {"id": 60, "problem": row["problem"], "solution": "...", "answer": gold.zfill(3), "url": "", "year": "2024"},
-            "amc": {"id": 1, "problem": row["problem"], "answer": float(gold) if name == "amc" else 0.0, "url": ""},
-            "math500": {"problem": row["problem"], "solution": "...", "answer": gold, "subject": "Algebra", "level": 2,
+    problem = row["problem"]
+    return {"aime24": {"id": 60, "problem": problem, "solution": "...", "answer": gold.zfill(3), "url": "", "year": "2024"},
+            "amc": {"id": 1, "problem": problem, "answer": float(gold) if name == "amc" else 0.0, "url": ""},
+            "math500": {"problem": problem, "solution": "...", "answer": gold, "subject": "Algebra", "level": 2,
                         "unique_id": "test/algebra/1.json"},
-            "minerva": {"question": row["problem"], "answer": gold},
-            "olympiadbench": {"id": 1606, "question": row["problem"], "solution": ["..."], "final_answer": [gold], "context": None,
+            "minerva": {"question": problem, "answer": gold},
+            "olympiadbench": {"id": 1606, "question": problem, "solution": ["..."], "final_answer": [gold], "context": None,
                               "subfield": "Algebra", "unit": None}}[name]
 
 
@@ -216,7 +217,8 @@ def test_math_from_the_hub_keeps_levels_3_to_5_without_math500(monkeypatch, caps
         return {"problem": problem, "level": level, "type": "Algebra", "solution": f"First \\boxed{{9}}, so \\boxed{{{answer}}}."}
 
     contents = {("EleutherAI/hendrycks_math", subject, split):
-                [row(f"{subject} {split} {level}", f"Level {level}") for level in "12345?"] for subject in tasks.SUBJECTS for split in ("train", "test")}
+                [row(f"{subject} {split} {level}", f"Level {level}") for level in "12345?"]
+                for subject in tasks.SUBJECTS for split in ("train", "test")}
     contents["EleutherAI/hendrycks_math", "geometry", "test"].append(row("Find  $x$\nin the  figure.", "Level 5"))
     contents["HuggingFaceH4/MATH-500", None, "test"] = [
         {"problem": "Find $x$ in the figure. ", "answer": "3"}, {"problem": "algebra test 4", "answer": "3"},

@@ -14,13 +14,14 @@ import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend tha
 
 
 def read_metrics(run_dir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """name -> (steps, values) of metrics.jsonl, leaving out lines where a metric is missing or null."""
+    """name -> (steps, values) of metrics.jsonl and timing.jsonl, leaving out lines where a metric is missing or null."""
     columns = {}
-    for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for name, value in row.items():
-            if value is not None:
-                columns.setdefault(name, []).append((row["step"], value))
+    for file in ("metrics.jsonl", "timing.jsonl"):
+        for line in (Path(run_dir) / file).read_text().splitlines():
+            row = json.loads(line)
+            for name, value in row.items():
+                if value is not None:
+                    columns.setdefault(name, []).append((row["step"], value))
     return {name: tuple(np.array(column).T) for name, column in columns.items()}
 
 

@@ -5,16 +5,17 @@ r"""Train DEEP-GRPO, or GRPO, on GSM8K or on the embedded task: one command, one
     python train_gsm8k.py --preset gsm8k --method grpo       # the baseline: the same code with K = 0
     python train_gsm8k.py --model FOLDER --data FILE.jsonl   # your own, with the fields question and answer (ends in #### n)
 
-The run directory holds config.json (all settings, versions, git revision), metrics.jsonl (a line per step), samples.jsonl
-(rollouts and branches as text), checkpoints/step_N (a Hugging Face model folder plus trainer.pt) and run.png.
-Exit codes: 0 done, 2 bad input (one line on stderr), 1 anything else.
+The run directory holds config.json (all settings, versions, git revision), metrics.jsonl (a line per step), timing.jsonl (what the
+step cost), samples.jsonl (rollouts and branches as text), checkpoints/step_N (a Hugging Face model folder plus trainer.pt: the newest
+and the best) and run.png. A run that was interrupted, or killed, goes on with --resume and ends as if it had not been.
+Exit codes: 0 done (or --max-hours are over), 2 bad input (one line on stderr), 1 anything else.
 """
 import argparse
 import copy
 import json
-import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -28,21 +29,26 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from checkpoint import append_lines, cut_logs, find_checkpoints, save_checkpoint, write_whole
 from deep_grpo import Config, choose_pivots, learn_recoverability, resample, roll_out, summarize, update
-from grading import grade_gsm8k
+from grading import grade_gsm8k, grade_math
 from plot import plot_run
 from recoverability import Recoverability
 from resample import sample
-from tasks import load_rows, make_questions
+from tasks import SETS, TEMPLATES, load_rows, load_set, make_questions, split_validation, stop_ids
 
 EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64, micro_batch_tokens=8192)
+# The authors' scripts: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4; prompt + response tokens 512 + 512 and
+# 1024 + 3072. Ours: 256 rows to choose the best checkpoint on; theirs is --select-on-test.
+AUTHORS = dict(questions=64, lr=1e-6, eval_every=5, val_rows=256, micro_batch_tokens=16384, save_every=50)
+MATH = dict(AUTHORS, steps=1000, max_prompt_tokens=1024, max_new_tokens=3072, data="math_train", eval_data="math500", eval_rows=500)
 PRESETS = {
     "tiny": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny"), data="tiny", max_new_tokens=96),
     "tiny-deep": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160, questions=1, lr=4e-5),
-    # The authors' GSM8K script: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4, 512 + 512 tokens.
-    "gsm8k": dict(questions=64, lr=1e-6, steps=1000, eval_every=5, eval_rows=1319, max_prompt_tokens=512,
-                  micro_batch_tokens=16384, max_new_tokens=512, model="Qwen/Qwen2.5-0.5B-Instruct", data="openai/gsm8k",
-                  eval_data="openai/gsm8k", save_every=50),
+    "gsm8k": dict(AUTHORS, steps=1000, max_prompt_tokens=512, max_new_tokens=512, model="Qwen/Qwen2.5-0.5B-Instruct",
+                  data="gsm8k_train", eval_data="gsm8k", eval_rows=1319),
+    "math-1.5b": dict(MATH, model="Qwen/Qwen2.5-Math-1.5B"),
+    "math-7b": dict(MATH, model="Qwen/Qwen2.5-Math-7B"),
 }
 
 
@@ -65,12 +71,16 @@ def parse_args(argv=None):
     run.add_argument("--steps", type=int, help="batches of questions to train on")
     run.add_argument("--budget-tokens", type=int, help="end after the step that reaches this many generated tokens")
     run.add_argument("--eval-every", type=int, help="greedy evaluation before training, every N steps, and at the end; 0: never")
-    run.add_argument("--save-every", type=int, help="checkpoint every N steps, and at the end; 0: at the end only")
+    run.add_argument("--save-every", type=int, help="checkpoint every N steps, when an evaluation is the best so far, and at the end")
+    run.add_argument("--max-hours", type=float, help="save and end before this much time has passed; --resume goes on")
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", help="hub name or local folder")
-    data.add_argument("--data", help="hub name, local .jsonl, or tiny / tiny-deep: training questions")
+    data.add_argument("--data", help=f"training questions: local .jsonl, hub name, or one of {', '.join([*tiny.PRESETS, *SETS])}")
     data.add_argument("--eval-data", help="the same, for evaluation; default: the last --eval-rows rows of --data, held out")
     data.add_argument("--eval-rows", type=int, help="questions to evaluate on")
+    data.add_argument("--val-rows", type=int, help="with --eval-data: last rows of --data, held out to choose the best checkpoint on")
+    data.add_argument("--select-on-test", action="store_true", help="choose it on --eval-data instead, as the authors do")
+    data.add_argument("--template", choices=TEMPLATES, default="chat", help="chat: the model's own; the others are for base models")
     data.add_argument("--max-prompt-tokens", type=int, help="longer questions are named and skipped")
     method = parser.add_argument_group("method (the paper's letters; deep_grpo.Config)")
     method.add_argument("--questions", type=int, help="questions x per step")
@@ -107,11 +117,13 @@ def fill_settings(parser, args):
         args.preset = "gsm8k" if gpu else "tiny"
         why = "a GPU is here; --preset tiny is the embedded task" if gpu else "no GPU is here; --preset gsm8k is the full run"
     print(f"preset {args.preset}: {why}")
+    if args.preset == "math-7b":
+        parser.error("argument --preset: math-7b needs more than one GPU, and this program does not shard a model yet")
     if args.method == "grpo" and args.branches not in (None, 0):
         parser.error(f"argument --branches: --method grpo is K = 0, got {args.branches}")
     if args.method == "deep_grpo" and args.branches == 0:
         parser.error("argument --branches: K = 0 is GRPO, ask for it with --method grpo")
-    defaults = {f.name: f.default for f in fields(Config)} | dict(budget_tokens=None, save_every=0, eval_data=None)
+    defaults = {f.name: f.default for f in fields(Config)} | dict(budget_tokens=None, save_every=0, eval_data=None, val_rows=0)
     if args.method == "grpo":
         defaults["branches"] = 0
     for name, value in (defaults | PRESETS[args.preset]).items():
@@ -121,15 +133,16 @@ def fill_settings(parser, args):
     for name in ("steps", "questions", "eval_rows", "max_prompt_tokens", "micro_batch_tokens", "budget_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
-    for name in ("eval_every", "save_every", "seed"):
+    for name in ("eval_every", "save_every", "val_rows", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"argument --{name.replace('_', '-')}: must be 0 or more, got {getattr(args, name)}")
-    if not 0 < args.lr < float("inf"):
-        parser.error(f"argument --lr: must be positive, got {args.lr}")
+    for name in ("lr", "max_hours"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
+            parser.error(f"argument --{name.replace('_', '-')}: must be positive, got {getattr(args, name)}")
 
 
 def restore_settings(parser, args):
-    """All settings from the config.json of the run that goes on; only --steps and --budget-tokens may change."""
+    """All settings from the config.json of the run that goes on; only --steps, --budget-tokens and --max-hours may change."""
     asked = vars(args).copy()
     try:
         settings = json.loads((args.resume / "config.json").read_text())["settings"]
@@ -137,6 +150,7 @@ def restore_settings(parser, args):
         parser.error(f"argument --resume: {args.resume} does not hold a run: {error}")
     for name, value in settings.items():
         setattr(args, name, value)
+    args.max_hours = asked["max_hours"]
     for name in ("steps", "budget_tokens"):
         if asked[name] is not None:
             setattr(args, name, asked[name])
@@ -155,12 +169,15 @@ class Run:
     stop: list[int]
     questions: list
     eval_questions: list
+    val_questions: list
     skipped: int
     optimizer: torch.optim.Optimizer
     recoverability: Recoverability
     pivot_rng: np.random.Generator
     step: int = 0
     generated_total: int = 0
+    best_step: int | None = None
+    best_accuracy: float = -1.0
 
     def draw(self, prefixes, k, *, max_new_tokens, temperature=None):
         """resample.sample from the present policy, at the run's temperature unless another is given."""
@@ -175,7 +192,8 @@ class Run:
 
     def reward(self, question, response):
         """1.0 if the response ended within the cap and its final answer is right, else 0.0."""
-        return float(response[-1] in self.stop and grade_gsm8k(self.text(response), question.gold))
+        grade = grade_math if question.math else grade_gsm8k
+        return float(response[-1] in self.stop and grade(self.text(response), question.gold))
 
 
 def precision(model):
@@ -190,50 +208,46 @@ def prepare(args) -> Run:
     config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
     random.seed(args.seed)
     torch.manual_seed(args.seed)
-    rows, eval_rows = load_questions(args)
+    rows, eval_rows, val_rows = load_questions(args)
     model, tokenizer = load_model(args.model)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer of {args.model} has no chat template; the prompts are made with it")
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    questions, skipped = make_questions(rows, tokenizer, args.max_prompt_tokens)
-    eval_questions, eval_skipped = make_questions(eval_rows, tokenizer, args.max_prompt_tokens)
+    questions, skipped = make_questions(rows, tokenizer, args.max_prompt_tokens, args.template)
+    eval_questions, eval_skipped = make_questions(eval_rows, tokenizer, args.max_prompt_tokens, args.template)
+    val_questions, val_skipped = make_questions(val_rows, tokenizer, args.max_prompt_tokens, args.template)
+    eval_skipped += val_skipped
     for row in (skipped + eval_skipped)[:5]:
-        print(f"skipped, longer than {args.max_prompt_tokens} prompt tokens: {row['question'][:60]!r} ...")
+        print(f"skipped, longer than {args.max_prompt_tokens} prompt tokens: {row.get('question', row.get('problem'))[:60]!r} ...")
     if skipped or eval_skipped:
-        print(f"skipped {len(skipped)} of {len(rows)} training and {len(eval_skipped)} of {len(eval_rows)} evaluation questions")
+        print(f"skipped {len(skipped)} of {len(rows)} training and {len(eval_skipped)} of {len(eval_rows) + len(val_rows)} evaluation questions")
     if not questions or (args.eval_every and not eval_questions):
         raise ValueError(f"no question is left: all are longer than --max-prompt-tokens {args.max_prompt_tokens}")
     ref_model = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    own_stop = model.generation_config.eos_token_id
-    stop = {tokenizer.eos_token_id, *(own_stop if isinstance(own_stop, list) else [own_stop])} - {None}
-    if not stop:
-        raise ValueError(f"{args.model} names no end-of-sequence token, so no response could end")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    run = Run(args, config, model, ref_model, tokenizer, sorted(stop), questions, eval_questions, len(skipped) + len(eval_skipped),
-              optimizer, Recoverability(), np.random.default_rng(args.seed))
+    run = Run(args, config, model, ref_model, tokenizer, stop_ids(tokenizer, model), questions, eval_questions, val_questions,
+              len(skipped) + len(eval_skipped), optimizer, Recoverability(), np.random.default_rng(args.seed))
     if args.resume is not None:
         load_checkpoint(run)
     return run
 
 
 def load_questions(args):
-    """(training rows, evaluation rows) as the flags say."""
+    """(training rows, evaluation rows, validation rows) as the flags say; the last are held out when there is a test set."""
     def rows_of(source, split):
         if source in tiny.PRESETS:                   # endless supply: evaluation rows are the same for every --seed
             return tiny.make_rows(tiny.PRESETS[source], 4096 if split == "train" else args.eval_rows, args.seed + 1 if split == "train" else 0)
-        return load_rows(source, split)
+        return load_set(source) if source in SETS else load_rows(source, split)
 
     rows = rows_of(args.data, "train")
     if args.eval_data is not None:
-        return rows, rows_of(args.eval_data, "test")[:args.eval_rows]
+        train, val = split_validation(rows, args.val_rows) if args.val_rows else (rows, [])
+        return train, rows_of(args.eval_data, "test")[:args.eval_rows], val
     if args.data in tiny.PRESETS:
-        return rows, rows_of(args.data, "test")
+        return rows, rows_of(args.data, "test"), []
     if len(rows) < 2:
         raise ValueError(f"{args.data} has {len(rows)} row: at least 2 are needed, one to hold out (or give --eval-data)")
-    held_out = min(args.eval_rows, len(rows) // 2)
-    return rows[:-held_out], rows[-held_out:]
+    return *split_validation(rows, min(args.eval_rows, len(rows) // 2)), []
 
 
 def load_model(name):
@@ -257,8 +271,8 @@ def batch_at(run, step):
     return [run.questions[order[i // n][i % n]] for i in at]
 
 
-def train_step(run) -> tuple[dict, list, list]:
-    """Lines 1-8 of deep_grpo.py on the next batch. Returns (metrics, questions, groups)."""
+def train_step(run) -> tuple[dict, dict, list, list]:
+    """Lines 1-8 of deep_grpo.py on the next batch. Returns (metrics, timing, questions, groups)."""
     clock = {"rollout": 0.0, "resample": 0.0, "score": 0.0, "update": 0.0}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -282,21 +296,31 @@ def train_step(run) -> tuple[dict, list, list]:
     with precision(run.model):
         learned = timed("update", update, run.model, run.optimizer, groups, run.config, run.ref_model, run.args.micro_batch_tokens)
     metrics = summarize(groups, run.stop) | learned | {"w": run.recoverability.w, "b": run.recoverability.b}
-    metrics |= {f"seconds_{name}": seconds for name, seconds in clock.items()}
-    metrics["tokens_per_second"] = metrics["generated_tokens"] / sum(clock.values())
-    metrics["peak_memory_gb"] = (torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available()
-                                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    timing = {f"seconds_{name}": seconds for name, seconds in clock.items()}
+    timing["tokens_per_second"] = metrics["generated_tokens"] / sum(clock.values())
+    timing["peak_memory_gb"] = (torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available()
+                                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     run.step += 1
     run.generated_total += metrics["generated_tokens"]
-    return metrics | {"generated_total": run.generated_total}, batch, groups
+    return metrics | {"generated_total": run.generated_total}, timing, batch, groups
 
 
-def evaluate(run) -> dict:
-    """Greedy accuracy on the evaluation questions: finished and right."""
-    start = time.perf_counter()
-    answers = run.draw([q.prompt for q in run.eval_questions], 1, max_new_tokens=run.config.max_new_tokens, temperature=0)
-    right = [run.reward(q, y) for q, (y,) in zip(run.eval_questions, answers)]
-    return {"eval_accuracy": sum(right) / len(right), "seconds_eval": time.perf_counter() - start}
+def evaluate(run) -> tuple[dict, dict]:
+    """(metrics, timing): greedy accuracy, finished and right, on the evaluation and validation questions; notes the best."""
+    start, metrics = time.perf_counter(), {}
+    for name, questions in (("eval_accuracy", run.eval_questions), ("val_accuracy", run.val_questions)):
+        if questions:
+            answers = run.draw([q.prompt for q in questions], 1, max_new_tokens=run.config.max_new_tokens, temperature=0)
+            metrics[name] = sum(run.reward(q, y) for q, (y,) in zip(questions, answers)) / len(questions)
+    accuracy = metrics[selection(run)]
+    if run.step and accuracy > run.best_accuracy:
+        run.best_step, run.best_accuracy = run.step, accuracy
+    return metrics, {"seconds_eval": time.perf_counter() - start}
+
+
+def selection(run):
+    """The metric by which the best checkpoint is chosen."""
+    return "val_accuracy" if run.val_questions and not run.args.select_on_test else "eval_accuracy"
 
 
 def sample_lines(run, batch, groups):
@@ -311,66 +335,59 @@ def sample_lines(run, batch, groups):
 
 def moving_parts(run):
     """What a resumed run needs beside weights and optimizer, as of now."""
-    return {"step": run.step, "generated_total": run.generated_total, "recoverability": run.recoverability.state_dict(),
-            "pivot_rng": run.pivot_rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all()}
+    return {"step": run.step, "generated_total": run.generated_total, "best_step": run.best_step, "best_accuracy": run.best_accuracy,
+            "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
+            "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
 
 
-def save_checkpoint(run, parts):
-    """checkpoints/step_N: model and tokenizer in Hugging Face format, and trainer.pt. Written beside, then renamed."""
-    folder = run.args.out / "checkpoints" / f"step_{parts['step']}"
-    if folder.exists():
-        return
-    beside = folder.with_name(folder.name + ".partial")
-    run.model.save_pretrained(beside)
-    run.tokenizer.save_pretrained(beside)
-    torch.save({"optimizer": run.optimizer.state_dict(), **parts}, beside / "trainer.pt")
-    os.replace(beside, folder)
+def save(run, parts):
+    """checkpoints/step_N: model and tokenizer in Hugging Face format, and trainer.pt: the optimizer and the moving parts."""
+    def write(folder):
+        run.model.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+        torch.save({"optimizer": run.optimizer.state_dict(), **parts}, folder / "trainer.pt")
+
+    save_checkpoint(run.args.out, parts["step"], write, parts["best_step"])
 
 
 def load_checkpoint(run):
-    """Put the run back to its last checkpoint; later lines of its logs are dropped, they will be written again."""
-    found = sorted((int(path.name[5:]), path) for path in (run.args.out / "checkpoints").glob("step_*") if path.name[5:].isdigit())
-    if not found:
-        raise ValueError(f"{run.args.out} has no checkpoint to go on from: start again with another --out, and --save-every N")
-    step, folder = found[-1]
-    try:
-        parts = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=False)
-        run.model.load_state_dict(load_model(str(folder))[0].state_dict())
-    except Exception as error:
-        raise ValueError(f"the checkpoint {folder} cannot be read ({str(error).splitlines()[0]}); "
-                         "remove it to go on from the one before") from error
-    run.optimizer.load_state_dict(parts["optimizer"])
-    run.recoverability.load_state_dict(parts["recoverability"])
-    run.pivot_rng.bit_generator.state = parts["pivot_rng"]
-    torch.set_rng_state(parts["torch_rng"])
-    if parts["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(parts["cuda_rng"])
-    run.step, run.generated_total = parts["step"], parts["generated_total"]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = (run.args.out / name).read_text().splitlines(keepends=True)
-        (run.args.out / name).write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    """Put the run back to its newest checkpoint; later lines of its logs are dropped, they will be written again."""
+    found = find_checkpoints(run.args.out)
+    if found:
+        step, folder = found[-1]
+        try:
+            parts = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=False)
+            run.model.load_state_dict(load_model(str(folder))[0].state_dict())
+            run.optimizer.load_state_dict(parts["optimizer"])
+        except Exception as error:
+            older = f"the one before, {found[-2][1].name}" if len(found) > 1 else "the beginning"
+            raise ValueError(f"the checkpoint {folder} cannot be read ({(str(error).splitlines() or [repr(error)])[0]}); "
+                             f"remove it to go on from {older}") from error
+        for name in ("step", "generated_total", "best_step", "best_accuracy"):
+            setattr(run, name, parts[name])
+        run.recoverability.load_state_dict(parts["recoverability"])
+        run.pivot_rng.bit_generator.state = parts["pivot_rng"]
+        random.setstate(parts["random_rng"])
+        torch.set_rng_state(parts["torch_rng"])
+        if parts["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(parts["cuda_rng"])
+    print(f"going on after step {run.step}" if found else "there is no checkpoint yet: the run begins again")
+    cut_logs(run.args.out, run.step if found else -1)
 
 
 def write_config(run):
     """config.json: all settings, and what the numbers depend on besides."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.args).items() if k != "resume"}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.args).items() if k not in ("resume", "max_hours")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     about = {"settings": settings, "training_questions": len(run.questions), "evaluation_questions": len(run.eval_questions),
              "skipped_questions": run.skipped, "parameters": sum(p.numel() for p in run.model.parameters()), "device": device,
              "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
                           "numpy": np.__version__}, "git_revision": revision.stdout.strip() or None}
-    (run.args.out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_whole(run.args.out / "config.json", json.dumps(about, indent=2) + "\n")
     print(" ".join(f"{name}={value}" for name, value in settings.items()))
     print(f"{len(run.questions)} training and {len(run.eval_questions)} evaluation questions, "
           f"{about['parameters'] / 1e6:.1f} M parameters, {device}; writing to {run.args.out}")
-
-
-def log(run, name, *lines):
-    """Append JSON lines to a file of the run directory."""
-    with open(run.args.out / name, "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def finished(run):
@@ -378,47 +395,97 @@ def finished(run):
     return run.step >= run.args.steps or (run.args.budget_tokens or float("inf")) <= run.generated_total
 
 
+def log(run, metrics, timing, samples=()):
+    """A line to metrics.jsonl and to timing.jsonl, and the samples."""
+    append_lines(run.args.out / "samples.jsonl", samples)
+    append_lines(run.args.out / "metrics.jsonl", [{"step": run.step, **metrics}])
+    append_lines(run.args.out / "timing.jsonl", [{"step": run.step, **timing}])
+
+
+def stop_after_this_step(signals) -> list:
+    """From now on Ctrl-C and SIGTERM put their name into the returned list, once; a second one ends the process at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(signal.Signals(number).name)
+        print(f"\n{received[0]}: ending after this step; once more to end at once", file=sys.stderr)
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in signals:
+        signal.signal(number, note)
+    return received
+
+
 def train(run) -> int:
     """The loop: step, log, evaluate, save. Returns the exit code."""
-    args = run.args
-    bar = tqdm(total=args.steps, initial=run.step, desc=args.method, unit="step", disable=None if sys.stderr.isatty() else False)
+    args, start, longest = run.args, time.perf_counter(), 0.0
+    received = stop_after_this_step((signal.SIGINT, signal.SIGTERM))
     shown = {}
     if run.step == 0 and args.eval_every:
-        result = evaluate(run)
-        log(run, "metrics.jsonl", {"step": 0, "generated_total": 0, **result})
-        shown["accuracy"] = f"{result['eval_accuracy']:.3f}"
-    while not finished(run):
-        before = moving_parts(run)
-        try:
-            metrics, batch, groups = train_step(run)
-        except FloatingPointError as error:
-            bar.close()
-            if run.step and "gradient" in str(error):    # the weights are still those of the last good update
-                save_checkpoint(run, before)
-            print(f"error: stopped at step {run.step + 1}: {error}. The last good state is in {args.out / 'checkpoints'} "
-                  "(none there: the starting model); try a smaller --lr", file=sys.stderr)
-            return 1
-        shown |= {"reward": f"{metrics['reward']:.2f}", "tokens/s": f"{metrics['tokens_per_second']:.0f}"}
-        if args.eval_every and (run.step % args.eval_every == 0 or finished(run)):
-            metrics |= evaluate(run)
-            shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
-            log(run, "samples.jsonl", *sample_lines(run, batch, groups))
-        log(run, "metrics.jsonl", {"step": run.step, **metrics})
-        bar.set_postfix(shown)
-        bar.update()
-        if args.save_every and run.step % args.save_every == 0 or finished(run):
-            save_checkpoint(run, moving_parts(run))
-    bar.close()
+        metrics, timing = evaluate(run)
+        log(run, {"generated_total": 0, **metrics}, timing)
+        shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
+    with tqdm(total=args.steps, initial=run.step, desc=args.method, unit="step") as bar:
+        while not finished(run) and not received and not out_of_time(args, start, longest):
+            began, before = time.perf_counter(), moving_parts(run)
+            try:
+                metrics, timing, batch, groups = train_step(run)
+            except FloatingPointError as error:
+                bar.close()
+                return blown_up(run, before, error)
+            shown |= {"reward": f"{metrics['reward']:.2f}", "tokens/s": f"{timing['tokens_per_second']:.0f}"}
+            samples = ()
+            if args.eval_every and (run.step % args.eval_every == 0 or finished(run)):
+                accuracy, seconds = evaluate(run)
+                metrics, timing, samples = metrics | accuracy, timing | seconds, sample_lines(run, batch, groups)
+                shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
+            log(run, metrics, timing, samples)
+            bar.set_postfix(shown)
+            bar.update()
+            if run.best_step == run.step or args.save_every and run.step % args.save_every == 0 or finished(run):
+                save(run, moving_parts(run))
+            longest = max(longest, time.perf_counter() - began)
+    return conclude(run, received)
+
+
+def blown_up(run, before, error) -> int:
+    """A loss or gradient that is not finite: keep the last good state, say where it is. Returns the exit code."""
+    if run.step and "gradient" in str(error):            # the weights are still those of the last good update
+        save(run, before)
+    print(f"error: stopped at step {run.step + 1}: {error}. The last good state is in {run.args.out / 'checkpoints'} "
+          "(none there: the starting model); try a smaller --lr", file=sys.stderr)
+    return 1
+
+
+def out_of_time(args, start, longest):
+    """Would a step as long as the longest so far end after --max-hours?"""
+    return args.max_hours is not None and time.perf_counter() - start + longest > 3600 * args.max_hours
+
+
+def conclude(run, received) -> int:
+    """The last checkpoint, the figure, and where everything is. Returns the exit code."""
+    args = run.args
+    if not finished(run):
+        if run.step:
+            save(run, moving_parts(run))
+        why = received[0] if received else f"--max-hours {args.max_hours:g}"
+        print(f"{why}: ended after step {run.step} of {args.steps}, everything is saved; "
+              f"go on with: python train_gsm8k.py --resume {args.out}")
+        return 1 if received else 0
     plot_run(args.out)
-    print(f"done after {run.step} steps and {run.generated_total} generated tokens"
-          + (f"; greedy accuracy {shown['accuracy']}" if "accuracy" in shown else "")
-          + f"; the model is in {args.out / 'checkpoints' / f'step_{run.step}'}, the figure in {args.out / 'run.png'}")
+    print(f"done after {run.step} steps and {run.generated_total} generated tokens; the model is in "
+          f"{args.out / 'checkpoints' / f'step_{run.step}'}, the figure in {args.out / 'run.png'}")
+    if run.best_step is not None:
+        chosen = "the test set, as in the authors' code" if args.select_on_test else "held-out questions"
+        print(f"the best checkpoint by {selection(run)} ({chosen}) is step_{run.best_step}: {run.best_accuracy:.3f}")
     return 0
 
 
 def main(argv=None) -> int:
     """Parse, prepare, train."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()          # of loading and saving: a line per checkpoint otherwise
     args = parse_args(argv)
     try:
         run = prepare(args)
@@ -426,9 +493,14 @@ def main(argv=None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if args.resume is None:
-        write_config(run)
-    return train(run)
+    try:
+        if args.resume is None:
+            write_config(run)
+        return train(run)
+    except OSError as error:                             # a full disk, above all
+        print(f"error: {' '.join(str(error).split())}. What was saved is still there: make room, then --resume {args.out}",
+              file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -92,9 +92,11 @@ def test_a_failing_run_ends_the_demo_with_its_last_line(tmp_path):
 
 
 def test_read_metrics_and_the_figure_of_a_run(tmp_path):
+    (tmp_path / "timing.jsonl").write_text('{"step": 1, "seconds_update": 2.5}\n')
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_accuracy": 0.5}\n{"step": 1, "reward": 0.25, "recovered": null}\n'
                                             '{"step": 2, "reward": 0.5, "recovered": 1.0, "eval_accuracy": 0.75}\n')
     metrics = read_metrics(tmp_path)
     assert {name: [list(map(float, part)) for part in columns] for name, columns in metrics.items() if name != "step"} == {
-        "eval_accuracy": [[0, 2], [0.5, 0.75]], "reward": [[1, 2], [0.25, 0.5]], "recovered": [[2], [1.0]]}
+        "eval_accuracy": [[0, 2], [0.5, 0.75]], "reward": [[1, 2], [0.25, 0.5]], "recovered": [[2], [1.0]],
+        "seconds_update": [[1], [2.5]]}
     assert plot_run(tmp_path).read_bytes()[:4] == b"\x89PNG"

@@ -34,11 +34,6 @@ def read(run_dir, name="metrics.jsonl"):
     return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
-def without_clock(rows):
-    return [{k: v for k, v in row.items() if not k.startswith("seconds") and k not in ("tokens_per_second", "peak_memory_gb")}
-            for row in rows]
-
-
 def weights(run_dir, step):
     return AutoModelForCausalLM.from_pretrained(run_dir / "checkpoints" / f"step_{step}", dtype=torch.float32).state_dict()
 
@@ -49,7 +44,8 @@ def test_learns_the_tiny_task(tmp_path):
     rows = read(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(41))
     assert rows[0]["eval_accuracy"] < 0.2 and rows[-1]["eval_accuracy"] > 0.8
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "run.png"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "checkpoints", "run.png"}
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["settings"]["gamma"] == 2.0 and saved["versions"]["torch"] == torch.__version__ and saved["git_revision"]
 
@@ -57,26 +53,11 @@ def test_learns_the_tiny_task(tmp_path):
 def test_the_same_seed_gives_the_same_run(tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         assert train(*FAST, "--steps", 2, "--seed", seed, "--out", tmp_path / name) == 0
-    a, b, c = (without_clock(read(tmp_path / name)) for name in "abc")
-    assert a == b and a[1:] != c[1:]
-    assert read(tmp_path / "a", "samples.jsonl") == read(tmp_path / "b", "samples.jsonl")
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        a, b, c = ((tmp_path / name / log).read_bytes() for name in "abc")
+        assert a == b != c
     first, second = weights(tmp_path / "a", 2), weights(tmp_path / "b", 2)
     assert all(torch.equal(p, second[name]) for name, p in first.items())
-
-
-def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(*FAST, "--steps", 5, "--out", whole) == 0
-    assert train(*FAST, "--steps", 3, "--out", parts, "--save-every", 2) == 0
-    with open(parts / "metrics.jsonl", "a") as file:               # steps after the checkpoint are run, and logged, again
-        file.write(json.dumps({"step": 4}) + "\n")
-    assert train("--resume", parts, "--steps", 5) == 0
-    a, b = read(whole), read(parts)
-    assert b[3].get("eval_accuracy") is not None                   # the end of the first part was evaluated, too
-    assert without_clock(a)[4:] == without_clock(b)[4:] and [row["step"] for row in b] == [0, 1, 2, 3, 4, 5]
-    first, second = weights(whole, 5), weights(parts, 5)
-    assert all(torch.equal(p, second[name]) for name, p in first.items())
-    assert read(whole, "samples.jsonl")[-1] == read(parts, "samples.jsonl")[-1]
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +69,14 @@ def short_run(tmp_path_factory):
 
 def test_metrics_of_the_run_by_hand(short_run):
     """What is not a metric of objective() or summarize() (tests/test_deep_grpo.py): totals, speed, the fit, the accuracy."""
-    rows = read(short_run)
+    rows, clock = read(short_run), read(short_run, "timing.jsonl")
     total = 0
-    for row in rows[1:]:
+    for row, timing in zip(rows[1:], clock[1:]):
         total += row["generated_tokens"]
-        seconds = sum(row[f"seconds_{part}"] for part in ("rollout", "resample", "score", "update"))
-        assert row["generated_total"] == total and row["tokens_per_second"] == pytest.approx(row["generated_tokens"] / seconds)
+        seconds = sum(timing[f"seconds_{part}"] for part in ("rollout", "resample", "score", "update"))
+        assert row["generated_total"] == total and timing["tokens_per_second"] == pytest.approx(row["generated_tokens"] / seconds)
         assert row["sequences"] == 2 * 4 + 4 * row["pivots"] and row["pivots"] == round((1 - row["reward"]) * 8)
-        assert row["peak_memory_gb"] > 0.1 and math.isfinite(row["loss"]) and row["grad_norm"] >= 0
+        assert timing["step"] == row["step"] and timing["peak_memory_gb"] > 0.1 and math.isfinite(row["loss"]) and row["grad_norm"] >= 0
     parts = torch.load(short_run / "checkpoints" / "step_3" / "trainer.pt", weights_only=False)
     again = Recoverability()
     for ratio, success in parts["recoverability"]["outcomes"]:
@@ -190,7 +171,7 @@ def test_gsm8k_rows_with_the_qwen_tokenizer(tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "model")
 
     assert train("--preset", "gsm8k", "--model", tmp_path / "model", "--data", data, "--eval-data", data, "--eval-rows", 2,
-                 "--questions", 4, "--group-size", 4, "--branches", 2, "--max-new-tokens", 16, "--steps", 2, "--eval-every", 1,
+                 "--questions", 4, "--group-size", 4, "--branches", 2, "--max-new-tokens", 16, "--steps", 2, "--eval-every", 1, "--val-rows", 0,
                  "--lr", "1e-4", "--micro-batch-tokens", 1000, "--out", tmp_path / "run") == 0
     metrics = read(tmp_path / "run")
     assert all(row["pivots"] and 0 < row["recovered"] < 1 and row["grad_norm"] > 0 and row["reward"] < 1 for row in metrics[1:])
@@ -216,13 +197,13 @@ def bad_inputs(tmp_path):
     for name, lines in {"torn": [json.dumps(GOOD_ROW), '{"question": "a'], "list": ["[1]"], "nothing": [],
                         "no_answer": [json.dumps(GOOD_ROW), "", json.dumps({"question": "Why?", "answer": "Because."})],
                         "words": [json.dumps({"question": "Why?", "answer": "#### many"})],
-                        "field": [json.dumps({"problem": "1+1", "answer": "#### 2"})],
+                        "field": [json.dumps({"text": "1+1", "answer": "#### 2"})],
                         "one": [json.dumps(GOOD_ROW)]}.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     return {
         "no such file": (["--data", tmp_path / "none.jsonl"], "cannot read the data file .*none.jsonl"),
         "torn line": (["--data", tmp_path / "torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
-        "not an object": (["--data", tmp_path / "list.jsonl"], "list.jsonl, line 1: .*'question' and 'answer'"),
+        "not an object": (["--data", tmp_path / "list.jsonl"], "list.jsonl, line 1: a row must be an object"),
         "no rows": (["--data", tmp_path / "nothing.jsonl"], "nothing.jsonl holds no rows"),
         "no final answer": (["--data", tmp_path / "no_answer.jsonl"], "no_answer.jsonl, line 3: no #### marker"),
         "final answer without a number": (["--data", tmp_path / "words.jsonl"], "words.jsonl, line 1: .*must be a number.*many"),
@@ -293,10 +274,7 @@ def test_a_non_finite_gradient_names_the_step_and_leaves_the_last_good_state(tmp
     err = capsys.readouterr().err
     assert "stopped at step 3: loss" in err and "gradient norm nan" in err and "Traceback" not in err
     first, second = weights(good, 2), weights(bad, 2)
-    if updates == 1:
-        assert all(torch.equal(p, second[name]) for name, p in first.items())
-    else:                                                          # the first of the two updates of step 3 was good, and is kept
-        assert all(p.isfinite().all() for p in second.values()) and any(not torch.equal(p, second[n]) for n, p in first.items())
+    assert all(torch.equal(p, second[name]) for name, p in first.items())
     assert [row["step"] for row in read(bad)] == [0, 1, 2]
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     assert train("--resume", bad, "--steps", 3) == 0               # and goes on from there
@@ -322,7 +300,7 @@ def test_the_gsm8k_preset_is_the_authors_script():
     args = train_gsm8k.parse_args(["--preset", "gsm8k"])
     expected = dict(questions=64, group_size=8, branches=8, gamma=2.0, lam=1.0, lr=1e-6, beta=1e-4, clip_low=0.2, clip_high=0.2,
                     temperature=1.0, max_prompt_tokens=512, max_new_tokens=512, eval_every=5, eval_rows=1319, updates=1,
-                    max_grad_norm=1.0, model="Qwen/Qwen2.5-0.5B-Instruct", data="openai/gsm8k")
+                    max_grad_norm=1.0, model="Qwen/Qwen2.5-0.5B-Instruct", data="gsm8k_train", eval_data="gsm8k", val_rows=256)
     assert {name: getattr(args, name) for name in expected} == expected
 
 

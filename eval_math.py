@@ -115,8 +115,8 @@ def check_folder(out, config):
         raise ValueError(f"--out {out} holds no readable config.json ({error}): choose another") from error
     for name in there | config:
         if there.get(name) != config.get(name):
-            raise ValueError(f"{out} holds another evaluation: {name} is {there.get(name)!r} there and {config.get(name)!r} now; "
-                             "choose another --out, or delete that folder")
+            raise ValueError(f"{out} holds another evaluation: {name} is {there.get(name)!r:.60} there, {config.get(name)!r:.60} "
+                             "now; choose another --out, or delete that folder")
 
 
 def make_batches(questions, k, new_tokens, batch_tokens):

@@ -19,7 +19,7 @@ from tasks import Question, chat_prompt
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-ROWS, STOP = 24, range(1, 71, 7)
+ROWS, STOP = 16, range(1, 71, 7)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,8 @@ def test_a_file_torn_at_any_byte_ends_the_same(checkpoint, data, tmp_path, grade
     assert run(checkpoint, data, out, **sampling) == 0
     whole = files_of(out)
     ends = [m.end() for m in re.finditer(b"\n", whole[0])]
-    for size in [0, 1, ends[0], ends[0] - 1, ends[4] + 30, ends[7], ends[-2] + 5, ends[-1] - 1, ends[-1]]:
+    few = [ends[0] - 1, ends[len(ends) // 2] + 30, ends[-2]]
+    for size in few if sampling else [*few, 0, 1, ends[0], ends[7], ends[-2] + 5, ends[-1] - 1, ends[-1]]:
         (out / "answers.jsonl").write_bytes(whole[0][:size])
         (out / "results.json").unlink()
         assert run(checkpoint, data, out, **sampling) == 0

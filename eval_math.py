@@ -24,7 +24,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
@@ -32,12 +31,13 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from checkpoint import write_whole
 from grading import grade_gsm8k, grade_last_number, grade_math
 from resample import sample
 from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
+from train_gsm8k import OneLineParser, load_model
 
 MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
 TOTAL_TOKENS = 4096                                  # prompt and answer together
@@ -52,9 +52,7 @@ PAPER = {                                            # accuracies of the paper's
 
 def parse_args(argv=None):
     """The flags, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists all flags)\n")   # one line, no usage
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="hub name or local folder")
     parser.add_argument("--sets", required=True, help=f"comma-separated: {', '.join([*SETS, *tiny.PRESETS])}")
     parser.add_argument("--data-dir", type=Path, help="folder with gsm8k_test.jsonl, eval_aime24.jsonl, ...; default: the hub")
@@ -79,21 +77,6 @@ def parse_args(argv=None):
         parser.error(f"argument --samples: {args.samples} greedy answers would all be the same; give a --temperature above 0")
     args.out = args.out or Path("runs") / f"eval-{Path(args.model).name}"
     return args
-
-
-def load_model(name):
-    """(model, tokenizer) from a folder or the hub, bf16 on a GPU and fp32 on a CPU; ValueError when there is none."""
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise ValueError(f"{name} does not hold a model: there is no config.json in it")
-    gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if gpu else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-    except Exception as error:                       # many types; the person needs one line
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {name!r} could be loaded neither as a local folder nor from the hub: {reason}") from error
-    return model.to("cuda" if gpu else "cpu").eval(), tokenizer
 
 
 def describe(args, model, stop, questions):
@@ -251,20 +234,15 @@ def write_table(results):
     return "\n".join(lines) + "\n"
 
 
-def write_file(path, text):
-    """Written beside, then renamed: never half a file."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
 def prepare(args):
     """((model, tokenizer, stop ids, questions by set), config). Writes nothing. ValueError or OSError on bad input."""
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ValueError(f"--data-dir {args.data_dir} is not a folder")
     rows = {name: tiny.make_rows(tiny.PRESETS[name], 256, seed=0) if name in tiny.PRESETS else load_set(name, args.data_dir)
             for name in args.sets}
-    model, tokenizer = load_model(args.model)
+    gpu = torch.cuda.is_available()
+    model, tokenizer = load_model(args.model, torch.bfloat16 if gpu else torch.float32)
+    model.to("cuda" if gpu else "cpu").eval()
     stop = stop_ids(tokenizer, model)
     questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0] for name in args.sets}
     config = describe(args, model, stop, questions)
@@ -280,7 +258,7 @@ def main(argv=None) -> int:
     try:
         parts, config = prepare(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        write_file(args.out / "config.json", json.dumps(config, indent=2) + "\n")
+        write_whole(args.out / "config.json", json.dumps(config, indent=2) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -294,8 +272,8 @@ def main(argv=None) -> int:
     mean = sum(sets[s]["accuracy"] for s in MATH_SETS) / len(MATH_SETS) if all(s in sets for s in MATH_SETS) else None
     results = {"config": config, "sets": sets, "math_mean": mean,
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    write_file(args.out / "results.json", json.dumps(results, indent=2) + "\n")
-    write_file(args.out / "results.md", write_table(results))
+    write_whole(args.out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(args.out / "results.md", write_table(results))
     print(write_table(results))
     return 0
 

@@ -250,13 +250,13 @@ def load_questions(args):
     return *split_validation(rows, min(args.eval_rows, len(rows) // 2)), []
 
 
-def load_model(name):
-    """(model in fp32 with sdpa attention, tokenizer) from a folder or from the hub; ValueError when there is none."""
+def load_model(name, dtype=torch.float32):
+    """(model with sdpa attention, tokenizer) from a folder or from the hub; ValueError when there is none."""
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         raise ValueError(f"{name} does not hold a model: there is no config.json in it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:                       # many types; the person needs one line
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r} is neither a local folder with a model nor could it be loaded from the hub: {reason}") from error

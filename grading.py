@@ -460,12 +460,12 @@ class Algebra:
     """The other process: asked one question at a time, killed and replaced when it misses `deadline`."""
 
     def __init__(self):
-        self.owner, self.lock, self.deadline = None, threading.RLock(), 0.0
+        self.process, self.lock, self.deadline = None, threading.RLock(), 0.0
 
     def start(self):
         self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, bufsize=0,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        self.owner, self.ready = os.getpid(), False  # a fork of this process starts its own
+        self.ready = False
 
     def read(self, seconds):
         if not select.select([self.process.stdout], [], [], max(0.0, seconds))[0]:
@@ -476,8 +476,8 @@ class Algebra:
         return self.process.stdout.readline()
 
     def ask(self, *question):
-        if self.owner != os.getpid() or self.process.poll() is not None:
-            self.start()
+        if self.process is None or self.process.poll() is not None:          # poll: dead, or of another process, when
+            self.start()                                                     # this one is a fork
         if not self.ready:
             began = time.monotonic()
             self.ready = self.read(60.0) == b"ready\n"
@@ -508,10 +508,7 @@ def _ask(a, g, relation):
 def _for_parser(text):
     """text, without decimals, as math-verify's parser reads it; None when too big or no mathematics."""
     text = re.sub(r' ?"(\\?\w*)" ?', r"\1", text).replace("°", r"^\circ ").strip()
-    depth = [0]
-    for token in TOKEN.findall(text):
-        depth.append(depth[-1] + (token in OPEN) - (token in CLOSE))
-    if not text or max(depth) > 10 or TOO_MUCH.search(text):
+    if not text or TOO_MUCH.search(text):
         return None
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"(\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})", text)
     return re.sub(r"(?<=\d) ?(?=\(|\\frac)", r"\\cdot ", text)               # 2(3) is read as 2 + 3 otherwise

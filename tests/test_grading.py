@@ -129,6 +129,7 @@ RULES = [
         "10^{15}"]),
     ("7 thousands", "10080", ["10,080", "10{,}080", r"10,\!080", r"10\,080", "10080.0"], ["10,80", "1,0080",
         "(10,080)", "10, 080"]),
+    ("7 not thousands against a list", r"45^\circ, 135^\circ", ["45,135", "135,45"], ["45135", "45,136"]),
     ("7 not thousands", "(100,101)", ["(100, 101)"], ["100101", "(101,100)"]),
     ("7 scientific", r"1.3 \times 10^{-27}", ["1.3e-27", r"1.3\cdot10^{-27}", "1.3 × 10^{-27}", "13e-28",
         r"0.13 \times 10^{-26}"],
@@ -138,7 +139,8 @@ RULES = [
     ("7 negative mixed", r"-15\frac{3}{5}", ["-15.6"], ["-14.4"]),
     ("7 signs", "-5", ["−5", "-5.0", r"\frac{-10}{2}", "-(5)"], ["5", "+5", "--5 5"]),
     ("7 percent", r"50\%", ["50", "0.5", r"\frac12", "50 percent"], ["5", "0.05", r"51\%"]),
-    ("7 no percent asked", "50", [r"50\%"], ["0.5"]),
+    ("7 no percent asked", "50", [r"50\%"], ["0.5", r"0.5\%"]),
+    ("7 hundredths", "0.5", [r"50\%"], [r"5\%", "50"]),
     ("7 money", r"\$1,250.90", ["1250.9", r"\$1250.90", r"1250.90\text{ dollars}"], ["125.09",
         r"1,250.90\text{ cents}"]),
     ("8 units", r"10\text{ cm}", ["10", r"10\mathrm{cm}", "10 cm", "10 centimeters", r"0.1\text{ m}"],
@@ -156,7 +158,7 @@ RULES = [
         r"\text{Evelyn or Carla}", "E"]),
     ("9 words, not factors", "CD", [r"\text{CD}"], ["DC"]),
     ("9 dates", r"\text{June 20}", ["June 20"], ["June 21", "20"]),
-    ("9 counted", "5", ["five", r"\text{Five}"], ["six", r"\text{True}"]),
+    ("9 counted", "5", ["five", r"\text{Five}"], ["six", r"\text{True}", r"5\text{ million}", r"5\text{ dozen}"]),
     ("9 choices", r"\text{(B)}", ["B", "(B)", r"\textbf{(B)}", r"\text{B}", r"\textbf{(B)}\ 12"], ["C",
         r"\text{(A) or (B)}", r"\textbf{(A)}\ 12"]),
     ("9 several choices", r"\text{A, C}", ["C,A", "A and C"], ["A", "A,B", "A,B,C"]),
@@ -167,6 +169,7 @@ RULES = [
         "35", "(5,3)", "[3,5]"]),
     ("10 plus-minus", r"1\pm\sqrt2", [r"1-\sqrt2,1+\sqrt2", r"x = 1 \pm \sqrt{2}"], [r"1+\sqrt2",
         r"1\pm\sqrt3", r"2\pm\sqrt2"]),
+    ("10 multiplicity", "-2,-2,1", ["1,-2,-2"], ["-2,1", "-2,1,1"]),
     ("10 one value", "5", [r"\{5\}"], ["5,6", r"5\pm 100", "5 or 6", "5,5"]),
     ("10 sets", r"\{1,2\}", ["1,2", r"\left\{2,1\right\}", "{1,2}"], ["(1,2)", r"\{1,3\}", r"\mathbb{R}"]),
     ("10 empty", r"\emptyset", [r"\varnothing", r"\{\}"], ["0", r"\{0\}"]),
@@ -197,8 +200,11 @@ RULES = [
         [r"\frac12-\frac{\sqrt3}{2}i", "1"]),
     ("12 exact", "2^{1009}", [r"2\cdot 2^{1008}"], ["2^{1009}+1", "2^{1008}"]),
     ("12 large", "2^{4950}", [r"4 \cdot 2^{4948}", "32^{990}"], ["2^{4950}+1", "2^{4951}"]),
+    ("12 decimals", "0.3x", ["0.1x+0.2x", r"\frac{3x}{10}"], ["0.30000001x", "0.3"]),
+    ("12 no guess at spaces", "5", ["2+3"], ["2 3", "1 5", "5 0"]),
     ("12 logarithms", r"\frac{\log 2}{\log 2-\log 3}", [r"\frac{\ln 2}{\ln 2-\ln 3}"], [r"\frac{\ln 2}{\ln 3-\ln 2}"]),
-    ("12 floors", r"\lfloor\sqrt{n-1}\rfloor", [r"\left\lfloor\sqrt{-1+n}\right\rfloor"], [r"\lfloor\sqrt{n-2}\rfloor", r"\sqrt{n-1}"]),
+    ("12 floors", r"\lfloor\sqrt{n-1}\rfloor", [r"\left\lfloor\sqrt{-1+n}\right\rfloor"],
+        [r"\lfloor\sqrt{n-2}\rfloor", r"\sqrt{n-1}"]),
     ("12 functions", r"\sin 2x", [r"2\sin x\cos x"], [r"2\sin x", r"\sin 2y", r"\sin^2 x"]),
     ("12 a product, not a mixed number", "6", ["2(3)", r"3!", r"\log_2 64", r"\binom{4}{2}"], ["2 3", "2+3",
         r"\binom42 2"]),
@@ -335,7 +341,7 @@ HOSTILE = [
         r"\text{" * 70 + "}" * 70, "(1,2)," * 80]
 
 
-@pytest.mark.parametrize("gold", ["5", r"\{1,2,3\}", "(1,2)", r"\text{Evelyn}"])
+@pytest.mark.parametrize("gold", ["5", r"\{1,2,3\}", "(1,2)"])
 def test_hostile_answers_are_wrong_within_three_seconds(gold):
     grade_math(boxed(r"\sqrt{4}+1"),
         "x")                      # starts the other process, which takes a second once

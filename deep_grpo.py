@@ -1,22 +1,22 @@
-r"""DEEP-GRPO, "Deep Dense Exploration for LLM Reinforcement Learning via Pivot-Driven Resampling"   (arXiv 2602.14169)
+r"""Deep Dense Exploration for LLM Reinforcement Learning via Pivot-Driven Resampling   (arXiv 2602.14169)
 
-The algorithm, one step on a batch of questions x with verifiable answers:
+The algorithm, DEEP-GRPO: one step on a batch of questions x with verifiable answers.
 
-     1  draw G responses tau^i to each x from the policy, and reward them: R_i = 1 if right and finished, else 0     roll_out
-     2  for every failed tau^i (R_i = 0) draw one pivot t* ~ Q(t), Q ~ P_phi(success | t/T) (t/T)^gamma         choose_pivots
-     3  draw K continuations y^{i,k} of the prefix s_{<t*} from the same policy, and reward prefix + suffix          resample
-     4  y = 1 if any of the K is right: add (r_t*, y) to the buffer M and fit P_phi again                  learn_recoverability
-     5  A_global from the G rewards of x; A_local from the K rewards of a pivot; the two are never mixed     sequence_weights
-     6  J = mean over x of 1/G sum_i L_main(tau^i) + lambda/|T_fail| sum_i 1/K sum_k L_aux(y^{i,k})                 objective
+     1  draw G responses tau^i to each x, and reward them: R_i = 1 if right and finished, else 0      roll_out
+     2  for every failed tau^i draw one pivot t* ~ Q(t), Q ~ P_phi(success | t/T) (t/T)^gamma    choose_pivots
+     3  draw K continuations y^{i,k} of the prefix s_{<t*}, and reward prefix + suffix                resample
+     4  y = 1 if any of the K is right: add (r_t*, y) to the buffer M, fit P_phi again    learn_recoverability
+     5  A_global from the G rewards of x, A_local from the K rewards of a pivot; never mixed  sequence_weights
+     6  J = mean over x of 1/G sum_i L_main(tau^i) + lambda/|T_fail| sum_i 1/K sum_k L_aux(y^{i,k})  objective
      7  (the prefix of a branch carries no loss: it was already judged, once, in L_main)
-     8  one clipped AdamW step on -J; with config.updates > 1 several, on the same batch                                update
+     8  one clipped AdamW step on -J; with config.updates > 1 several, on the same batch                update
      9  GRPO is K = 0: lines 2-4 vanish, and of J the first half is left
     10  repeat; the budget is G + |T_fail| K sequences per question, the second kind suffixes only
 
-Departures from the paper: steps t are the sentences of a response (pivot.py); phi is the exact L2-regularised fit
-(recoverability.py); a response that does not end within the cap has reward 0, and a branch has the room that its prefix left.
-Departures from the authors' code: Config.objective = "paper" is the default (loss.py says how "authors" differs); answers are
-compared as numbers, and the prompt is never graded (grading.py).
+Departures from the paper: steps t are the sentences of a response (pivot.py); phi is the exact L2-regularised
+fit (recoverability.py); a response that does not end within the cap has reward 0, and a branch has the room
+that its prefix left. Departures from the authors' code: Config.objective = "paper" is the default (loss.py
+says how "authors" differs); answers are compared as numbers, and the prompt is never graded (grading.py).
 """
 import math
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ from pivot import draw_pivot, fixed_ends, sentence_ends
 
 @dataclass
 class Trajectory:
-    """One root rollout tau^i and, when it was branched, its pivot and the K suffixes drawn from there. Token ids throughout."""
+    """One root rollout tau^i and, when it was branched, its pivot and K suffixes; token ids throughout."""
     response: list[int]
     reward: float
     pivot: int | None = None                     # t*: number of response tokens that the branches keep
@@ -48,7 +48,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Config:
-    """Hyper-parameters, with the paper's letters; the defaults are those of the authors' GSM8K script. ValueError if impossible."""
+    """Hyper-parameters, with the paper's letters; the defaults are those of the authors' GSM8K script.
+
+    Impossible values raise ValueError.
+    """
     group_size: int = 8          # G
     branches: int = 8            # K; 0 is GRPO
     gamma: float = 2.0           # exponent of depth in Eq. (Q)
@@ -64,7 +67,8 @@ class Config:
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
-        for name, low in {"group_size": 1, "branches": 0, "segment_tokens": 0, "max_new_tokens": 1, "updates": 1}.items():
+        least = {"group_size": 1, "branches": 0, "segment_tokens": 0, "max_new_tokens": 1, "updates": 1}
+        for name, low in least.items():
             if int(getattr(self, name)) != getattr(self, name) or getattr(self, name) < low:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {getattr(self, name)}")
         for name in ("lam", "beta", "clip_low", "clip_high"):
@@ -80,18 +84,23 @@ class Config:
 
 
 def roll_out(draw, prompts, reward, config) -> list[Group]:
-    """Line 1. draw(prefixes, k, max_new_tokens=...) is resample.sample with its model filled in; reward(x, response) grades
-    a response (token ids) to the question with index x in prompts."""
+    """Line 1. draw(prefixes, k, max_new_tokens=...) is resample.sample with its model filled in;
+    reward(x, response) grades a response (token ids) to the question with index x in prompts."""
     responses = draw(prompts, config.group_size, max_new_tokens=config.max_new_tokens)
-    return [Group(prompt, [Trajectory(y, reward(x, y)) for y in responses[x]]) for x, prompt in enumerate(prompts)]
+    return [Group(prompt, [Trajectory(y, reward(x, y)) for y in responses[x]])
+            for x, prompt in enumerate(prompts)]
 
 
 def choose_pivots(groups, config, recoverability, decode, rng) -> list[Group]:
-    """Line 2: the same groups with pivot and ratio of every failed trajectory. decode: ids -> text; rng: numpy Generator."""
+    """Line 2: the same groups with pivot and ratio of every failed trajectory.
+
+    decode: ids -> text, without special tokens; rng: numpy Generator.
+    """
     def with_pivot(t):
         if t.reward != 0:
             return t
-        ends = fixed_ends(t.response, config.segment_tokens) if config.segment_tokens else sentence_ends(t.response, decode)
+        ends = (fixed_ends(t.response, config.segment_tokens) if config.segment_tokens
+                else sentence_ends(t.response, decode))
         pivot, ratio = draw_pivot(ends, recoverability, config.gamma, rng)
         return replace(t, pivot=pivot, ratio=ratio)
 
@@ -100,7 +109,8 @@ def choose_pivots(groups, config, recoverability, decode, rng) -> list[Group]:
 
 def resample(draw, groups, reward, config) -> list[Group]:
     """Line 3: the same groups with K branches on every trajectory that has a pivot, all drawn in one call."""
-    prefixes = [g.prompt + t.response[:t.pivot] for g in groups for t in g.trajectories if t.pivot is not None]
+    prefixes = [g.prompt + t.response[:t.pivot]
+                for g in groups for t in g.trajectories if t.pivot is not None]
     if not prefixes:
         return groups
     shortest = min(t.pivot for g in groups for t in g.trajectories if t.pivot is not None)
@@ -109,9 +119,10 @@ def resample(draw, groups, reward, config) -> list[Group]:
     def with_branches(x, t):
         if t.pivot is None:
             return t
-        room = config.max_new_tokens - t.pivot       # what is cut here did not end within the cap, and has reward 0
+        room = config.max_new_tokens - t.pivot       # what is cut here did not end in time, and has reward 0
         branches = [y[:room] for y in next(drawn)]
-        return replace(t, branches=branches, branch_rewards=[reward(x, t.response[:t.pivot] + y) for y in branches])
+        rewards = [reward(x, t.response[:t.pivot] + y) for y in branches]
+        return replace(t, branches=branches, branch_rewards=rewards)
 
     return [Group(g.prompt, [with_branches(x, t) for t in g.trajectories]) for x, g in enumerate(groups)]
 
@@ -130,7 +141,7 @@ def pack_groups(groups):
 
 @torch.no_grad()
 def log_probabilities(model, groups, config, micro_batch_tokens=None) -> list[torch.Tensor]:
-    """log pi of every response and branch token: one tensor per trajectory, [response | branch 1 | ... | branch K], in nats."""
+    """log pi of all loss tokens, in nats: a tensor per trajectory, [response | branch 1 | ... | branch K]."""
     rows = pack_groups(groups)
     logps = [None] * len(rows)
     for batch in micro_batches(rows, micro_batch_tokens):
@@ -141,28 +152,26 @@ def log_probabilities(model, groups, config, micro_batch_tokens=None) -> list[to
 
 
 def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch_tokens=None, backward=False):
-    """Lines 5-6: (loss, metrics), loss = -J of Eq. (J) over all groups (or the authors' form), a scalar tensor.
+    """Lines 5-6: (loss, metrics), loss = -J of Eq. (J) over all groups (or the authors' form), a scalar.
 
-    ref_model: pi_ref; None leaves the KL term out. old_logps: log pi_old as log_probabilities() returns it; None means that
-    pi_old is the current policy (rho = 1). micro_batch_tokens changes memory, never the result; with backward the gradient of
-    the loss is added to the parameters' .grad one micro-batch at a time, and the returned loss is detached.
-    metrics, over tokens of root responses unless said: entropy, kl (k3), both in nats; clip_fraction (all loss tokens);
-    trained_tokens (with A != 0), forwarded_tokens (of the packed rows, without padding).
+    ref_model: pi_ref; None leaves the KL term out. old_logps: log pi_old as log_probabilities() returns it;
+    None means that pi_old is the current policy (rho = 1). micro_batch_tokens changes memory, never the
+    result; with backward the gradient of the loss is added to the parameters' .grad one micro-batch at a
+    time, and the returned loss is detached.
+    metrics, over tokens of root responses unless said: entropy, kl (k3), both in nats; clip_fraction (all
+    loss tokens); trained_tokens (with A != 0), forwarded_tokens (of the packed rows, without padding).
     """
     rows = pack_groups(groups)
-    weights = [w for group in sequence_weights(groups, config) for w in group]               # per row: one entry per sequence
+    weights = [w for group in sequence_weights(groups, config) for w in group]           # [row][sequence]
     lengths = [[len(y) for y in (t.response, *t.branches)] for g in groups for t in g.trajectories]
     total, sums, n_main = 0.0, {"entropy": 0.0, "kl": 0.0, "clip_fraction": 0.0}, sum(n[0] for n in lengths)
     for batch in micro_batches(rows, micro_batch_tokens):
         part = [rows[i] for i in batch]
-        logp, entropy = score_rows(model, part, config.temperature)                          # (N,) loss tokens of these rows
+        logp, entropy = score_rows(model, part, config.temperature)                      # (N,) loss tokens
         repeats = torch.tensor([n for i in batch for n in lengths[i]], device=logp.device)
-
-        def per_token(values):
-            return torch.tensor(values, dtype=logp.dtype, device=logp.device).repeat_interleave(repeats)
-
-        advantage, policy, kl = (per_token(v) for v in zip(*(w for i in batch for w in weights[i])))
-        main = per_token([float(s == 0) for i in batch for s in range(len(lengths[i]))])     # 1 on root responses
+        columns = [*zip(*(w for i in batch for w in weights[i])),                     # advantage, policy, kl
+                   [float(s == 0) for i in batch for s in range(len(lengths[i]))]]    # 1 on root responses
+        advantage, policy, kl, main = (logp.new_tensor(c).repeat_interleave(repeats) for c in columns)
         old = logp.detach() if old_logps is None else torch.cat([old_logps[i] for i in batch]).to(logp)
         ref = None
         if ref_model is not None and config.beta > 0:
@@ -175,31 +184,36 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
         total = total + loss
         with torch.no_grad():
             ratio = torch.exp(logp - old)
-            clipped = ((advantage > 0) & (ratio > 1 + config.clip_high)) | ((advantage < 0) & (ratio < 1 - config.clip_low))
+            clipped = (((advantage > 0) & (ratio > 1 + config.clip_high))
+                       | ((advantage < 0) & (ratio < 1 - config.clip_low)))
             sums["entropy"] += (entropy * main).sum().item()
             sums["clip_fraction"] += clipped.sum().item()
             sums["kl"] += (k3_kl(logp, ref) * main).sum().item() if ref is not None else 0.0
     n_all = sum(map(sum, lengths))
-    metrics = {"entropy": sums["entropy"] / n_main, "kl": sums["kl"] / n_main, "clip_fraction": sums["clip_fraction"] / n_all,
-               "trained_tokens": sum(n for ns, ws in zip(lengths, weights) for n, w in zip(ns, ws) if w.advantage != 0),
+    metrics = {"entropy": sums["entropy"] / n_main, "kl": sums["kl"] / n_main,
+               "clip_fraction": sums["clip_fraction"] / n_all,
+               "trained_tokens": sum(n for ns, ws in zip(lengths, weights)
+                                     for n, w in zip(ns, ws) if w.advantage != 0),
                "forwarded_tokens": sum(len(row.ids) for row in rows)}
     return total, metrics
 
 
 def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None) -> dict:
-    """Line 8: config.updates optimizer steps on -J. Returns the metrics of the last one, with loss and grad_norm (unclipped).
+    """Line 8: config.updates optimizer steps on -J.
 
-    FloatingPointError when loss or gradient are not finite; the weights are then those of before that step.
+    Returns the metrics of the last one, with loss and grad_norm (before clipping). FloatingPointError when
+    loss or gradient are not finite; the weights are then those of before that step.
     """
     old_logps = log_probabilities(model, groups, config, micro_batch_tokens) if config.updates > 1 else None
     for _ in range(config.updates):
         optimizer.zero_grad()
-        loss, metrics = objective(model, groups, config, ref_model, old_logps, micro_batch_tokens, backward=True)
+        loss, metrics = objective(model, groups, config, ref_model, old_logps, micro_batch_tokens,
+                                  backward=True)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         optimizer.step()
-    optimizer.zero_grad()                            # gradients are not kept while the next batch is generated
+    optimizer.zero_grad()                            # no gradients are kept while the next batch is generated
     return {"loss": loss.item(), "grad_norm": norm.item(), **metrics}
 
 
@@ -208,15 +222,15 @@ def summarize(groups, eos_token_ids) -> dict:
     roots = [t for g in groups for t in g.trajectories]
     pivots = [t for t in roots if t.branches]
     branches = [y for t in pivots for y in t.branches]
-    mean = lambda values: sum(values) / len(values) if values else None            # noqa: E731 (None: nothing to average)
+    mean = lambda values: sum(values) / len(values) if values else None    # noqa: E731 (None: of nothing)
     return {
         "reward": mean([t.reward for t in roots]),
         "branch_reward": mean([r for t in pivots for r in t.branch_rewards]),
-        "dead_groups": mean([len({t.reward for t in g.trajectories}) == 1 for g in groups]),     # of questions
-        "dead_branch_groups": mean([len(set(t.branch_rewards)) == 1 for t in pivots]),           # of pivots
+        "dead_groups": mean([len({t.reward for t in g.trajectories}) == 1 for g in groups]),   # of questions
+        "dead_branch_groups": mean([len(set(t.branch_rewards)) == 1 for t in pivots]),         # of pivots
         "pivots": len(pivots),
         "pivot_depth": mean([t.ratio for t in pivots]),
-        "recovered": mean([any(t.branch_rewards) for t in pivots]),                              # of pivots
+        "recovered": mean([any(t.branch_rewards) for t in pivots]),                            # of pivots
         "response_length": mean([len(t.response) for t in roots]),
         "branch_length": mean([len(y) for y in branches]),
         "truncated": mean([t.response[-1] not in eos_token_ids for t in roots]),

@@ -2,15 +2,15 @@ r"""Eq. (Q): which state of a failed rollout should be resampled?   (arXiv 2602.
 
     Q(t)  ~  P_phi(success | r_t) * r_t^gamma,      r_t = t / T
 
-Deep states (large r_t) are those that sampling from the question rarely reaches; recoverable states (large P) are those from
-which a right answer is still possible. gamma = 2 in the paper; gamma = 0 is recoverability alone, a large negative gamma
-resamples from the question.
+Deep states (large r_t) are those that sampling from the question rarely reaches; recoverable states (large P)
+are those from which a right answer is still possible. gamma = 2 in the paper; gamma = 0 is recoverability
+alone, a large negative gamma resamples from the question.
 
-States. A response is cut into n segments (sentences, or a fixed number of tokens). As in the authors' code the candidates are
-the question itself and the end of every segment but the last, with r = (i+1)/(n+1) for i = 0..n-1: the root has ratio
-1/(n+1), never 0, and the end of the response is never a candidate. The paper leaves "step" open.
-The authors stop generation at the single token "."; real tokenizers write most sentence ends as other tokens (".\n"), so we
-look at the text instead.
+States. A response is cut into n segments (sentences, or a fixed number of tokens). As in the authors' code
+the candidates are the question itself and the end of every segment but the last, with r = (i+1)/(n+1),
+i = 0..n-1: the root has ratio 1/(n+1), never 0, and the end of the response is never a candidate. The paper
+leaves "step" open. The authors stop generation at the single token "."; real tokenizers write most sentence
+ends as other tokens (".\n"), so we look at the text instead.
 
     python pivot.py        # draws Q(t) for several gamma and P
 """
@@ -20,22 +20,22 @@ from itertools import accumulate
 
 import numpy as np
 
-# A line break, or a full stop (with closing quotes, brackets, markdown) before white space: not the one in 3.5.
+# A line break, or a full stop (and closing quotes, brackets, markdown) before white space: not that of 3.5.
 SENTENCE_END = re.compile(r"\.[^\w\s]{0,3}(?=\s|\Z)|\n")
 
 
 def sentence_ends(response: list[int], decode) -> list[int]:
     """Number of response tokens up to the end of each sentence; the last one is len(response).
 
-    response: token ids. decode: list of ids -> text, leaving special tokens out. Tokens are decoded one by one, which is exact
-    for the ASCII characters looked for in byte-level (Qwen, Llama 3) and word-level tokenizers. Segments without a letter or
-    digit (a second line break, EOS) belong to the sentence before them.
+    response: token ids. decode: list of ids -> text, without special tokens. Tokens are decoded one by one,
+    exact for the ASCII characters looked for in byte-level (Qwen, Llama 3) and word-level tokenizers.
+    Segments without a letter or digit (a second line break, EOS) belong to the sentence before.
     """
     pieces = [decode([token]) for token in response]
-    text, bounds = "".join(pieces), list(accumulate(map(len, pieces)))       # bounds[i]: characters up to token i, inclusive
+    text, bounds = "".join(pieces), list(accumulate(map(len, pieces)))       # bounds[i]: where token i ends
     ends, start = [], 0
     cuts = [bisect_right(bounds, match.end() - 1) + 1 for match in SENTENCE_END.finditer(text)]
-    for end in [*cuts, len(response)]:                                        # the token that holds the full stop ends it
+    for end in [*cuts, len(response)]:                       # the token with the full stop ends the sentence
         if any(c.isalnum() for c in "".join(pieces[start:end])):
             ends.append(end)
         elif ends:
@@ -52,7 +52,7 @@ def fixed_ends(response: list[int], tokens: int) -> list[int]:
 
 
 def candidate_ratios(n_segments: int) -> np.ndarray:
-    """r_t of the n candidate states of a response with n segments: (i+1)/(n+1), i = 0..n-1; i = 0 is the question."""
+    """r_t of the n states of a response with n segments: (i+1)/(n+1), i = 0..n-1; i = 0 is the question."""
     if n_segments < 1:
         raise ValueError(f"n_segments must be at least 1, got {n_segments}")
     return np.arange(1, n_segments + 1) / (n_segments + 1)
@@ -61,28 +61,29 @@ def candidate_ratios(n_segments: int) -> np.ndarray:
 def pivot_distribution(ratios, p_success, gamma: float) -> np.ndarray:
     """Eq. (Q) over the candidate states: float64 [n], sums to 1.
 
-    ratios: r_t in (0, 1], [n]. p_success: P_phi(success | r_t) in [0, 1], [n], not all 0. gamma: any finite number.
-    In log space: 0.01^-20 or P = 1e-300 neither overflow nor vanish beside each other.
+    ratios: r_t in (0, 1], [n]. p_success: P_phi(success | r_t) in [0, 1], [n], not all 0. gamma: any finite
+    number. In log space: 0.01^-20 or P = 1e-300 neither overflow nor vanish beside each other.
     """
     ratios, p_success = np.asarray(ratios, dtype=float), np.asarray(p_success, dtype=float)
     if ratios.ndim != 1 or ratios.size == 0 or not (np.all(ratios > 0) and np.all(ratios <= 1)):
         raise ValueError(f"ratios must be a non-empty list of depths in (0, 1], got {ratios}")
-    if p_success.shape != ratios.shape or not (np.all(p_success >= 0) and np.all(p_success <= 1) and np.any(p_success > 0)):
+    if p_success.shape != ratios.shape or not (
+            np.all(p_success >= 0) and np.all(p_success <= 1) and np.any(p_success > 0)):
         raise ValueError(f"p_success must be one probability per ratio, not all 0, got {p_success}")
     if not np.isfinite(gamma):
         raise ValueError(f"gamma must be a finite number, got {gamma}")
-    with np.errstate(divide="ignore"):                      # log 0 = -inf is right: such a state is never drawn
+    with np.errstate(divide="ignore"):                       # log 0 = -inf is right: never drawn
         log_q = np.log(p_success) + gamma * np.log(ratios)
     q = np.exp(log_q - log_q.max())
     return q / q.sum()
 
 
 def draw_pivot(ends: list[int], recoverability, gamma: float, rng: np.random.Generator) -> tuple[int, float]:
-    """Draw t* ~ Q for a response with segments ending at `ends`; returns (number of response tokens kept, r_t*).
+    """Draw t* ~ Q for a response with segments ending at `ends`: (number of response tokens kept, r_t*).
 
     recoverability: a Recoverability. rng: numpy Generator, the only source of randomness.
     """
-    states = [0, *ends[:-1]]                                # the question, then the end of every segment but the last
+    states = [0, *ends[:-1]]                                 # the question, then every end but the last
     ratios = candidate_ratios(len(states))
     i = rng.choice(len(states), p=pivot_distribution(ratios, recoverability.predict(ratios), gamma))
     return states[i], float(ratios[i])

@@ -26,13 +26,15 @@ def read_metrics(run_dir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def plot_run(run_dir) -> Path:
-    """run.png in the run directory: the metrics that tell a healthy run from a broken one. Returns its path."""
+    """Write run.png, the metrics that tell a healthy run from a broken one; returns its path."""
     panels = [("reward and accuracy", ["reward", "branch_reward", "eval_accuracy"]),
               ("entropy of the policy (nats)", ["entropy"]),
               ("dead groups (share)", ["dead_groups", "dead_branch_groups"]),
               ("pivots", ["pivot_depth", "recovered"]),
               ("length (tokens)", ["response_length", "branch_length"]),
-              ("gradient norm", ["grad_norm"]), ("KL to the start (nats)", ["kl"]), ("fit of Eq. (P)", ["w", "b"])]
+              ("gradient norm", ["grad_norm"]),
+              ("KL to the start (nats)", ["kl"]),
+              ("fit of Eq. (P)", ["w", "b"])]
     metrics = read_metrics(run_dir)
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
     for axis, (title, names) in zip(axes.flat, panels):

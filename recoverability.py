@@ -2,13 +2,15 @@ r"""Eq. (P): can a failed rollout still be saved from relative depth r?   (arXiv
 
     P_phi(success | r) = sigmoid(w r + b),   phi = (w, b)
 
-After the K branches of a pivot at depth r are graded, the outcome y = 1 if at least one of them is right, else 0, joins a
-buffer M; phi minimises the binary cross-entropy over M. Two numbers are fitted to a few thousand points, so instead of
-following the gradient online we solve for the exact minimum with Newton's method after every step.
+After the K branches of a pivot at depth r are graded, the outcome y = 1 if at least one of them is right,
+else 0, joins a buffer M; phi minimises the binary cross-entropy over M. Two numbers are fitted to a few
+thousand points, so instead of following the gradient online we solve for the exact minimum with Newton's
+method after every step.
 
-Departures from the paper: an L2 penalty of l2/2 * w^2 (none on b) keeps w finite when r separates the classes; this is the
-LogisticRegression(C=1) of the authors' code. Until there are more than `min_observations` outcomes and both classes among
-them, P is 1 everywhere, as in the authors' code, and Eq. (Q) then goes by depth alone.
+Departures from the paper: an L2 penalty of l2/2 * w^2 (none on b) keeps w finite when r separates the
+classes; this is the LogisticRegression(C=1) of the authors' code. Until there are more than
+`min_observations` outcomes and both classes among them, P is 1 everywhere, as in the authors' code, and
+Eq. (Q) then goes by depth alone.
 
     python recoverability.py        # fits simulated outcomes and prints truth against estimate
 """
@@ -41,7 +43,7 @@ class Recoverability:
         self.w, self.b, self.fitted = 0.0, 0.0, False
 
     def observe(self, ratio: float, success: bool) -> None:
-        """Add one outcome: the relative depth r of a pivot in [0, 1], and whether any of its branches was right."""
+        """Add one outcome: relative depth r of a pivot, in [0, 1]; whether any of its branches was right."""
         if not (math.isfinite(ratio) and 0 <= ratio <= 1):
             raise ValueError(f"ratio must be a relative depth in [0, 1], got {ratio}")
         self.outcomes.append((float(ratio), bool(success)))
@@ -49,7 +51,8 @@ class Recoverability:
     def fit(self) -> None:
         r"""Set (w, b) to the minimum of sum_M BCE(sigmoid(w r + b), y) + l2/2 * w^2.
 
-        Does nothing, and keeps an earlier fit, until more than min_observations outcomes and both classes are there.
+        Does nothing, and keeps an earlier fit, until there are more than min_observations outcomes and both
+        classes among them.
         """
         ratio = np.array([r for r, _ in self.outcomes])                       # (n,)
         success = np.array([y for _, y in self.outcomes], dtype=float)        # (n,)
@@ -58,7 +61,7 @@ class Recoverability:
         x = np.stack([ratio, np.ones_like(ratio)], axis=1)                    # (n, 2): r and the intercept
         penalty = np.array([self.l2, 0.0])
 
-        def loss(phi):                                                        # BCE with logits z: log(1 + e^z) - y z
+        def loss(phi):                                                        # BCE is log(1 + e^z) - y z
             z = x @ phi
             return np.sum(np.logaddexp(0.0, z) - success * z) + 0.5 * penalty @ phi**2
 
@@ -66,10 +69,10 @@ class Recoverability:
         for _ in range(100):
             p = sigmoid(x @ phi)
             gradient = x.T @ (p - success) + penalty * phi                    # (2,)
-            hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty)   # (2, 2), positive definite: l2 > 0
+            hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty)   # (2, 2), positive: l2 > 0
             newton = np.linalg.solve(hessian, gradient)
             size = 1.0
-            while loss(phi - size * newton) > loss(phi) and size > 1e-10:     # a full step can overshoot far from the minimum
+            while loss(phi - size * newton) > loss(phi) and size > 1e-10:     # a full step can overshoot
                 size /= 2
             phi = phi - size * newton
             if np.abs(newton).max() < 1e-12:
@@ -86,7 +89,7 @@ class Recoverability:
         return {"outcomes": list(self.outcomes), "w": self.w, "b": self.b, "fitted": self.fitted}
 
     def load_state_dict(self, state) -> None:
-        """Continue from `state_dict()` of another run; window, min_observations and l2 stay those of this object."""
+        """Continue from another run's `state_dict()`; window, min_observations and l2 stay this object's."""
         self.outcomes = deque(state["outcomes"], maxlen=self.outcomes.maxlen)
         self.w, self.b, self.fitted = state["w"], state["b"], state["fitted"]
 

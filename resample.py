@@ -1,12 +1,14 @@
-r"""Sampling: G rollouts from a question, K branches from a pivot. One function does both; it alone calls `generate`.
+r"""Sampling: G rollouts from a question, K branches from a pivot, by one function; it alone calls `generate`.
 
-Dense resampling (arXiv 2602.14169, section on pivot-driven resampling) draws all K continuations from one state, so the state
-is computed once: every prefix is prefilled once, its key/value cache is repeated k times, and a single `generate` call
-continues all N * k rows of a step together. On a GPU a decode step costs about the same for 8 rows as for 512.
+Dense resampling (arXiv 2602.14169, section on pivot-driven resampling) draws all K continuations from one
+state, so the state is computed once: every prefix is prefilled once, its key/value cache is repeated k times,
+and a single `generate` call continues all N * k rows of a step together. On a GPU a decode step costs about
+the same for 8 rows as for 512.
 
 The sampled distribution is exactly softmax(logits / T), the policy that loss.py scores. Checkpoints carry a
-generation_config (Qwen2.5-Instruct: repetition_penalty 1.1, top_k 20, ...) whose values `generate` takes over for whatever
-the caller leaves unset; here it is swapped for an empty one, and everything that changes the distribution is set.
+generation_config (Qwen2.5-Instruct: repetition_penalty 1.1, top_k 20, ...) whose values `generate` takes over
+for whatever the caller leaves unset; here it is swapped for an empty one, and everything that changes the
+distribution is set.
 """
 import warnings
 
@@ -18,28 +20,30 @@ def sample(model, prefixes: list[list[int]], k: int, *, max_new_tokens: int, eos
            pad_token_id: int, temperature: float = 1.0) -> list[list[list[int]]]:
     """Draw k continuations of each prefix from softmax(logits / temperature); temperature 0 is greedy.
 
-    prefixes: N lists of token ids, of any lengths. Returns [N][k] lists of new token ids: the stop id is kept when one was
-    reached, and nothing follows it; without it, the list has max_new_tokens ids. Randomness is torch's global generator.
-    When a GPU runs out of memory the rows are split in halves, with a warning. The model comes back in the mode it was in.
+    prefixes: N lists of token ids, of any lengths. Returns [N][k] lists of new token ids: the stop id is kept
+    when one was reached, and nothing follows it; without it, the list has max_new_tokens ids. Randomness is
+    torch's global generator. When a GPU runs out of memory the rows are split in halves, with a warning. The
+    model comes back in the mode it was in.
     """
     stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     if not stop:
         raise ValueError("eos_token_id must name at least one stop id, got an empty list")
     if any(len(prefix) == 0 for prefix in prefixes):
-        raise ValueError(f"prefixes must not be empty, got one at index {[len(p) for p in prefixes].index(0)}")
+        empty = [len(prefix) for prefix in prefixes].index(0)
+        raise ValueError(f"prefixes must not be empty, got one at index {empty}")
     if k < 1:
         raise ValueError(f"k must be at least 1 continuation per prefix, got {k}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}")
-    settings = dict(max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=pad_token_id, use_cache=True,
-                    do_sample=temperature > 0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    settings = dict(max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=pad_token_id,
+                    use_cache=True, do_sample=temperature > 0, top_k=0, top_p=1.0, repetition_penalty=1.0)
     if temperature > 0:
         settings["temperature"] = float(temperature)
 
     was_training, own_config = model.training, model.generation_config
-    model.eval()                                     # no dropout; and gradient checkpointing would switch the cache off
+    model.eval()                                     # no dropout; checkpointing would switch the cache off
     model.generation_config = GenerationConfig()     # nothing to inherit: see the module's docstring
     try:
         rows = [n for n in range(len(prefixes)) for _ in range(k)]
@@ -64,7 +68,8 @@ def _continue_rows(model, prefixes, rows, settings):
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(rows) // 2
-    warnings.warn(f"out of memory while generating {len(rows)} sequences at once; going on with {half}", stacklevel=3)
+    warnings.warn(f"out of memory while generating {len(rows)} sequences at once; going on with {half}",
+                  stacklevel=3)
     return (_continue_rows(model, prefixes, rows[:half], settings)
             + _continue_rows(model, prefixes, rows[half:], settings))
 
@@ -76,22 +81,23 @@ def _generate(model, prefixes, rows, settings):
     width = max(len(prefixes[n]) for n in used)
     ids = torch.full((len(used), width), settings.pad_token_id, device=model.device)
     mask = torch.zeros_like(ids)
-    for i, n in enumerate(used):                     # left padding: every row's next token stands in the same column
+    for i, n in enumerate(used):                     # left padding: all next tokens stand in one column
         ids[i, width - len(prefixes[n]):] = torch.tensor(prefixes[n], device=model.device)
-        mask[i, width - len(prefixes[n]):] = 1       # from lengths: the pad id may well be a real token of the prefix
+        mask[i, width - len(prefixes[n]):] = 1       # from lengths: the pad id may be a token of the prefix
 
     cache = None
     index = torch.tensor([used.index(n) for n in rows], device=model.device)
     if width > 1:
-        # All but the last token: `generate` must have one token left to feed, or it silently processes the prompt twice.
+        # All but the last: `generate` needs a token left to feed, or it silently processes the prompt twice.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=model.config)
         out = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
                     past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if not torch.isfinite(out.logits).all():     # multinomial would fail with a riddle, on a GPU beyond repair
+        if not torch.isfinite(out.logits).all():     # multinomial would fail with a riddle
             raise FloatingPointError("the policy's logits are not finite; a smaller learning rate may help")
         cache.batch_select_indices(index)            # (len(used), ...) -> (len(rows), ...)
-    out = model.generate(ids[index], attention_mask=mask[index], past_key_values=cache, generation_config=settings)
+    out = model.generate(ids[index], attention_mask=mask[index], past_key_values=cache,
+                         generation_config=settings)
     return out[:, width:].tolist()
 
 

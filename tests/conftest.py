@@ -1,4 +1,4 @@
-"""Small models for all tests. float64: what should be equal is then equal to 1e-10, and a wrong sign cannot hide in noise."""
+"""Small models for all tests. float64: equal is then equal to 1e-10, and no wrong sign hides in noise."""
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -8,7 +8,7 @@ VOCABULARY, EOS, PAD = 23, 1, 0
 
 
 class ExactNorm(Qwen2RMSNorm):
-    """Without the detour through float32 that transformers takes, which alone would limit all comparisons to 1e-6."""
+    """Without the detour of transformers through float32, which would limit all comparisons to 1e-6."""
 
     def forward(self, x):
         return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
@@ -17,8 +17,9 @@ class ExactNorm(Qwen2RMSNorm):
 def make_model(seed=0, dtype=torch.float64, **overrides):
     """A random Qwen2 with far from uniform outputs (weights are drawn 10 times wider than usual)."""
     torch.manual_seed(seed)
-    settings = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, tie_word_embeddings=True,
+    settings = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                    initializer_range=0.2, tie_word_embeddings=True,
                     eos_token_id=EOS, pad_token_id=PAD, bos_token_id=None)
     config = Qwen2Config(**(settings | overrides))
     model = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").to(dtype).eval()

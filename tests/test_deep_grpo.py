@@ -1,4 +1,4 @@
-"""The whole algorithm against slow twins that follow the paper line by line: one sequence at a time, plain Python loops."""
+"""The whole algorithm against slow twins that follow the paper line by line, one sequence at a time."""
 import copy
 import math
 from dataclasses import replace
@@ -6,10 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, make_model
+from conftest import EOS
 
-from deep_grpo import (Config, Group, Trajectory, choose_pivots, learn_recoverability, log_probabilities, objective, resample,
-                       roll_out, summarize, update)
+from deep_grpo import (
+    Config,
+    Group,
+    Trajectory,
+    choose_pivots,
+    learn_recoverability,
+    log_probabilities,
+    objective,
+    resample,
+    roll_out,
+    summarize,
+    update,
+)
 from recoverability import Recoverability
 
 BETA = 0.3            # large enough that a wrong KL term shows
@@ -19,9 +30,13 @@ def example():
     """Three questions: failures with mixed and with equal siblings; none failed; all failed."""
     return [
         Group([3, 4, 5], [Trajectory([6, 7, 8, 9, EOS], 1.0),
-                          Trajectory([6, 6, 2, 9, 3, EOS], 0.0, 3, [[5, EOS], [7, 7, 4], [9, EOS]], [1.0, 0.0, 0.0], 0.6),
-                          Trajectory([9, 2, EOS], 0.0, 0, [[5, 5, EOS], [4, EOS], [3, 3, 3, 3, 3, 3]], [0.0, 0.0, 0.0], 0.2)]),
-        Group([2, 9], [Trajectory([5, EOS], 1.0), Trajectory([8, EOS], 1.0), Trajectory([8, 8, 4, EOS], 1.0)]),
+                          Trajectory([6, 6, 2, 9, 3, EOS], 0.0, 3,
+                                     [[5, EOS], [7, 7, 4], [9, EOS]], [1.0, 0.0, 0.0], 0.6),
+                          Trajectory([9, 2, EOS], 0.0, 0,
+                                     [[5, 5, EOS], [4, EOS], [3, 3, 3, 3, 3, 3]], [0.0, 0.0, 0.0], 0.2)]),
+        Group([2, 9], [Trajectory([5, EOS], 1.0),
+                       Trajectory([8, EOS], 1.0),
+                       Trajectory([8, 8, 4, EOS], 1.0)]),
         Group([7], [Trajectory([4, 5, 6, 7], 0.0, 2, [[EOS], [6, 8, EOS], [2, 2]], [0.0, 1.0, 1.0], 0.5),
                     Trajectory([4, EOS], 0.0, 1, [[EOS], [EOS], [4, EOS]], [0.0, 0.0, 1.0], 0.7),
                     Trajectory([3, EOS], 0.0, 0, [[2, EOS], [4, EOS], [4, 4, EOS]], [0.0, 1.0, 0.0], 0.5)]),
@@ -41,7 +56,8 @@ def spread(rewards, eps=1e-6):
 
 def token_terms(model, ref_model, old_model, prefix, tail, advantage, config):
     """(sum of clipped surrogates, sum of k3) over tail, Eq. (L) token by token."""
-    logp, old, ref = (suffix_logps(m, prefix, tail, config.temperature) for m in (model, old_model, ref_model))
+    logp, old, ref = (suffix_logps(m, prefix, tail, config.temperature)
+                      for m in (model, old_model, ref_model))
     surrogate, kl = 0.0, 0.0
     for t in range(len(tail)):
         rho = torch.exp(logp[t] - old[t].detach())
@@ -62,15 +78,17 @@ def papers_j(model, ref_model, old_model, groups, config):
             surrogate, kl = token_terms(model, ref_model, old_model, g.prompt, t.response, advantage, config)
             total = total + (surrogate - config.beta * kl) / len(t.response) / len(g.trajectories)
         for t in failed:
+            prefix = g.prompt + t.response[:t.pivot]
             for y, reward in zip(t.branches, t.branch_rewards):
                 advantage = (reward - sum(t.branch_rewards) / len(t.branches)) / spread(t.branch_rewards)
-                surrogate, kl = token_terms(model, ref_model, old_model, g.prompt + t.response[:t.pivot], y, advantage, config)
-                total = total + config.lam * (surrogate - config.beta * kl) / len(y) / len(t.branches) / len(failed)
+                surrogate, kl = token_terms(model, ref_model, old_model, prefix, y, advantage, config)
+                l_aux = (surrogate - config.beta * kl) / len(y)
+                total = total + config.lam * l_aux / len(t.branches) / len(failed)
     return total / len(groups)
 
 
 def authors_j(model, ref_model, old_model, groups, config):
-    """The authors' code (PAPER section 4): dead sequences leave, then two global token means, KL without lambda."""
+    """The authors' code: dead sequences leave, then two global token means, KL without lambda."""
     streams = {"main": [], "branch": []}
     for g in groups:
         rewards = [t.reward for t in g.trajectories]
@@ -99,7 +117,7 @@ def gradients(model):
 def test_objective_equals_the_slow_twin(model, ref_model, twin, name, same_policy, temperature, lam):
     config = Config(lam=lam, beta=BETA, temperature=temperature, objective=name, clip_low=0.1, clip_high=0.25)
     old_model = copy.deepcopy(model)
-    if not same_policy:                                                 # an older policy, so that the clip acts
+    if not same_policy:                                              # an older policy, so that the clip acts
         with torch.no_grad():
             for p in old_model.parameters():
                 p += 0.02 * torch.randn_like(p)
@@ -107,7 +125,7 @@ def test_objective_equals_the_slow_twin(model, ref_model, twin, name, same_polic
     expected.backward()
     grads = gradients(model)
     old = None if same_policy else log_probabilities(old_model, example(), config)
-    for micro_batch_tokens in (None, 30, 1):                            # all rows, some, one at a time
+    for micro_batch_tokens in (None, 30, 1):                         # all rows, some, one at a time
         model.zero_grad()
         loss, metrics = objective(model, example(), config, ref_model, old, micro_batch_tokens, backward=True)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-10) and not loss.requires_grad
@@ -116,7 +134,7 @@ def test_objective_equals_the_slow_twin(model, ref_model, twin, name, same_polic
             assert grads[key].abs().max() > 1e-3, key
             torch.testing.assert_close(p.grad, grads[key], rtol=1e-8, atol=1e-11)
     model.zero_grad()
-    loss, _ = objective(model, example(), config, ref_model, old)       # without backward: the graph is the caller's
+    loss, _ = objective(model, example(), config, ref_model, old)    # no backward: the graph is the caller's
     assert all(p.grad is None for p in model.parameters())
     loss.backward()
     for key, p in model.named_parameters():
@@ -129,11 +147,12 @@ def test_without_branches_the_objective_is_grpo(model, ref_model):
     full, _ = objective(model, example(), replace(config, lam=0.0), ref_model)
     grpo, metrics = objective(model, groups, config, ref_model)
     assert grpo.item() == pytest.approx(full.item(), rel=1e-12)
-    assert metrics["forwarded_tokens"] == sum(len(g.prompt) + len(t.response) for g in groups for t in g.trajectories)
+    tokens = sum(len(g.prompt) + len(t.response) for g in groups for t in g.trajectories)
+    assert metrics["forwarded_tokens"] == tokens
 
 
 def test_the_prefix_of_a_branch_carries_no_loss(model):
-    """With equal root rewards only suffixes push, and nothing but the two suffixes is in this expression by hand."""
+    """With equal root rewards only suffixes push: nothing else is in this expression by hand."""
     prefix_token = 20
     group = Group([3], [Trajectory([prefix_token, 5, EOS], 0.0, 1, [[6, EOS], [7, EOS]], [1.0, 0.0], 0.5),
                         Trajectory([9, EOS], 0.0)])
@@ -142,7 +161,8 @@ def test_the_prefix_of_a_branch_carries_no_loss(model):
     for y, sign in (([6, EOS], 1), ([7, EOS], -1)):                     # R - mean = +-.5, std sqrt(.5)
         logp = suffix_logps(model, [3, prefix_token], y, 1.0)
         by_hand = by_hand - sign * 0.5 / (math.sqrt(0.5) + 1e-6) * torch.exp(logp - logp.detach()).mean() / 2
-    for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), torch.autograd.grad(by_hand, list(model.parameters()))):
+    got, expected = (torch.autograd.grad(value, list(model.parameters())) for value in (loss, by_hand))
+    for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
@@ -179,23 +199,26 @@ def test_metrics_of_the_objective_by_hand(model, ref_model):
             logits = model(input_ids=torch.tensor([g.prompt + t.response])).logits[0, len(g.prompt) - 1:-1]
             p = logits.softmax(-1)
             entropies += (-(p * p.log()).sum(-1)).tolist()
-            d = suffix_logps(ref_model, g.prompt, t.response, 1.0) - suffix_logps(model, g.prompt, t.response, 1.0)
+            ref, logp = (suffix_logps(m, g.prompt, t.response, 1.0) for m in (ref_model, model))
+            d = ref - logp
             k3 += (d.exp() - d - 1).tolist()
     assert metrics["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-9)
     assert metrics["kl"] == pytest.approx(sum(k3) / len(k3), rel=1e-9)
-    # A != 0: the three rollouts of question 1 (5+6+3), its mixed siblings (2+3+2), all mixed siblings of question 3.
+    # A != 0: the rollouts of question 1 (5+6+3), its mixed siblings (2+3+2), all siblings of question 3.
     assert metrics["trained_tokens"] == (5 + 6 + 3) + (2 + 3 + 2) + (1 + 3 + 2) + (1 + 1 + 2) + (2 + 2 + 3)
-    prompts, responses, branches = 3 * 3 + 2 * 3 + 1 * 3, 5 + 6 + 3 + 2 + 2 + 4 + 4 + 2 + 2, (7 + 11) + (6 + 4 + 7)
+    prompts, responses = 3 * 3 + 2 * 3 + 1 * 3, (5 + 6 + 3) + (2 + 2 + 4) + (4 + 2 + 2)
+    branches = (7 + 11) + (6 + 4 + 7)
     assert metrics["forwarded_tokens"] == prompts + responses + branches
     assert objective(model, groups, Config(beta=BETA))[1]["kl"] == 0           # no reference model, no KL
 
 
 def test_clip_fraction_by_hand(model):
-    groups, config = [Group([3], [Trajectory([5, 6, EOS], 1.0), Trajectory([7, 8, 9, EOS], 0.0)])], Config(beta=0.0)
+    groups = [Group([3], [Trajectory([5, 6, EOS], 1.0), Trajectory([7, 8, 9, EOS], 0.0)])]
+    config = Config(beta=0.0)
     now = log_probabilities(model, groups, config)
     shift = [torch.tensor([0.5, -0.5, 0.1]), torch.tensor([0.5, -0.5, -0.1, -0.3])]       # log rho
     _, metrics = objective(model, groups, config, old_logps=[a - b for a, b in zip(now, shift)])
-    assert metrics["clip_fraction"] == pytest.approx(3 / 7)       # A > 0 with rho > 1.2: one; A < 0 with rho < .8: two
+    assert metrics["clip_fraction"] == pytest.approx(3 / 7)     # A > 0, rho > 1.2: one; A < 0, rho < .8: two
 
 
 def test_update_is_adamw_on_the_clipped_gradient(model, ref_model):
@@ -208,13 +231,15 @@ def test_update_is_adamw_on_the_clipped_gradient(model, ref_model):
     for p in twin.parameters():
         p.grad *= 0.05 / norm
     optimizer.step()
-    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-8) and norm > 0.05 and metrics["loss"] == pytest.approx(loss.item())
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-8) and norm > 0.05
+    assert metrics["loss"] == pytest.approx(loss.item())
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)       # clip_grad_norm_ divides by norm + 1e-6
 
 
 def test_several_updates_keep_the_old_log_probabilities(model, ref_model):
-    config, twin, rollout_policy = Config(beta=BETA, updates=3, max_grad_norm=1e9), copy.deepcopy(model), copy.deepcopy(model)
+    config = Config(beta=BETA, updates=3, max_grad_norm=1e9)
+    twin, rollout_policy = copy.deepcopy(model), copy.deepcopy(model)
     metrics = update(model, torch.optim.SGD(model.parameters(), lr=0.05), example(), config, ref_model)
     for _ in range(3):
         twin.zero_grad()
@@ -222,7 +247,7 @@ def test_several_updates_keep_the_old_log_probabilities(model, ref_model):
         with torch.no_grad():
             for p in twin.parameters():
                 p -= 0.05 * p.grad
-    assert metrics["clip_fraction"] > 0                           # the policy has moved, the ratio is not 1 any more
+    assert metrics["clip_fraction"] > 0                           # the policy has moved: rho is not 1
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
 
@@ -253,10 +278,12 @@ def test_roll_out_scores_every_response_with_its_own_question():
         asked.append((prefixes, k, max_new_tokens))
         return [[[10 * x + i, EOS] for i in range(k)] for x in range(len(prefixes))]
 
-    groups = roll_out(draw, [[3, 4], [5]], lambda x, y: float(x == 1 and y == [11, EOS]), Config(group_size=3, max_new_tokens=20))
+    groups = roll_out(draw, [[3, 4], [5]], lambda x, y: float(x == 1 and y == [11, EOS]),
+                      Config(group_size=3, max_new_tokens=20))
     assert asked == [([[3, 4], [5]], 3, 20)]
     assert [[(t.response, t.reward) for t in g.trajectories] for g in groups] == [
-        [([0, EOS], 0.0), ([1, EOS], 0.0), ([2, EOS], 0.0)], [([10, EOS], 0.0), ([11, EOS], 1.0), ([12, EOS], 0.0)]]
+        [([0, EOS], 0.0), ([1, EOS], 0.0), ([2, EOS], 0.0)],
+        [([10, EOS], 0.0), ([11, EOS], 1.0), ([12, EOS], 0.0)]]
 
 
 def three_sentences():
@@ -271,9 +298,9 @@ def test_pivots_of_failures_only_at_ends_of_sentences():
         chosen = choose_pivots(groups, Config(), estimate, word, np.random.default_rng(seed))
         assert chosen[0].trajectories[1] == groups[0].trajectories[1]
         seen.add((chosen[0].trajectories[0].pivot, round(chosen[0].trajectories[0].ratio, 6)))
-        assert chosen[1].trajectories[0].pivot in (0, 3)                  # the last sentence ends with the response
+        assert chosen[1].trajectories[0].pivot in (0, 3)           # the last sentence ends with the response
     assert seen == {(0, 0.25), (2, 0.5), (4, 0.75)}
-    assert groups == three_sentences()                                    # the argument is left alone
+    assert groups == three_sentences()                             # the argument is left alone
     fixed = choose_pivots(groups, Config(segment_tokens=4), estimate, word, np.random.default_rng(0))
     assert fixed[0].trajectories[0].pivot in (0, 4)
 
@@ -292,16 +319,18 @@ def test_resample_continues_the_exact_prefix_within_the_room_that_is_left():
         return float(response[-2:] == [6, EOS])
 
     branched = resample(draw, groups, reward, Config(branches=2, max_new_tokens=10))
-    assert asked == [([[3, 5, 2, 6, 2], [4, 8, 9, 2]], 2, 7)]             # one call; room for the shallowest pivot
+    assert asked == [([[3, 5, 2, 6, 2], [4, 8, 9, 2]], 2, 7)]      # one call; room for the shallowest pivot
     deep, shallow = branched[0].trajectories[0], branched[1].trajectories[0]
-    assert deep.branches == [[7] * 6, [6, EOS]] and deep.branch_rewards == [0.0, 1.0]         # the first was cut at 4 + 6 = 10
+    assert deep.branches == [[7] * 6, [6, EOS]]                    # the first was cut at 4 + 6 = 10
+    assert deep.branch_rewards == [0.0, 1.0]
     assert shallow.branches == [[7] * 6 + [EOS], [9, EOS]] and shallow.branch_rewards == [0.0, 0.0]
-    assert graded == [(0, [5, 2, 6, 2] + [7] * 6), (0, [5, 2, 6, 2, 6, EOS]), (1, [8, 9, 2] + [7] * 6 + [EOS]), (1, [8, 9, 2, 9, EOS])]
+    assert graded == [(0, [5, 2, 6, 2] + [7] * 6), (0, [5, 2, 6, 2, 6, EOS]),
+                      (1, [8, 9, 2] + [7] * 6 + [EOS]), (1, [8, 9, 2, 9, EOS])]
     assert branched[0].trajectories[1].branches == [] and groups[0].trajectories[0].branches == []
 
     estimate = Recoverability()
     learn_recoverability(branched, estimate)
-    assert list(estimate.outcomes) == [(0.75, True), (0.5, False)]        # y = 1 if at least one branch is right
+    assert list(estimate.outcomes) == [(0.75, True), (0.5, False)]      # y = 1: at least one is right
 
 
 def test_resample_without_failures_draws_nothing():
@@ -312,16 +341,18 @@ def test_resample_without_failures_draws_nothing():
 def test_summary_by_hand():
     got = summarize(example(), [EOS])
     assert got == pytest.approx({
-        "reward": 4 / 9, "branch_reward": 5 / 15, "dead_groups": 2 / 3, "dead_branch_groups": 1 / 5, "pivots": 5,
-        "pivot_depth": (0.6 + 0.2 + 0.5 + 0.7 + 0.5) / 5, "recovered": 4 / 5, "response_length": 30 / 9, "branch_length": 35 / 15,
+        "reward": 4 / 9, "branch_reward": 5 / 15, "dead_groups": 2 / 3, "dead_branch_groups": 1 / 5,
+        "pivots": 5, "pivot_depth": (0.6 + 0.2 + 0.5 + 0.7 + 0.5) / 5, "recovered": 4 / 5,
+        "response_length": 30 / 9, "branch_length": 35 / 15,
         "truncated": 1 / 9, "sequences": 24, "generated_tokens": 65})
     grpo = summarize([Group([3], [Trajectory([5, EOS], 1.0)])], [EOS])
     assert grpo["pivots"] == 0 and grpo["pivot_depth"] is None and grpo["recovered"] is None
 
 
-@pytest.mark.parametrize("name, value", [("group_size", 0), ("branches", -1), ("lam", -0.1), ("beta", float("nan")), ("temperature", 0.0),
-                                         ("objective", "ppo"), ("gamma", float("inf")), ("max_new_tokens", 0), ("updates", 0),
-                                         ("clip_low", -1.0), ("segment_tokens", 1.5)])
+@pytest.mark.parametrize("name, value", [
+    ("group_size", 0), ("branches", -1), ("lam", -0.1), ("beta", float("nan")), ("temperature", 0.0),
+    ("objective", "ppo"), ("gamma", float("inf")), ("max_new_tokens", 0), ("updates", 0), ("clip_low", -1.0),
+    ("segment_tokens", 1.5)])
 def test_impossible_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         Config(**{name: value})

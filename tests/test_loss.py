@@ -6,24 +6,33 @@ import pytest
 import torch
 
 from deep_grpo import Config, Group, Trajectory
-from loss import SequenceWeights, clipped_surrogate, group_advantages, k3_kl, sequence_weights, weighted_objective
+from loss import (
+    SequenceWeights,
+    clipped_surrogate,
+    group_advantages,
+    k3_kl,
+    sequence_weights,
+    weighted_objective,
+)
 
 
 def test_advantages_of_the_paper():
     rewards = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])
     std = group_advantages(rewards)
     assert std.tolist() == pytest.approx([1.2076] * 3 + [-0.7246] * 5, abs=5e-5)
-    assert group_advantages(rewards, normalize=False).tolist() == pytest.approx([0.625] * 3 + [-0.375] * 5, abs=1e-7)
-    unbiased = math.sqrt(8 * 0.375 * 0.625 / 7)
-    assert group_advantages(rewards.double())[0].item() == pytest.approx(0.625 / (unbiased + 1e-6), rel=1e-12)
-    assert group_advantages(rewards.double(), eps=0.5)[0].item() == pytest.approx(0.625 / (unbiased + 0.5), rel=1e-12)
+    mean_only = group_advantages(rewards, normalize=False)
+    assert mean_only.tolist() == pytest.approx([0.625] * 3 + [-0.375] * 5, abs=1e-7)
+    unbiased, first = math.sqrt(8 * 0.375 * 0.625 / 7), group_advantages(rewards.double())[0].item()
+    assert first == pytest.approx(0.625 / (unbiased + 1e-6), rel=1e-12)
+    first = group_advantages(rewards.double(), eps=0.5)[0].item()
+    assert first == pytest.approx(0.625 / (unbiased + 0.5), rel=1e-12)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3, 0.7, 1e8 / 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 24])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_equal_rewards_give_exactly_zero(value, size, normalize):
-    # 0.7 summed seven times and divided is not 0.7: rounding noise divided by std + 1e-6 used to give advantages of order .1.
+    # 0.7 summed seven times and divided is not 0.7: that noise over std + 1e-6 gave advantages of order .1.
     assert torch.equal(group_advantages(torch.full((2, size), value), normalize), torch.zeros(2, size))
 
 
@@ -38,11 +47,12 @@ def test_groups_are_independent():
 
 def test_k3_is_the_kl_divergence_from_policy_to_reference_by_enumeration():
     torch.manual_seed(0)
-    logits, ref = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64).log_softmax(-1)
-    logp = logits.log_softmax(-1)
+    logp = torch.randn(5, dtype=torch.float64).log_softmax(-1)
+    ref = torch.randn(5, dtype=torch.float64).log_softmax(-1)
     exact = (logp.exp() * (logp - ref)).sum()
-    assert (logp.exp() * k3_kl(logp, ref)).sum().item() == pytest.approx(exact.item(), rel=1e-12)    # E_pi[k3] = KL(pi || ref)
-    assert abs((ref.exp() * (ref - logp)).sum() - exact) > 0.05                                       # the reversed one differs
+    expected = (logp.exp() * k3_kl(logp, ref)).sum()                       # E_pi[k3] = KL(pi || ref)
+    assert expected.item() == pytest.approx(exact.item(), rel=1e-12)
+    assert abs((ref.exp() * (ref - logp)).sum() - exact) > 0.05            # the reversed one differs
     assert (k3_kl(logp, ref) >= 0).all() and k3_kl(ref, ref).abs().max() == 0
 
 
@@ -51,19 +61,22 @@ def test_k3_gradient_and_small_differences():
     ref = torch.tensor([-1.5, -1.0, -0.5], dtype=torch.float64)
     k3_kl(logp, ref).sum().backward()
     assert logp.grad.tolist() == pytest.approx([1 - math.exp(-0.5), 1 - math.exp(1.0), 0.0], abs=1e-14)
-    assert k3_kl(torch.tensor(-1.0), torch.tensor(-1.0001)).item() == pytest.approx(5e-9, rel=2e-3)   # fp32: d^2/2, no noise
+    close = k3_kl(torch.tensor(-1.0), torch.tensor(-1.0001)).item()        # fp32: d^2/2, no noise
+    assert close == pytest.approx(5e-9, rel=2e-3)
 
 
 @pytest.mark.parametrize("ratio, advantage, value, gradient", [
     (1.0, 2.0, 2.0, 2.0), (1.0, -2.0, -2.0, -2.0),
-    (1.5, 2.0, 2.0 * 1.3, 0.0), (1.5, -2.0, -3.0, -3.0),           # too likely already: only the good one is held back
-    (0.5, 2.0, 1.0, 1.0), (0.5, -2.0, -2.0 * 0.9, 0.0),            # too unlikely already: only the bad one is held back
-    (1.25, 2.0, 2.5, 2.5), (0.95, -2.0, -1.9, -1.9)])              # inside [1 - .1, 1 + .3]: nothing is
+    (1.5, 2.0, 2.0 * 1.3, 0.0), (1.5, -2.0, -3.0, -3.0),         # too likely: only the good one is held back
+    (0.5, 2.0, 1.0, 1.0), (0.5, -2.0, -2.0 * 0.9, 0.0),          # too unlikely: only the bad one is held back
+    (1.25, 2.0, 2.5, 2.5), (0.95, -2.0, -1.9, -1.9)])            # inside [1 - .1, 1 + .3]: nothing is
 def test_clipped_surrogate(ratio, advantage, value, gradient):
     logp = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
-    result = clipped_surrogate(logp, torch.zeros((), dtype=torch.float64), torch.tensor(advantage), clip_low=0.1, clip_high=0.3)
+    old_logp = torch.zeros((), dtype=torch.float64)
+    result = clipped_surrogate(logp, old_logp, torch.tensor(advantage), clip_low=0.1, clip_high=0.3)
     result.backward()
-    assert result.item() == pytest.approx(value, rel=1e-12) and logp.grad.item() == pytest.approx(gradient, rel=1e-12, abs=1e-15)
+    assert result.item() == pytest.approx(value, rel=1e-12)
+    assert logp.grad.item() == pytest.approx(gradient, rel=1e-12, abs=1e-15)
 
 
 def example():
@@ -89,18 +102,19 @@ def test_weights_of_the_papers_objective_by_hand():
     for weights, advantage, length in zip(first[1][1:], [high, low, low], [2, 3, 5]):
         close(weights, advantage, 0.5 / (2 * 2 * 3 * length))      # lambda/questions, 1/|T_fail|, 1/K, 1/|y|
     for weights, length in zip(first[2][1:], [1, 2, 3]):
-        close(weights, 0.0, 0.5 / (2 * 2 * 3 * length))            # equal siblings: no push, but the KL still acts
+        close(weights, 0.0, 0.5 / (2 * 2 * 3 * length))            # equal siblings: the KL still acts
     for (weights,), length in zip(second, [2, 3, 6]):
         close(weights, 0.0, 1 / (2 * 3 * length))
 
 
 def test_weights_of_the_authors_code_by_hand():
     first, second = sequence_weights(example(), Config(lam=0.5, beta=0.01, objective="authors"))
-    t_main, t_branch = 10 + 4 + 7, 2 + 3 + 5                       # only sequences with an advantage are counted
+    t_main, t_branch = 10 + 4 + 7, 2 + 3 + 5                       # only sequences with an advantage count
     assert first[0][0] == pytest.approx((2 / 3, 1 / t_main, 0.01 / t_main), rel=1e-12)
     assert first[1][0] == pytest.approx((-1 / 3, 1 / t_main, 0.01 / t_main), rel=1e-12)
     assert first[2][0] == pytest.approx((-1 / 3, 1 / t_main, 0.01 / t_main), rel=1e-12)
-    assert first[1][1] == pytest.approx((2 / 3, 0.5 / t_branch, 0.01 / t_branch), rel=1e-12)   # lambda leaves the KL alone
+    # lambda leaves the KL alone
+    assert first[1][1] == pytest.approx((2 / 3, 0.5 / t_branch, 0.01 / t_branch), rel=1e-12)
     assert first[1][2] == first[1][3] == pytest.approx((-1 / 3, 0.5 / t_branch, 0.01 / t_branch), rel=1e-12)
     nothing = SequenceWeights(0.0, 0.0, 0.0)
     assert first[2][1:] == [nothing] * 3 and second == [[nothing]] * 3
@@ -109,7 +123,7 @@ def test_weights_of_the_authors_code_by_hand():
 def test_groups_and_siblings_are_never_mixed():
     groups = example()
     before = sequence_weights(groups, Config())
-    groups[0].trajectories[2].branch_rewards = [1.0, 1.0, 0.0]     # another pivot's branches, and another question
+    groups[0].trajectories[2].branch_rewards = [1.0, 1.0, 0.0]     # another pivot, and another question
     groups[1].trajectories[0].reward = 0.0
     after = sequence_weights(groups, Config())
     assert after[0][:2] == before[0][:2] and after[0][2][0] == before[0][2][0]
@@ -125,7 +139,8 @@ def test_without_branches_only_the_first_half_is_left():
 def test_weighted_objective_by_hand():
     logp = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
     old, ref = torch.tensor([-1.0, -2.1, -2.5]), torch.tensor([-1.2, -2.0, -3.3])
-    advantage, policy, kl = torch.tensor([1.0, 1.0, -2.0]), torch.tensor([0.5, 0.25, 0.1]), torch.tensor([0.01, 0.02, 0.03])
+    advantage = torch.tensor([1.0, 1.0, -2.0])
+    policy, kl = torch.tensor([0.5, 0.25, 0.1]), torch.tensor([0.01, 0.02, 0.03])
     terms = [0.5 * 1.0, 0.25 * math.exp(0.1), 0.1 * -2 * 0.8]      # ratios 1, e^.1, e^-.5 -> clipped at .8
     k3 = [math.exp(-0.2) + 0.2 - 1, 0.0, math.exp(-0.3) + 0.3 - 1]
     result = weighted_objective(logp, old, ref, advantage, policy, kl)

@@ -1,4 +1,4 @@
-"""Packed rows against separate rows: the mask token by token, log-probabilities and gradients to float rounding."""
+"""Packed rows against separate rows: the mask token by token, log-probabilities and gradients to rounding."""
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from conftest import make_model
 
 from packing import Row, micro_batches, pack, score_rows, tree_mask
 
-ROLLOUTS = [  # prompt, response, pivot, branches: ragged, pivot at the root and in the middle, an empty and a one-token branch
+ROLLOUTS = [  # prompt, response, pivot, branches: ragged, pivot at the root and inside, an empty branch
     ([3, 4, 5], [6, 7, 8, 9, 10], 2, [[11, 12, 13], [6], []]),
     ([3], [5, 4], 0, [[7, 8, 9], [9, 9]]),
     ([9, 8, 7, 6], [5, 4, 3, 3, 5, 1], None, []),
@@ -18,7 +18,7 @@ ROLLOUTS = [  # prompt, response, pivot, branches: ragged, pivot at the root and
 
 
 def separate_logps(model, prompt, response, pivot, branches):
-    """The slow twin: every sequence alone through the whole model, log_softmax of all logits, no mask, no packing."""
+    """The slow twin: every sequence alone through the whole model, log_softmax of all logits, no mask."""
     pieces = []
     for prefix, tail in [(prompt, response), *((prompt + response[:pivot], y) for y in branches)]:
         logits = model(input_ids=torch.tensor([prefix + tail])).logits[0, :-1]
@@ -29,7 +29,9 @@ def separate_logps(model, prompt, response, pivot, branches):
 
 def test_row_by_hand():
     row = pack([1, 2], [3, 4, 5, 6], 2, [[7, 8], [9]])
-    assert row == Row(ids=[1, 2, 3, 4, 5, 6, 7, 8, 9], positions=[0, 1, 2, 3, 4, 5, 4, 5, 4], segments=[0, 0, 1, 1, 1, 1, 2, 2, 3],
+    assert row == Row(ids=[1, 2, 3, 4, 5, 6, 7, 8, 9],
+                      positions=[0, 1, 2, 3, 4, 5, 4, 5, 4],
+                      segments=[0, 0, 1, 1, 1, 1, 2, 2, 3],
                       prefix_length=4, targets=[3, 4, 5, 6, 7, 8, 9], predictors=[1, 2, 3, 4, 3, 6, 3])
 
 
@@ -46,7 +48,7 @@ def test_mask_by_its_definition():
                 segment = rows[b].segments[k] if k < n else None
                 in_prefix = segment == 0 or (segment == 1 and k < len(prompt) + (pivot or 0))
                 assert mask[b, 0, q, k] == (k <= q and (in_prefix or segment == rows[b].segments[q]))
-    assert mask.any(-1).all()                                            # also padding: a fully masked row would be NaN
+    assert mask.any(-1).all()                                # also padding: a fully masked row would be NaN
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -55,7 +57,7 @@ def test_log_probabilities_and_gradients_equal_those_of_separate_rows(checkpoint
     model, twin = make_model(), make_model()
     if checkpointing:
         model.gradient_checkpointing_enable()
-        model.train()                                                    # transformers checkpoints in training mode only
+        model.train()                                        # transformers checkpoints in training mode only
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     logps, entropies = score_rows(model, [pack(*rollout) for rollout in ROLLOUTS], chunk=chunk)
@@ -77,7 +79,8 @@ def test_temperature_and_entropy():
     logps, entropies = score_rows(model, [pack(*rollout)], temperature=0.7)
     logits = model(input_ids=torch.tensor([rollout[0] + rollout[1]])).logits[0, 3:-1] / 0.7
     p = logits.softmax(-1)
-    torch.testing.assert_close(logps, p.gather(-1, torch.tensor([rollout[1]]).T)[:, 0].log(), rtol=0, atol=1e-10)
+    chosen = p.gather(-1, torch.tensor([rollout[1]]).T)[:, 0]
+    torch.testing.assert_close(logps, chosen.log(), rtol=0, atol=1e-10)
     torch.testing.assert_close(entropies, -(p * p.log()).sum(-1), rtol=0, atol=1e-10)
 
 
@@ -91,10 +94,9 @@ def test_float32_agrees_within_its_rounding():
 def test_the_mask_is_what_keeps_branches_apart():
     # A later branch must not see an earlier one: change the first branch and look at the second.
     model = make_model()
-    for changed in ([4, 4, 4], [11, 12, 13]):
-        logps, _ = score_rows(model, [pack([3, 4, 5], [6, 7, 8], 1, [changed, [9, 10]])])
-        second = logps[-2:] if changed == [4, 4, 4] else second
-    torch.testing.assert_close(second, logps[-2:], rtol=0, atol=1e-12)
+    a, b = (score_rows(model, [pack([3, 4, 5], [6, 7, 8], 1, [changed, [9, 10]])])[0]
+            for changed in ([4, 4, 4], [11, 12, 13]))
+    torch.testing.assert_close(a[-2:], b[-2:], rtol=0, atol=1e-12)
 
 
 def test_micro_batches_fill_up_to_the_tokens_longest_first():
@@ -118,7 +120,9 @@ def test_bad_arguments_are_named():
 
 
 def test_the_drawing_is_the_mask():
-    out = subprocess.run([sys.executable, "packing.py"], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True).stdout
+    out = subprocess.run([sys.executable, "packing.py"], capture_output=True, text=True, check=True,
+                         cwd=Path(__file__).parents[1]).stdout
     drawn = [line.split()[2:] for line in out.splitlines() if line[:2] in (" P", " R", " 1", " 2")]
-    assert ["".join(line) for line in drawn] == ["#........", "##.......", "###......", "####.....", "#####....", "######...",
-                                                 "####..#..", "####..##.", "####....#"]
+    assert ["".join(line) for line in drawn] == [
+        "#........", "##.......", "###......", "####.....", "#####....", "######...",
+        "####..#..", "####..##.", "####....#"]

@@ -1,4 +1,4 @@
-"""Eq. (P): the fit against an independent optimiser, hand-computed minima, and what happens with little or odd data."""
+"""Eq. (P): the fit against an independent optimiser, hand-computed minima, and little or odd data."""
 import math
 import re
 import subprocess
@@ -29,11 +29,13 @@ def lbfgs_optimum(outcomes, l2):
     """The slow twin: summed BCE + l2/2 w^2 from torch's own loss, minimised by torch's LBFGS."""
     r, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*outcomes))
     w, b = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
-    optimizer = torch.optim.LBFGS([w, b], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([w, b], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(w * r + b, y, reduction="sum") + l2 / 2 * w**2
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(w * r + b, y, reduction="sum")
+        loss = bce + l2 / 2 * w**2
         loss.backward()
         return loss
 
@@ -49,8 +51,8 @@ def test_fit_is_the_optimum_that_lbfgs_finds(n, l2):
 
 
 def test_equal_depths_give_the_hand_computed_minimum():
-    # With one depth only the intercept explains everything: w = 0 costs nothing, b = logit of the share. A penalised intercept
-    # (or one penalised through its mean) would not reach it.
+    # With one depth only the intercept explains everything: w = 0 costs nothing, b = logit of the share.
+    # A penalised intercept (or one penalised through its mean) would not reach it.
     estimate = filled([(0.5, i < 15) for i in range(20)])
     assert estimate.w == pytest.approx(0, abs=1e-10)
     assert estimate.b == pytest.approx(math.log(3), abs=1e-10)
@@ -58,7 +60,7 @@ def test_equal_depths_give_the_hand_computed_minimum():
 
 def test_fit_recovers_the_truth():
     estimate = filled(simulate(10_000))
-    assert estimate.w == pytest.approx(-5, abs=0.4) and estimate.b == pytest.approx(2, abs=0.25)   # 4 standard errors
+    assert estimate.w == pytest.approx(-5, abs=0.4) and estimate.b == pytest.approx(2, abs=0.25)   # 4 s.e.
 
 
 def test_uniform_until_enough_outcomes_of_both_classes():
@@ -69,7 +71,8 @@ def test_uniform_until_enough_outcomes_of_both_classes():
         assert not estimate.fitted and np.array_equal(estimate.predict(depths), np.ones((2, 2)))
     estimate = filled([*few, (0.95, False)])                     # the 11th: more than min_observations
     assert estimate.fitted and estimate.predict(depths).shape == (2, 2)
-    assert estimate.predict(np.array([0.5]))[0] == pytest.approx(1 / (1 + math.exp(-(estimate.w * 0.5 + estimate.b))))
+    logit = estimate.w * 0.5 + estimate.b
+    assert estimate.predict(np.array([0.5]))[0] == pytest.approx(1 / (1 + math.exp(-logit)))
 
 
 def test_separable_outcomes_stay_finite():
@@ -115,7 +118,8 @@ def test_sigmoid_does_not_overflow():
 
 
 @pytest.mark.parametrize("name, call", [
-    ("window", lambda: Recoverability(window=0)), ("min_observations", lambda: Recoverability(min_observations=-1)),
+    ("window", lambda: Recoverability(window=0)),
+    ("min_observations", lambda: Recoverability(min_observations=-1)),
     ("l2", lambda: Recoverability(l2=0.0)), ("ratio", lambda: Recoverability().observe(1.2, True)),
     ("ratio", lambda: Recoverability().observe(float("nan"), True))])
 def test_bad_arguments_are_named(name, call):
@@ -124,6 +128,7 @@ def test_bad_arguments_are_named(name, call):
 
 
 def test_demo_prints_estimates_that_approach_the_truth():
-    out = subprocess.run([sys.executable, "recoverability.py"], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True).stdout
+    out = subprocess.run([sys.executable, "recoverability.py"], capture_output=True, text=True, check=True,
+                         cwd=Path(__file__).parents[1]).stdout
     errors = [abs(float(w) + 6) for w in re.findall(r"w +(-?[\d.]+) \(truth -6\.0\)", out)]
     assert len(errors) == 5 and errors[-1] < 0.3 < errors[0]

@@ -1,4 +1,4 @@
-"""sample(): the right distribution on a hostile checkpoint, the right tokens for ragged prefixes, the right ends."""
+"""sample(): the right distribution on a hostile checkpoint, the right tokens for ragged prefixes and ends."""
 import math
 import warnings
 
@@ -11,10 +11,11 @@ import resample
 from resample import sample
 
 RAGGED = [[5, 6, 7, 8, 9, 10], [3], [4, 4], [9, 8, 7, 6, 5, 4, 3, 2, 2, 3, 4]]
-HOSTILE = dict(do_sample=True, temperature=0.3, top_k=3, top_p=0.5, min_p=0.3, typical_p=0.4, repetition_penalty=3.0, epsilon_cutoff=0.2,
-               no_repeat_ngram_size=1, bad_words_ids=[[2], [3]], suppress_tokens=[4], begin_suppress_tokens=[5], min_new_tokens=3,
-               num_beams=2, num_return_sequences=2, forced_eos_token_id=7, max_length=5, exponential_decay_length_penalty=(0, 3.0),
-               eos_token_id=2, pad_token_id=2)
+HOSTILE = dict(do_sample=True, temperature=0.3, top_k=3, top_p=0.5, min_p=0.3, typical_p=0.4,
+               repetition_penalty=3.0, epsilon_cutoff=0.2, no_repeat_ngram_size=1, bad_words_ids=[[2], [3]],
+               suppress_tokens=[4], begin_suppress_tokens=[5], min_new_tokens=3, num_beams=2,
+               num_return_sequences=2, forced_eos_token_id=7, max_length=5,
+               exponential_decay_length_penalty=(0, 3.0), eos_token_id=2, pad_token_id=2)
 
 
 def argmax_step_by_step(model, prefix, n, stop):
@@ -28,7 +29,8 @@ def argmax_step_by_step(model, prefix, n, stop):
 
 
 def draw(model, prefixes=RAGGED, k=1, **changes):
-    return sample(model, prefixes, k, **dict(max_new_tokens=9, eos_token_id=EOS, pad_token_id=PAD, temperature=0) | changes)
+    settings = dict(max_new_tokens=9, eos_token_id=EOS, pad_token_id=PAD, temperature=0)
+    return sample(model, prefixes, k, **settings | changes)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -36,7 +38,8 @@ def test_greedy_equals_argmax_for_ragged_prefixes(seed):
     model = make_model(seed)
     expected = [[argmax_step_by_step(model, p, 9, {EOS})] * 3 for p in RAGGED]
     assert draw(model, k=3) == expected
-    assert [row for p in RAGGED for row in draw(model, [p])] == [row[:1] for row in expected]      # alone, among them length 1
+    alone = [row for p in RAGGED for row in draw(model, [p])]            # among them one of length 1
+    assert alone == [row[:1] for row in expected]
 
 
 def chi_square(counts, p):
@@ -52,8 +55,8 @@ def chi_square(counts, p):
 def test_sampled_distribution_is_softmax_of_logits_over_t_whatever_the_checkpoint_says(temperature):
     """First and second token of two ragged prefixes, 6,000 draws each, against the model's own probabilities.
 
-    Each of the 4 chi-square tests (of 3 parametrisations) may fail a true sampler with probability below 1e-4 by the
-    Wilson-Hilferty quantile z = 3.72, 1 in 800 over all; the seed is fixed, so that a pass stays a pass.
+    Each of the 4 chi-square tests (of 3 parametrisations) may fail a true sampler with probability below 1e-4
+    by the Wilson-Hilferty quantile z = 3.72, 1 in 800 over all; the seed is fixed: a pass stays a pass.
     """
     model = make_model(3, initializer_range=0.08)
     model.generation_config = GenerationConfig(**HOSTILE)
@@ -62,17 +65,18 @@ def test_sampled_distribution_is_softmax_of_logits_over_t_whatever_the_checkpoin
     drawn = draw(model, prefixes, k=n, max_new_tokens=2, eos_token_id=[EOS], temperature=temperature)
     for prefix, tails in zip(prefixes, drawn):
         p = (model(input_ids=torch.tensor([prefix])).logits[0, -1] / temperature).softmax(-1)
-        follow = (model(input_ids=torch.tensor([prefix + [v] for v in range(VOCABULARY)])).logits[:, -1] / temperature).softmax(-1)
+        longer = torch.tensor([prefix + [v] for v in range(VOCABULARY)])
+        follow = (model(input_ids=longer).logits[:, -1] / temperature).softmax(-1)
         q = p.clone()
         q[EOS] = 0                                                       # nothing follows EOS
         for counts, expected in [
             ([sum(t[0] == v for t in tails) for v in range(VOCABULARY)], p),
-            ([sum(len(t) == 2 and t[1] == v for t in tails) for v in range(VOCABULARY)], (q @ follow) / q.sum()),
+            ([sum(t[1:] == [v] for t in tails) for v in range(VOCABULARY)], (q @ follow) / q.sum()),
         ]:
             statistic, dof = chi_square(counts, expected.tolist())
             assert dof >= 5
             assert statistic < dof * (1 - 2 / (9 * dof) + 3.72 * math.sqrt(2 / (9 * dof))) ** 3
-    assert model.generation_config.top_k == 3                            # and the checkpoint keeps its own configuration
+    assert model.generation_config.top_k == 3                       # the checkpoint keeps its configuration
 
 
 def test_ends_are_kept_and_nothing_follows_them():
@@ -80,8 +84,10 @@ def test_ends_are_kept_and_nothing_follows_them():
     torch.manual_seed(1)
     for eos in (EOS, [EOS, 7, 12]):
         stop = {eos} if isinstance(eos, int) else set(eos)
-        tails = [t for row in draw(model, k=40, eos_token_id=eos, temperature=2.0, max_new_tokens=12) for t in row]
-        assert all(t[-1] in stop or len(t) == 12 for t in tails) and all(not stop & set(t[:-1]) for t in tails)
+        drawn = draw(model, k=40, eos_token_id=eos, temperature=2.0, max_new_tokens=12)
+        tails = [t for row in drawn for t in row]
+        assert all(t[-1] in stop or len(t) == 12 for t in tails)
+        assert all(not stop & set(t[:-1]) for t in tails)
         assert len({len(t) for t in tails}) > 4 and {t[-1] for t in tails} >= stop
 
 
@@ -103,9 +109,10 @@ def test_the_pad_id_inside_a_prefix_is_a_token_like_any_other():
 
 def test_one_prefill_for_all_branches():
     model, seen = make_model(), []
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     draw(model, RAGGED, k=8)
-    assert seen[0] == (4, 10) and set(seen[1:]) == {(32, 1)}             # N prefixes once; then N * K rows, a token each
+    assert seen[0] == (4, 10) and set(seen[1:]) == {(32, 1)}             # N prefixes once; then N * K rows
 
 
 def test_same_seed_same_samples_and_branches_differ():
@@ -115,7 +122,7 @@ def test_same_seed_same_samples_and_branches_differ():
         torch.manual_seed(seed)
         results.append(draw(model, k=6, temperature=1.5))
     assert results[0] == results[1] != results[2]
-    assert len({tuple(t) for t in results[0][0]}) > 1                    # the copies of a prefix go different ways
+    assert len({tuple(t) for t in results[0][0]}) > 1               # copies of a prefix go different ways
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
@@ -132,7 +139,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
     with pytest.warns(UserWarning, match="generating 12 sequences at once; going on with 6"):
         assert draw(model, k=3) == expected
     assert sizes == [12, 6, 3, 3, 6, 3, 3]
-    monkeypatch.setattr(resample, "_generate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never any room")))
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("never any room")
+
+    monkeypatch.setattr(resample, "_generate", no_memory)
     with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError, match="never any room"):
         warnings.simplefilter("ignore")
         draw(model)
@@ -144,8 +155,10 @@ def test_the_model_comes_back_as_it_was(training):
     model.gradient_checkpointing_enable()
     config = model.generation_config
     greedy = draw(model)
-    assert model.training == training and model.generation_config is config and model.is_gradient_checkpointing
-    assert greedy == [[argmax_step_by_step(model.eval(), p, 9, {EOS})] for p in RAGGED]           # no dropout while sampling
+    assert model.training == training and model.generation_config is config
+    assert model.is_gradient_checkpointing
+    expected = [[argmax_step_by_step(model.eval(), p, 9, {EOS})] for p in RAGGED]
+    assert greedy == expected                                            # no dropout while sampling
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         draw(model.train(training))
@@ -154,7 +167,8 @@ def test_the_model_comes_back_as_it_was(training):
 
 @pytest.mark.parametrize("name, changes", [
     ("prefixes", dict(prefixes=[[1], []])), ("k must", dict(k=0)), ("max_new_tokens", dict(max_new_tokens=0)),
-    ("temperature", dict(temperature=-1.0)), ("temperature", dict(temperature=float("nan"))), ("eos_token_id", dict(eos_token_id=[]))])
+    ("temperature", dict(temperature=-1.0)), ("temperature", dict(temperature=float("nan"))),
+    ("eos_token_id", dict(eos_token_id=[]))])
 def test_bad_arguments_are_named(name, changes):
     with pytest.raises(ValueError, match=name):
         draw(make_model(), **changes)

@@ -71,11 +71,11 @@ class Recoverability:
             gradient = x.T @ (p - success) + penalty * phi                    # (2,)
             hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty)   # (2, 2), positive: l2 > 0
             newton = np.linalg.solve(hessian, gradient)
-            size = 1.0
-            while loss(phi - size * newton) > loss(phi) and size > 1e-10:     # a full step can overshoot
+            size, bound = 1.0, loss(phi) * (1 + 1e-12)                        # rounding is no overshoot
+            while loss(phi - size * newton) > bound:                          # but a full step can
                 size /= 2
             phi = phi - size * newton
-            if np.abs(newton).max() < 1e-12:
+            if np.abs(newton).max() < 1e-9:                                   # the next would be its square
                 break
         self.w, self.b, self.fitted = float(phi[0]), float(phi[1]), True
 

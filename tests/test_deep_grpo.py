@@ -210,6 +210,13 @@ def test_metrics_of_the_objective_by_hand(model, ref_model):
     branches = (7 + 11) + (6 + 4 + 7)
     assert metrics["forwarded_tokens"] == prompts + responses + branches
     assert objective(model, groups, Config(beta=BETA))[1]["kl"] == 0           # no reference model, no KL
+    ref_model.register_forward_pre_hook(lambda *_: pytest.fail("a pass of the reference that nobody needs"))
+    assert objective(model, groups, Config(beta=0.0), ref_model)[1]["kl"] == 0
+
+
+def test_the_reference_gets_no_gradient(model, ref_model):
+    objective(model, example(), Config(beta=BETA), ref_model.requires_grad_(True), backward=True)
+    assert all(p.grad is None for p in ref_model.parameters())
 
 
 def test_clip_fraction_by_hand(model):
@@ -222,8 +229,14 @@ def test_clip_fraction_by_hand(model):
 
 
 def test_update_is_adamw_on_the_clipped_gradient(model, ref_model):
-    config, twin = Config(beta=BETA, max_grad_norm=0.05), copy.deepcopy(model)
+    config, twin, widest = Config(beta=BETA, max_grad_norm=0.05), copy.deepcopy(model), []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widest.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)                               # what others left behind does not count
     metrics = update(model, torch.optim.AdamW(model.parameters(), lr=1e-2), example(), config, ref_model, 30)
+    hook.remove()
+    assert len(widest) > 1 and max(widest) <= 30 and all(p.grad is None for p in model.parameters())
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
     loss = -papers_j(twin, ref_model, copy.deepcopy(twin), example(), config)
     loss.backward()
@@ -237,11 +250,12 @@ def test_update_is_adamw_on_the_clipped_gradient(model, ref_model):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)       # clip_grad_norm_ divides by norm + 1e-6
 
 
-def test_several_updates_keep_the_old_log_probabilities(model, ref_model):
-    config = Config(beta=BETA, updates=3, max_grad_norm=1e9)
+@pytest.mark.parametrize("updates", [2, 3])
+def test_several_updates_keep_the_old_log_probabilities(model, ref_model, updates):
+    config = Config(beta=BETA, updates=updates, max_grad_norm=1e9)
     twin, rollout_policy = copy.deepcopy(model), copy.deepcopy(model)
     metrics = update(model, torch.optim.SGD(model.parameters(), lr=0.05), example(), config, ref_model)
-    for _ in range(3):
+    for _ in range(updates):
         twin.zero_grad()
         (-papers_j(twin, ref_model, rollout_policy, example(), config)).backward()
         with torch.no_grad():
@@ -301,8 +315,12 @@ def test_pivots_of_failures_only_at_ends_of_sentences():
         assert chosen[1].trajectories[0].pivot in (0, 3)           # the last sentence ends with the response
     assert seen == {(0, 0.25), (2, 0.5), (4, 0.75)}
     assert groups == three_sentences()                             # the argument is left alone
-    fixed = choose_pivots(groups, Config(segment_tokens=4), estimate, word, np.random.default_rng(0))
-    assert fixed[0].trajectories[0].pivot in (0, 4)
+    fixed = {choose_pivots(groups, Config(segment_tokens=4), estimate, word,
+                           np.random.default_rng(seed))[0].trajectories[0].pivot for seed in range(50)}
+    assert fixed == {0, 4}
+    for seed in range(50):                                      # gamma = -20 resamples from the question
+        chosen = choose_pivots(groups, Config(gamma=-20.0), estimate, word, np.random.default_rng(seed))
+        assert chosen[0].trajectories[0].pivot == chosen[1].trajectories[0].pivot == 0
 
 
 def test_resample_continues_the_exact_prefix_within_the_room_that_is_left():
@@ -345,14 +363,24 @@ def test_summary_by_hand():
         "pivots": 5, "pivot_depth": (0.6 + 0.2 + 0.5 + 0.7 + 0.5) / 5, "recovered": 4 / 5,
         "response_length": 30 / 9, "branch_length": 35 / 15,
         "truncated": 1 / 9, "sequences": 24, "generated_tokens": 65})
-    grpo = summarize([Group([3], [Trajectory([5, EOS], 1.0)])], [EOS])
+    easy = Trajectory([5, EOS], 0.0, 0, [[6, EOS], [7, EOS]], [1.0, 1.0], 0.5)   # all right
+    assert summarize([Group([3], [easy])], [EOS])["dead_branch_groups"] == 1
+    grpo = summarize([Group([3], [Trajectory([5, EOS], 1.0), Trajectory([6, EOS], 0.0)])], [EOS])
     assert grpo["pivots"] == 0 and grpo["pivot_depth"] is None and grpo["recovered"] is None
+
+
+def test_defaults_are_those_of_the_authors_script():
+    assert Config() == Config(group_size=8, branches=8, gamma=2.0, lam=1.0, beta=1e-4, clip_low=0.2,
+                              clip_high=0.2, temperature=1.0, objective="paper", segment_tokens=0,
+                              max_new_tokens=512, updates=1, max_grad_norm=1.0)
+    assert Config(branches=0, lam=0.0, beta=0.0, clip_low=0.0, clip_high=0.0)      # off, not impossible
 
 
 @pytest.mark.parametrize("name, value", [
     ("group_size", 0), ("branches", -1), ("lam", -0.1), ("beta", float("nan")), ("temperature", 0.0),
     ("objective", "ppo"), ("gamma", float("inf")), ("max_new_tokens", 0), ("updates", 0), ("clip_low", -1.0),
-    ("segment_tokens", 1.5)])
+    ("segment_tokens", 1.5), ("segment_tokens", -1), ("clip_high", -0.1), ("lam", float("inf")),
+    ("max_grad_norm", 0.0)])
 def test_impossible_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         Config(**{name: value})

@@ -1,5 +1,6 @@
 """Eq. (A), (L), (J): values by hand, gradients, and the KL estimator against exact enumeration."""
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,9 @@ def test_advantages_of_the_paper():
 @pytest.mark.parametrize("normalize", [True, False])
 def test_equal_rewards_give_exactly_zero(value, size, normalize):
     # 0.7 summed seven times and divided is not 0.7: that noise over std + 1e-6 gave advantages of order .1.
-    assert torch.equal(group_advantages(torch.full((2, size), value), normalize), torch.zeros(2, size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                             # no std of a single reward
+        assert torch.equal(group_advantages(torch.full((2, size), value), normalize), torch.zeros(2, size))
 
 
 def test_groups_are_independent():
@@ -41,8 +44,9 @@ def test_groups_are_independent():
     for row, advantages in zip(rewards, group_advantages(rewards)):
         assert torch.equal(advantages, group_advantages(row))
     assert group_advantages(rewards.view(1, 3, 3)).shape == (1, 3, 3)
-    with pytest.raises(ValueError, match="rewards"):
-        group_advantages(torch.tensor(1.0))
+    for empty in (torch.tensor(1.0), torch.zeros(2, 0)):
+        with pytest.raises(ValueError, match="rewards"):
+            group_advantages(empty)
 
 
 def test_k3_is_the_kl_divergence_from_policy_to_reference_by_enumeration():
@@ -118,6 +122,12 @@ def test_weights_of_the_authors_code_by_hand():
     assert first[1][2] == first[1][3] == pytest.approx((-1 / 3, 0.5 / t_branch, 0.01 / t_branch), rel=1e-12)
     nothing = SequenceWeights(0.0, 0.0, 0.0)
     assert first[2][1:] == [nothing] * 3 and second == [[nothing]] * 3
+
+
+def test_an_empty_sequence_divides_nothing_by_zero():
+    group = Group([1], [Trajectory([], 0.0, 0, [[], [6]], [1.0, 0.0]), Trajectory([5, 5], 1.0)])
+    (empty, empty_branch, branch), (full,) = sequence_weights([group], Config())[0]
+    assert (empty.policy, empty_branch.policy, branch.policy, full.policy) == (1 / 2, 1 / 2, 1 / 2, 1 / 4)
 
 
 def test_groups_and_siblings_are_never_mixed():

@@ -58,8 +58,9 @@ def test_log_probabilities_and_gradients_equal_those_of_separate_rows(checkpoint
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.train()                                        # transformers checkpoints in training mode only
-    calls = []
+    calls, heads = [], []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.lm_head.register_forward_pre_hook(lambda module, args: heads.append(len(args[0])))
     logps, entropies = score_rows(model, [pack(*rollout) for rollout in ROLLOUTS], chunk=chunk)
     expected = torch.cat([separate_logps(twin, *rollout) for rollout in ROLLOUTS])
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-10)
@@ -71,7 +72,8 @@ def test_log_probabilities_and_gradients_equal_those_of_separate_rows(checkpoint
         assert q.grad.abs().max() > 1e-3, name                           # not a comparison of zeros
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
     assert not entropies.requires_grad
-    assert len(calls) == 1 + checkpointing                               # it was really computed again
+    assert len(calls) == 1 + checkpointing                               # it was really computed again,
+    assert max(heads) <= chunk and sum(heads) == 2 * len(logps)          # and so was the head, chunk by chunk
 
 
 def test_temperature_and_entropy():
@@ -91,6 +93,13 @@ def test_float32_agrees_within_its_rounding():
     torch.testing.assert_close(logps, expected, rtol=0, atol=2e-5)
 
 
+def test_bfloat16_logits_are_scored_in_float32():
+    # A log-probability in bfloat16 has two or three digits, too few for ratios within [0.8, 1.2].
+    logps, entropies = score_rows(make_model(dtype=torch.bfloat16), [pack(*ROLLOUTS[2])])
+    assert logps.dtype == entropies.dtype == torch.float32
+    assert (logps.bfloat16() != logps).any()
+
+
 def test_the_mask_is_what_keeps_branches_apart():
     # A later branch must not see an earlier one: change the first branch and look at the second.
     model = make_model()
@@ -105,6 +114,8 @@ def test_micro_batches_fill_up_to_the_tokens_longest_first():
     assert micro_batches(rows, 10) == [[1], [4], [2, 3], [0, 5]]
     assert micro_batches(rows, 1) == [[1], [4], [2], [3], [0], [5]]      # a row is never cut
     assert sorted(micro_batches(rows, None)[0]) == [0, 1, 2, 3, 4, 5]
+    rows = [pack([1], [2] * 5), pack([1] * 8, [2])]                      # prompts count, too
+    assert micro_batches(rows, 18) == [[1, 0]] and micro_batches(rows, 17) == [[1], [0]]
 
 
 def test_bad_arguments_are_named():

@@ -40,13 +40,18 @@ def test_equals_exact_fractions(gamma, p):
 def test_sums_to_one_and_keeps_extremes_apart():
     q = pivot_distribution(candidate_ratios(1000), np.ones(1000), -20.0)      # (1/1001)^-20 = 1e60
     assert q.sum() == pytest.approx(1, abs=1e-12)
+    assert pivot_distribution([1.0], [1.0], 2.0) == [1.0]
     assert q[0] > 0.99999 and q[1] / q[0] == pytest.approx(2.0**-20, rel=1e-9)
 
 
 @pytest.mark.parametrize("name, call", [
     ("ratios", lambda: pivot_distribution([], [], 2.0)),
     ("ratios", lambda: pivot_distribution([0.0, 0.5], [1, 1], 2.0)),
+    ("ratios", lambda: pivot_distribution([0.5, 1.1], [1, 1], 2.0)),
+    ("ratios", lambda: pivot_distribution([[0.5, 0.6]], [[1, 1]], 2.0)),
     ("p_success", lambda: pivot_distribution([0.5], [0.0], 2.0)),
+    ("p_success", lambda: pivot_distribution([0.5, 0.6], [1.0, 1.1], 2.0)),
+    ("p_success", lambda: pivot_distribution([0.5, 0.6], [1.0, -0.1], 2.0)),
     ("p_success", lambda: pivot_distribution([0.5, 0.6], [1.0], 2.0)),
     ("p_success", lambda: pivot_distribution([0.5], [float("nan")], 2.0)),
     ("gamma", lambda: pivot_distribution([0.5], [1.0], np.inf)),
@@ -65,6 +70,7 @@ def test_bad_arguments_are_named(name, call):
     ("One|.|\n\n|Two|.|\n", ["One.\n\n", "Two.\n"]),                            # no sentence of its own
     ("\n|One| x|.| Two", ["\nOne x.", " Two"]),                                 # nor at the beginning
     ('He| said| "|no|."| Then', ['He said "no."', " Then"]),                    # closing quote in the token
+    ('He| said| ("|no|.|"|)| Then', ['He said ("no.")', " Then"]),               # two, in tokens of their own
     ("So| **|18|.|**|\n|End", ["So **18.**\n", "End"]),                         # markdown in the next token
     ("no| end", ["no end"]), ("$", ["$"]), (".|$", [".$"]),
 ])
@@ -95,15 +101,16 @@ def test_fixed_ends():
     assert fixed_ends(list(range(2)), 3) == [2]
 
 
-def test_pivots_are_drawn_from_q_and_never_at_the_end():
+@pytest.mark.parametrize("gamma", [2.0, -1.0])
+def test_pivots_are_drawn_from_q_and_never_at_the_end(gamma):
     estimate = Recoverability()
     for i in range(40):
         estimate.observe(i / 40, i % 4 < 2 and i < 30)
     estimate.fit()
-    ends, n = [4, 9, 11, 20], 6000
+    ends, n = [4, 9, 11, 20], 4000
     rng = np.random.default_rng(0)
-    draws = [draw_pivot(ends, estimate, 2.0, rng) for _ in range(n)]
-    q = pivot_distribution([0.2, 0.4, 0.6, 0.8], estimate.predict([0.2, 0.4, 0.6, 0.8]), 2.0)
+    draws = [draw_pivot(ends, estimate, gamma, rng) for _ in range(n)]
+    q = pivot_distribution([0.2, 0.4, 0.6, 0.8], estimate.predict([0.2, 0.4, 0.6, 0.8]), gamma)
     ratio_at = {0: 0.2, 4: 0.4, 9: 0.6, 11: 0.8}                 # the question, then all ends but the last
     assert all(ratio == pytest.approx(ratio_at[kept]) for kept, ratio in draws)
     counts = np.array([sum(d[0] == kept for d in draws) for kept in ratio_at])

@@ -50,6 +50,29 @@ def test_fit_is_the_optimum_that_lbfgs_finds(n, l2):
     assert (estimate.w, estimate.b) == pytest.approx(lbfgs_optimum(outcomes, l2), abs=1e-6)
 
 
+def test_the_gradient_vanishes_at_the_fit_after_a_few_newton_steps(monkeypatch):
+    # Rounding once made the line search halve every step to nothing, until 100 iterations were used up: 3.7 s
+    # for 10,000 outcomes, in each step of training.
+    solve, steps = np.linalg.solve, []
+    monkeypatch.setattr(np.linalg, "solve", lambda *args: steps.append(1) or solve(*args))
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        outcomes = simulate(rng.integers(11, 3000), w=rng.uniform(-8, 2), b=rng.uniform(-3, 3), seed=seed)
+        steps.clear()
+        estimate = filled(outcomes)
+        r, y = np.array(outcomes).T
+        error = 1 / (1 + np.exp(-(estimate.w * r + estimate.b))) - y
+        assert abs(error.sum()) < 1e-8 and abs(error @ r + estimate.w) < 1e-8
+        assert 1 < len(steps) < 20
+
+
+def test_a_full_newton_step_that_overshoots_is_halved():
+    # One success deeper than 100 failures: full steps from the start lead to overflow and w = nan.
+    outcomes = [(0.3 * i / 100, False) for i in range(100)] + [(1.0, True)]
+    estimate = filled(outcomes, l2=1e-3)
+    assert (estimate.w, estimate.b) == pytest.approx(lbfgs_optimum(outcomes, 1e-3), rel=1e-3)
+
+
 def test_equal_depths_give_the_hand_computed_minimum():
     # With one depth only the intercept explains everything: w = 0 costs nothing, b = logit of the share.
     # A penalised intercept (or one penalised through its mean) would not reach it.
@@ -104,13 +127,16 @@ def test_a_fit_is_kept_when_one_class_leaves_the_window():
 
 
 def test_state_dict_restores_everything():
-    a = filled(simulate(100))
-    b = Recoverability()
-    b.load_state_dict(a.state_dict())
-    for estimate in (a, b):
-        estimate.observe(0.3, True)
-        estimate.fit()
-    assert (a.w, a.b, a.fitted, list(a.outcomes)) == (b.w, b.b, b.fitted, list(b.outcomes))
+    for n in (5, 100):                                           # before the first fit, and after it
+        a, b = filled(simulate(n), window=100), Recoverability(window=100)
+        b.load_state_dict(a.state_dict())
+        assert b.fitted == (n == 100)
+        for _ in range(2):                                       # at once, and one outcome later
+            assert (a.w, a.b, a.fitted, list(a.outcomes)) == (b.w, b.b, b.fitted, list(b.outcomes))
+            for estimate in (a, b):
+                estimate.observe(0.3, True)
+                estimate.fit()
+        assert len(b.outcomes) <= 100                            # the window holds after loading, too
 
 
 def test_sigmoid_does_not_overflow():
@@ -120,7 +146,9 @@ def test_sigmoid_does_not_overflow():
 @pytest.mark.parametrize("name, call", [
     ("window", lambda: Recoverability(window=0)),
     ("min_observations", lambda: Recoverability(min_observations=-1)),
-    ("l2", lambda: Recoverability(l2=0.0)), ("ratio", lambda: Recoverability().observe(1.2, True)),
+    ("l2", lambda: Recoverability(l2=0.0)), ("l2", lambda: Recoverability(l2=float("nan"))),
+    ("ratio", lambda: Recoverability().observe(1.2, True)),
+    ("ratio", lambda: Recoverability().observe(-0.1, True)),
     ("ratio", lambda: Recoverability().observe(float("nan"), True))])
 def test_bad_arguments_are_named(name, call):
     with pytest.raises(ValueError, match=name):

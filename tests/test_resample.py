@@ -79,6 +79,14 @@ def test_sampled_distribution_is_softmax_of_logits_over_t_whatever_the_checkpoin
     assert model.generation_config.top_k == 3                       # the checkpoint keeps its configuration
 
 
+def test_the_librarys_own_top_k_does_not_cut_the_vocabulary():
+    # Unset, top_k is 50 in transformers, which no test with a vocabulary of 23 notices.
+    model = make_model(3, vocab_size=90, initializer_range=0.01)                    # nearly uniform
+    torch.manual_seed(0)
+    first = [t[0] for t in draw(model, [[3, 4]], k=3000, max_new_tokens=1, temperature=1.0)[0]]
+    assert set(first) == set(range(90))
+
+
 def test_ends_are_kept_and_nothing_follows_them():
     model = make_model(2)
     torch.manual_seed(1)
@@ -109,8 +117,12 @@ def test_the_pad_id_inside_a_prefix_is_a_token_like_any_other():
 
 def test_one_prefill_for_all_branches():
     model, seen = make_model(), []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+
+    def look(module, args, kwargs, out):
+        seen.append(tuple(kwargs["input_ids"].shape))
+        assert not out.logits.requires_grad                              # no graph is kept of what is sampled
+
+    model.register_forward_hook(look, with_kwargs=True)
     draw(model, RAGGED, k=8)
     assert seen[0] == (4, 10) and set(seen[1:]) == {(32, 1)}             # N prefixes once; then N * K rows
 

@@ -44,6 +44,8 @@ def test_groups_are_independent():
     for row, advantages in zip(rewards, group_advantages(rewards)):
         assert torch.equal(advantages, group_advantages(row))
     assert group_advantages(rewards.view(1, 3, 3)).shape == (1, 3, 3)
+    beside = group_advantages(torch.stack([torch.full((7,), 0.1), torch.arange(7.0)]))
+    assert torch.equal(beside[0], torch.zeros(7))                  # a dead group beside one that is not
     for empty in (torch.tensor(1.0), torch.zeros(2, 0)):
         with pytest.raises(ValueError, match="rewards"):
             group_advantages(empty)

@@ -220,12 +220,15 @@ def test_the_reference_gets_no_gradient(model, ref_model):
 
 
 def test_clip_fraction_by_hand(model):
-    groups = [Group([3], [Trajectory([5, 6, EOS], 1.0), Trajectory([7, 8, 9, EOS], 0.0)])]
-    config = Config(beta=0.0)
+    failed = Trajectory([7, 8, 9, EOS], 0.0, 1, [[4, EOS], [EOS]], [1.0, 0.0], 0.5)
+    groups = [Group([3], [Trajectory([5, 6, EOS], 1.0), failed])]
+    config = Config(beta=0.0, clip_low=0.3, clip_high=0.2)   # A > 0, rho > 1.2; A < 0, rho < .7
     now = log_probabilities(model, groups, config)
-    shift = [torch.tensor([0.5, -0.5, 0.1]), torch.tensor([0.5, -0.5, -0.1, -0.3])]       # log rho
+    shift = [torch.tensor([0.5, -0.5, 0.25]),                     # log rho, A > 0: two
+             torch.tensor([0.5, -0.5, -0.1, -0.3,                 # A < 0: one
+                           0.3, 0.1, -0.9])]                      # a branch with A > 0: one; with A < 0: one
     _, metrics = objective(model, groups, config, old_logps=[a - b for a, b in zip(now, shift)])
-    assert metrics["clip_fraction"] == pytest.approx(3 / 7)     # A > 0, rho > 1.2: one; A < 0, rho < .8: two
+    assert metrics["clip_fraction"] == pytest.approx(5 / 10)
 
 
 def test_update_is_adamw_on_the_clipped_gradient(model, ref_model):
@@ -346,9 +349,10 @@ def test_resample_continues_the_exact_prefix_within_the_room_that_is_left():
                       (1, [8, 9, 2] + [7] * 6 + [EOS]), (1, [8, 9, 2, 9, EOS])]
     assert branched[0].trajectories[1].branches == [] and groups[0].trajectories[0].branches == []
 
-    estimate = Recoverability()
+    estimate = Recoverability(min_observations=1)
     learn_recoverability(branched, estimate)
     assert list(estimate.outcomes) == [(0.75, True), (0.5, False)]      # y = 1: at least one is right
+    assert estimate.fitted and estimate.w > 0                           # and P has learned from them
 
 
 def test_resample_without_failures_draws_nothing():

@@ -127,6 +127,17 @@ def test_one_prefill_for_all_branches():
     assert seen[0] == (4, 10) and set(seen[1:]) == {(32, 1)}             # N prefixes once; then N * K rows
 
 
+def test_decoding_ends_once_every_row_has_reached_any_of_the_stop_ids():
+    # When `generate` knows only one of them, cutting afterwards gives the same tokens, after far more work.
+    model, seen = make_model(1), []
+    tail = draw(model, [[4, 4]])[0][0]
+    stop = tail[2]
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    cut = tail[:tail.index(stop) + 1]
+    assert draw(model, [[4, 4]], eos_token_id=[EOS, stop]) == [[cut]] and len(cut) < len(tail)
+    assert len(seen) == 1 + len(cut)                                     # a prefill, and a pass per token
+
+
 def test_same_seed_same_samples_and_branches_differ():
     model = make_model(1)
     results = []
@@ -180,6 +191,7 @@ def test_the_model_comes_back_as_it_was(training):
 @pytest.mark.parametrize("name, changes", [
     ("prefixes", dict(prefixes=[[1], []])), ("k must", dict(k=0)), ("max_new_tokens", dict(max_new_tokens=0)),
     ("temperature", dict(temperature=-1.0)), ("temperature", dict(temperature=float("nan"))),
+    ("temperature", dict(temperature=float("inf"))),
     ("eos_token_id", dict(eos_token_id=[]))])
 def test_bad_arguments_are_named(name, changes):
     with pytest.raises(ValueError, match=name):

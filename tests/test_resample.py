@@ -121,7 +121,7 @@ def test_one_prefill_for_all_branches():
     def look(module, args, kwargs, out):
         seen.append(tuple(kwargs["input_ids"].shape))
         assert not out.logits.requires_grad                              # no graph is kept of what is sampled
-        assert out.logits.shape[1] == 1                                # and no logits of prompts are computed
+        assert out.logits.shape[1] == 1                                  # and logits of one token a prefix
 
     model.register_forward_hook(look, with_kwargs=True)
     draw(model, RAGGED, k=8)

@@ -152,24 +152,24 @@ def accuracy_at(runs, x_name, x):
 
 
 def caption(directories) -> str:
-    """What is seen, in two sentences made from the numbers: equal generated tokens, and equal updates."""
-    metrics = {m: [read_metrics(run) for run in runs] for m, runs in directories.items()}
+    """What is seen, made from the numbers: both methods at half and at all of the tokens, and of the updates."""
+    metrics = [read_metrics(run) for runs in directories.values() for run in runs]
     sentences = []
-    for x_name, what in (("generated_total", "{:.0f} generated tokens"), (None, "{:.0f} updates")):
-        x = min(m[x_name][1][-1] if x_name else m["grad_norm"][0][-1] for runs in metrics.values() for m in runs)
-        grpo, deep = (accuracy_at(directories[m], x_name, x) for m in ("grpo", "deep_grpo"))
-        difference = deep.mean() - grpo.mean()
-        error = np.sqrt(sum(np.var(v, ddof=len(v) > 1) / len(v) for v in (grpo, deep)))
-        verdict = ("DEEP-GRPO is ahead" if difference > 2 * error else "DEEP-GRPO is behind" if difference < -2 * error
-                   else "no difference beyond two standard errors")
-        sentences.append(f"After {what.format(x)}: GRPO {grpo.mean():.2f}, DEEP-GRPO {deep.mean():.2f}, "
-                         f"difference {difference:+.2f} \u00b1 {error:.2f} (standard error): {verdict}.")
+    for x_name, unit in (("generated_total", "generated tokens"), (None, "updates")):
+        most = min(m[x_name][1][-1] if x_name else m["grad_norm"][0][-1] for m in metrics)
+        for x in (most / 2, most):
+            grpo, deep = (accuracy_at(directories[m], x_name, x) for m in ("grpo", "deep_grpo"))
+            difference = deep.mean() - grpo.mean()
+            error = np.sqrt(sum(np.var(v, ddof=len(v) > 1) / len(v) for v in (grpo, deep)))
+            verdict = "ahead" if difference > 2 * error else "behind" if difference < -2 * error else "no clear difference"
+            sentences.append(f"After {x:.0f} {unit}: GRPO {grpo.mean():.2f}, DEEP-GRPO {deep.mean():.2f}; "
+                             f"{difference:+.2f} \u00b1 {error:.2f} (standard error): {verdict}.")
     return "\n".join(sentences)
 
 
 def draw(directories, path):
     """The figure of the comparison, also returned."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
     draw_curves(axes[0, 0], directories, "generated_total", "eval_accuracy")
     axes[0, 0].set(title="greedy accuracy on held-out questions", xlabel="generated tokens")
     draw_curves(axes[0, 1], directories, None, "eval_accuracy")
@@ -180,7 +180,7 @@ def draw(directories, path):
     draw_curves(axes[1, 2], directories, None, "reward")
     axes[1, 2].set(title="mean reward of the rollouts", xlabel="updates")
     seeds = len(directories["grpo"])
-    figure.supxlabel(f"Mean of {seeds} seeds in bold. {caption(directories)}", fontsize=10)
+    figure.supxlabel(f"Bold: mean of {seeds} seeds.\n{caption(directories)}", fontsize=10)
     figure.savefig(path, dpi=90)
     return figure
 
@@ -191,7 +191,7 @@ def main():
     parser.add_argument("--preset", choices=["tiny", "tiny-deep"], default="tiny-deep")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget-tokens", type=int, default=80_000, help="generated tokens per run")
-    parser.add_argument("--eval-every", type=int, default=3, help="updates between evaluations")
+    parser.add_argument("--eval-every", type=int, default=4, help="updates between evaluations")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()

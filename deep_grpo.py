@@ -69,7 +69,7 @@ class Config:
     def __post_init__(self):
         least = {"group_size": 1, "branches": 0, "segment_tokens": 0, "max_new_tokens": 1, "updates": 1}
         for name, low in least.items():
-            if int(getattr(self, name)) != getattr(self, name) or getattr(self, name) < low:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {getattr(self, name)}")
         for name in ("lam", "beta", "clip_low", "clip_high"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -91,6 +91,10 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     if model.config._attn_implementation != "sdpa":
         raise ValueError("packed rows need a model loaded with attn_implementation='sdpa', "
                          f"got {model.config._attn_implementation!r}")
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):        # Gemma, Granite, Cohere
+        if getattr(model.config, name, None) not in (None, 1):
+            raise ValueError(f"this model changes its logits after the head ({name}), which is not done here: it "
+                             "would be scored as another policy than the one that is sampled")
     width = max(len(row.ids) for row in rows)
 
     def padded(lists, value):

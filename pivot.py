@@ -22,6 +22,7 @@ import numpy as np
 
 # A line break, or a full stop (and closing quotes, brackets, markdown) before white space: not that of 3.5.
 SENTENCE_END = re.compile(r"\.[^\w\s]{0,3}(?=\s|\Z)|\n")
+LIST_NUMBER = re.compile(r"\W*\d{1,2}\.\W*")               # "2." begins a step, it is none of its own
 
 
 def sentence_ends(response: list[int], decode) -> list[int]:
@@ -29,14 +30,18 @@ def sentence_ends(response: list[int], decode) -> list[int]:
 
     response: token ids. decode: list of ids -> text, without special tokens. Tokens are decoded one by one,
     exact for the ASCII characters looked for in byte-level (Qwen, Llama 3) and word-level tokenizers.
-    Segments without a letter or digit (a second line break, EOS) belong to the sentence before.
+    Segments without a letter or digit (a second line break, EOS) belong to the sentence before, the number of
+    a list item to the one after. "Dr." and "e.g." end a sentence, as in the authors' code.
     """
     pieces = [decode([token]) for token in response]
     text, bounds = "".join(pieces), list(accumulate(map(len, pieces)))       # bounds[i]: where token i ends
     ends, start = [], 0
     cuts = [bisect_right(bounds, match.end() - 1) + 1 for match in SENTENCE_END.finditer(text)]
     for end in [*cuts, len(response)]:                       # the token with the full stop ends the sentence
-        if any(c.isalnum() for c in "".join(pieces[start:end])):
+        segment = "".join(pieces[start:end])
+        if end < len(response) and LIST_NUMBER.fullmatch(segment):
+            continue
+        if any(c.isalnum() for c in segment):
             ends.append(end)
         elif ends:
             ends[-1] = max(end, start)

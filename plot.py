@@ -1,4 +1,4 @@
-r"""Figures: one run, or several runs against each other.
+r"""The figure of a run; one on GSM8K beside the numbers of the paper.
 
     python plot.py RUN_DIR [RUN_DIR ...]        # writes run.png into each
 """
@@ -12,9 +12,11 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
 
+PAPER_GSM8K = {"paper: GRPO, N = 8": 0.641, "paper: DEEP-GRPO": 0.677}       # Qwen2.5-0.5B-Instruct, test set
+
 
 def read_metrics(run_dir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """name -> (steps, values) of metrics.jsonl and timing.jsonl, leaving out lines where a metric is missing or null."""
+    """name -> (steps, values) of metrics.jsonl and timing.jsonl, without the lines where it is missing or null."""
     columns = {}
     for file in ("metrics.jsonl", "timing.jsonl"):
         for line in (Path(run_dir) / file).read_text().splitlines():
@@ -27,7 +29,7 @@ def read_metrics(run_dir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def plot_run(run_dir) -> Path:
     """Write run.png, the metrics that tell a healthy run from a broken one; returns its path."""
-    panels = [("reward and accuracy", ["reward", "branch_reward", "eval_accuracy"]),
+    panels = [("reward and accuracy", ["reward", "branch_reward", "eval_accuracy", "val_accuracy"]),
               ("entropy of the policy (nats)", ["entropy"]),
               ("dead groups (share)", ["dead_groups", "dead_branch_groups"]),
               ("pivots", ["pivot_depth", "recovered"]),
@@ -40,10 +42,15 @@ def plot_run(run_dir) -> Path:
     for axis, (title, names) in zip(axes.flat, panels):
         for name in names:
             if name in metrics:
-                axis.plot(*metrics[name], marker="." if name == "eval_accuracy" else None, label=name)
+                axis.plot(*metrics[name], marker="." if name.endswith("accuracy") else None, label=name)
         axis.set(title=title, xlabel="step")
         if axis.has_data():
             axis.legend(fontsize=8)
+    settings = json.loads((Path(run_dir) / "config.json").read_text())["settings"]
+    if settings["preset"] == "gsm8k":
+        for (name, accuracy), style in zip(PAPER_GSM8K.items(), (":", "--")):
+            axes.flat[0].axhline(accuracy, color="black", linewidth=1, linestyle=style, label=name)
+        axes.flat[0].legend(fontsize=8)
     path = Path(run_dir) / "run.png"
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,13 +1,14 @@
 r"""Train DEEP-GRPO, or GRPO, on GSM8K or on the embedded task: one command, one run directory.
 
-    python train_gsm8k.py                                    # no GPU: the embedded task, a minute; a GPU: GSM8K
-    python train_gsm8k.py --preset gsm8k                     # Qwen2.5-0.5B-Instruct, the authors' hyper-parameters
-    python train_gsm8k.py --preset gsm8k --method grpo       # the baseline: the same code with K = 0
-    python train_gsm8k.py --model FOLDER --data FILE.jsonl   # your own, with the fields question and answer (ends in #### n)
+    python train_gsm8k.py                                  # no GPU: the embedded task, a minute; a GPU: GSM8K
+    python train_gsm8k.py --preset gsm8k                   # Qwen2.5-0.5B-Instruct, the authors' numbers
+    python train_gsm8k.py --preset gsm8k --method grpo     # the baseline: the same code with K = 0
+    python train_gsm8k.py --model FOLDER --data FILE.jsonl # your own: question, and answer ending in #### n
 
-The run directory holds config.json (all settings, versions, git revision), metrics.jsonl (a line per step), timing.jsonl (what the
-step cost), samples.jsonl (rollouts and branches as text), checkpoints/step_N (a Hugging Face model folder plus trainer.pt: the newest
-and the best) and run.png. A run that was interrupted, or killed, goes on with --resume and ends as if it had not been.
+The run directory holds config.json (all settings, versions, git revision), metrics.jsonl (a line per step),
+timing.jsonl (what the step cost), samples.jsonl (rollouts and branches as text), checkpoints/step_N (a Hugging
+Face model folder plus trainer.pt: the newest and the best) and run.png. A run that was interrupted, or killed,
+goes on with --resume and ends as if it had not been.
 Exit codes: 0 done (or --max-hours are over), 2 bad input (one line on stderr), 1 anything else.
 """
 import argparse
@@ -37,16 +38,19 @@ from recoverability import Recoverability
 from resample import sample
 from tasks import SETS, TEMPLATES, load_rows, load_set, make_questions, split_validation, stop_ids
 
-EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64, micro_batch_tokens=8192)
-# The authors' scripts: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4; prompt + response tokens 512 + 512 and
-# 1024 + 3072. Ours: 256 rows to choose the best checkpoint on; theirs is --select-on-test.
+EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64,
+                micro_batch_tokens=1024)
+# The authors' scripts: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4; prompt + response tokens
+# 512 + 512 and 1024 + 3072. Ours: 256 rows to choose the best checkpoint on; theirs is --select-on-test.
 AUTHORS = dict(questions=64, lr=1e-6, eval_every=5, val_rows=256, micro_batch_tokens=16384, save_every=50)
-MATH = dict(AUTHORS, steps=1000, max_prompt_tokens=1024, max_new_tokens=3072, data="math_train", eval_data="math500", eval_rows=500)
+MATH = dict(AUTHORS, steps=1000, max_prompt_tokens=1024, max_new_tokens=3072, data="math_train",
+            eval_data="math500", eval_rows=500)
 PRESETS = {
     "tiny": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny"), data="tiny", max_new_tokens=96),
-    "tiny-deep": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160, questions=1, lr=4e-5),
-    "gsm8k": dict(AUTHORS, steps=1000, max_prompt_tokens=512, max_new_tokens=512, model="Qwen/Qwen2.5-0.5B-Instruct",
-                  data="gsm8k_train", eval_data="gsm8k", eval_rows=1319),
+    "tiny-deep": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160,
+                      questions=1, lr=4e-5),
+    "gsm8k": dict(AUTHORS, steps=1000, max_prompt_tokens=512, max_new_tokens=512, data="gsm8k_train",
+                  eval_data="gsm8k", eval_rows=1319, model="Qwen/Qwen2.5-0.5B-Instruct"),
     "math-1.5b": dict(MATH, model="Qwen/Qwen2.5-Math-1.5B"),
     "math-7b": dict(MATH, model="Qwen/Qwen2.5-Math-7B"),
 }
@@ -61,26 +65,28 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_args(argv=None):
     """The settings of a run: flags, filled up by the preset, filled up by the defaults of Config."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     run = parser.add_argument_group("run")
-    run.add_argument("--preset", choices=PRESETS, help="fills in all other flags; default: gsm8k with a GPU, tiny without")
-    run.add_argument("--method", choices=["deep_grpo", "grpo"], default="deep_grpo", help="grpo is K = 0 in the same code")
+    run.add_argument("--preset", choices=PRESETS, help="fills in the flags; default: gsm8k with a GPU, tiny without")
+    run.add_argument("--method", choices=["deep_grpo", "grpo"], default="deep_grpo", help="grpo: K = 0")
     run.add_argument("--out", type=Path, help="run directory, a new one; default: runs/PRESET-METHOD-SEED")
-    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run; with --steps N up to N")
+    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--steps", type=int, help="batches of questions to train on")
-    run.add_argument("--budget-tokens", type=int, help="end after the step that reaches this many generated tokens")
-    run.add_argument("--eval-every", type=int, help="greedy evaluation before training, every N steps, and at the end; 0: never")
-    run.add_argument("--save-every", type=int, help="checkpoint every N steps, when an evaluation is the best so far, and at the end")
-    run.add_argument("--max-hours", type=float, help="save and end before this much time has passed; --resume goes on")
+    run.add_argument("--budget-tokens", type=int, help="end after the step that reaches this many generated ones")
+    run.add_argument("--eval-every", type=int, help="greedy evaluation every N steps, before and after; 0: never")
+    run.add_argument("--save-every", type=int, help="checkpoint every N steps; also the best so far, and the last")
+    run.add_argument("--max-hours", type=float, help="save and end in time; --resume goes on")
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", help="hub name or local folder")
-    data.add_argument("--data", help=f"training questions: local .jsonl, hub name, or one of {', '.join([*tiny.PRESETS, *SETS])}")
-    data.add_argument("--eval-data", help="the same, for evaluation; default: the last --eval-rows rows of --data, held out")
+    sets = ", ".join([*tiny.PRESETS, *SETS])
+    data.add_argument("--data", help=f"training questions: local .jsonl, hub name, or one of {sets}")
+    data.add_argument("--eval-data", help="the same, to evaluate on; default: the last --eval-rows rows of --data")
     data.add_argument("--eval-rows", type=int, help="questions to evaluate on")
-    data.add_argument("--val-rows", type=int, help="with --eval-data: last rows of --data, held out to choose the best checkpoint on")
-    data.add_argument("--select-on-test", action="store_true", help="choose it on --eval-data instead, as the authors do")
-    data.add_argument("--template", choices=TEMPLATES, default="chat", help="chat: the model's own; the others are for base models")
+    data.add_argument("--val-rows", type=int, help="with --eval-data: last rows of --data, to choose a checkpoint on")
+    data.add_argument("--select-on-test", action="store_true", help="choose it on --eval-data, as the authors do")
+    data.add_argument("--template", choices=TEMPLATES, default="chat", help="chat: the model's own")
     data.add_argument("--max-prompt-tokens", type=int, help="longer questions are named and skipped")
     method = parser.add_argument_group("method (the paper's letters; deep_grpo.Config)")
     method.add_argument("--questions", type=int, help="questions x per step")
@@ -92,14 +98,14 @@ def parse_args(argv=None):
     method.add_argument("--clip-low", type=float, help="eps_low")
     method.add_argument("--clip-high", type=float, help="eps_high")
     method.add_argument("--temperature", type=float, help="T, of rollouts and branches")
-    method.add_argument("--objective", choices=["paper", "authors"], help="Eq. (J), or the authors' code: see loss.py")
+    method.add_argument("--objective", choices=["paper", "authors"], help="Eq. (J), or as in the authors' code")
     method.add_argument("--segment-tokens", type=int, help="states every N tokens instead of by sentence (0)")
-    method.add_argument("--max-new-tokens", type=int, help="cap of a response; one that does not end has reward 0")
+    method.add_argument("--max-new-tokens", type=int, help="cap of a response; unfinished: reward 0")
     method.add_argument("--updates", type=int, help="optimizer steps per batch")
     optim = parser.add_argument_group("optimizer (AdamW, betas .9/.999, weight decay .01) and memory")
     optim.add_argument("--lr", type=float, help="learning rate, constant")
     optim.add_argument("--max-grad-norm", type=float)
-    optim.add_argument("--micro-batch-tokens", type=int, help="padded tokens per forward pass of the update; memory only")
+    optim.add_argument("--micro-batch-tokens", type=int, help="padded, per forward pass of the update")
     optim.add_argument("--gradient-checkpointing", action="store_true")
     args = parser.parse_args(argv)
     if args.resume is not None:
@@ -115,7 +121,8 @@ def fill_settings(parser, args):
     why = "asked for"
     if args.preset is None:
         args.preset = "gsm8k" if gpu else "tiny"
-        why = "a GPU is here; --preset tiny is the embedded task" if gpu else "no GPU is here; --preset gsm8k is the full run"
+        why = ("a GPU is here; --preset tiny is the embedded task" if gpu
+               else "no GPU is here; --preset gsm8k is the full run")
     print(f"preset {args.preset}: {why}")
     if args.preset == "math-7b":
         parser.error("argument --preset: math-7b needs more than one GPU, and this program does not shard a model yet")
@@ -123,7 +130,8 @@ def fill_settings(parser, args):
         parser.error(f"argument --branches: --method grpo is K = 0, got {args.branches}")
     if args.method == "deep_grpo" and args.branches == 0:
         parser.error("argument --branches: K = 0 is GRPO, ask for it with --method grpo")
-    defaults = {f.name: f.default for f in fields(Config)} | dict(budget_tokens=None, save_every=0, eval_data=None, val_rows=0)
+    defaults = {f.name: f.default for f in fields(Config)}
+    defaults |= dict(budget_tokens=None, save_every=0, eval_data=None, val_rows=0)
     if args.method == "grpo":
         defaults["branches"] = 0
     for name, value in (defaults | PRESETS[args.preset]).items():
@@ -142,7 +150,7 @@ def fill_settings(parser, args):
 
 
 def restore_settings(parser, args):
-    """All settings from the config.json of the run that goes on; only --steps, --budget-tokens and --max-hours may change."""
+    """The settings of the run that goes on; only --steps, --budget-tokens and --max-hours may change."""
     asked = vars(args).copy()
     try:
         settings = json.loads((args.resume / "config.json").read_text())["settings"]
@@ -183,7 +191,8 @@ class Run:
         """resample.sample from the present policy, at the run's temperature unless another is given."""
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop[0]
         with precision(self.model):
-            return sample(self.model, prefixes, k, max_new_tokens=max_new_tokens, eos_token_id=self.stop, pad_token_id=pad,
+            return sample(self.model, prefixes, k, max_new_tokens=max_new_tokens, eos_token_id=self.stop,
+                          pad_token_id=pad,
                           temperature=self.config.temperature if temperature is None else temperature)
 
     def text(self, ids):
@@ -202,41 +211,45 @@ def precision(model):
 
 
 def prepare(args) -> Run:
-    """Load and check everything. Nothing is written before this has succeeded. ValueError or OSError on bad input."""
+    """Load and check everything; nothing is written before that. ValueError or OSError on bad input."""
     if args.resume is None and (args.out.is_file() or (args.out / "config.json").exists()):
-        raise ValueError(f"{args.out} already holds a run (or is a file): choose another --out, or --resume {args.out}")
+        raise ValueError(f"{args.out} already holds a run (or is a file): choose another --out, "
+                         f"or --resume {args.out}")
     config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     rows, eval_rows, val_rows = load_questions(args)
     model, tokenizer = load_model(args.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    questions, skipped = make_questions(rows, tokenizer, args.max_prompt_tokens, args.template)
-    eval_questions, eval_skipped = make_questions(eval_rows, tokenizer, args.max_prompt_tokens, args.template)
-    val_questions, val_skipped = make_questions(val_rows, tokenizer, args.max_prompt_tokens, args.template)
+    made = [make_questions(r, tokenizer, args.max_prompt_tokens, args.template) for r in (rows, eval_rows, val_rows)]
+    (questions, skipped), (eval_questions, eval_skipped), (val_questions, val_skipped) = made
     eval_skipped += val_skipped
     for row in (skipped + eval_skipped)[:5]:
-        print(f"skipped, longer than {args.max_prompt_tokens} prompt tokens: {row.get('question', row.get('problem'))[:60]!r} ...")
+        text = row.get("question", row.get("problem"))
+        print(f"skipped, longer than {args.max_prompt_tokens} prompt tokens: {text[:60]!r} ...")
     if skipped or eval_skipped:
-        print(f"skipped {len(skipped)} of {len(rows)} training and {len(eval_skipped)} of {len(eval_rows) + len(val_rows)} evaluation questions")
+        print(f"skipped {len(skipped)} of {len(rows)} training and "
+              f"{len(eval_skipped)} of {len(eval_rows) + len(val_rows)} evaluation questions")
     if not questions or (args.eval_every and not eval_questions):
         raise ValueError(f"no question is left: all are longer than --max-prompt-tokens {args.max_prompt_tokens}")
     ref_model = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    run = Run(args, config, model, ref_model, tokenizer, stop_ids(tokenizer, model), questions, eval_questions, val_questions,
-              len(skipped) + len(eval_skipped), optimizer, Recoverability(), np.random.default_rng(args.seed))
+    run = Run(args, config, model, ref_model, tokenizer, stop_ids(tokenizer, model), questions, eval_questions,
+              val_questions, len(skipped) + len(eval_skipped), optimizer, Recoverability(),
+              np.random.default_rng(args.seed))
     if args.resume is not None:
         load_checkpoint(run)
     return run
 
 
 def load_questions(args):
-    """(training rows, evaluation rows, validation rows) as the flags say; the last are held out when there is a test set."""
+    """(training rows, evaluation rows, validation rows); the last are held out when there is a test set."""
     def rows_of(source, split):
-        if source in tiny.PRESETS:                   # endless supply: evaluation rows are the same for every --seed
-            return tiny.make_rows(tiny.PRESETS[source], 4096 if split == "train" else args.eval_rows, args.seed + 1 if split == "train" else 0)
+        if source in tiny.PRESETS:                   # evaluation rows are the same for every --seed
+            n, seed = (4096, args.seed + 1) if split == "train" else (args.eval_rows, 0)
+            return tiny.make_rows(tiny.PRESETS[source], n, seed)
         return load_set(source) if source in SETS else load_rows(source, split)
 
     rows = rows_of(args.data, "train")
@@ -246,12 +259,13 @@ def load_questions(args):
     if args.data in tiny.PRESETS:
         return rows, rows_of(args.data, "test"), []
     if len(rows) < 2:
-        raise ValueError(f"{args.data} has {len(rows)} row: at least 2 are needed, one to hold out (or give --eval-data)")
+        raise ValueError(f"{args.data} has {len(rows)} row: at least 2 are needed, one to hold out "
+                         "(or give --eval-data)")
     return *split_validation(rows, min(args.eval_rows, len(rows) // 2)), []
 
 
 def load_model(name, dtype=torch.float32):
-    """(model with sdpa attention, tokenizer) from a folder or from the hub; ValueError when there is none."""
+    """(model with sdpa attention, tokenizer) from a folder or the hub; ValueError when there is none."""
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         raise ValueError(f"{name} does not hold a model: there is no config.json in it")
     try:
@@ -259,15 +273,17 @@ def load_model(name, dtype=torch.float32):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:                       # many types; the person needs one line
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {name!r} is neither a local folder with a model nor could it be loaded from the hub: {reason}") from error
+        raise ValueError(f"model {name!r} is neither a local folder with a model nor could it be loaded from the "
+                         f"hub: {reason}") from error
     return model, tokenizer
 
 
 def batch_at(run, step):
-    """The questions of a step (1, 2, ...): a walk through a new permutation per epoch, a function of seed and step alone."""
+    """The questions of step 1, 2, ...: a new permutation every epoch, a function of seed and step alone."""
     n, size = len(run.questions), run.args.questions
     at = range((step - 1) * size, step * size)
-    order = {epoch: np.random.default_rng((run.args.seed, epoch)).permutation(n) for epoch in {i // n for i in at}}
+    epochs = {i // n for i in at}
+    order = {epoch: np.random.default_rng((run.args.seed, epoch)).permutation(n) for epoch in epochs}
     return [run.questions[order[i // n][i % n]] for i in at]
 
 
@@ -290,11 +306,13 @@ def train_step(run) -> tuple[dict, dict, list, list]:
 
     groups = timed("rollout", roll_out, run.draw, [q.prompt for q in batch], reward, run.config)
     if run.config.branches:
-        groups = timed("resample", choose_pivots, groups, run.config, run.recoverability, run.text, run.pivot_rng)
+        groups = timed("resample", choose_pivots, groups, run.config, run.recoverability, run.text,
+                       run.pivot_rng)
         groups = timed("resample", resample, run.draw, groups, reward, run.config)
         learn_recoverability(groups, run.recoverability)
     with precision(run.model):
-        learned = timed("update", update, run.model, run.optimizer, groups, run.config, run.ref_model, run.args.micro_batch_tokens)
+        learned = timed("update", update, run.model, run.optimizer, groups, run.config, run.ref_model,
+                        run.args.micro_batch_tokens)
     metrics = summarize(groups, run.stop) | learned | {"w": run.recoverability.w, "b": run.recoverability.b}
     timing = {f"seconds_{name}": seconds for name, seconds in clock.items()}
     timing["tokens_per_second"] = metrics["generated_tokens"] / sum(clock.values())
@@ -306,11 +324,12 @@ def train_step(run) -> tuple[dict, dict, list, list]:
 
 
 def evaluate(run) -> tuple[dict, dict]:
-    """(metrics, timing): greedy accuracy, finished and right, on the evaluation and validation questions; notes the best."""
+    """(metrics, timing): greedy accuracy on the evaluation and validation questions; notes the best."""
     start, metrics = time.perf_counter(), {}
     for name, questions in (("eval_accuracy", run.eval_questions), ("val_accuracy", run.val_questions)):
         if questions:
-            answers = run.draw([q.prompt for q in questions], 1, max_new_tokens=run.config.max_new_tokens, temperature=0)
+            prompts = [q.prompt for q in questions]
+            answers = run.draw(prompts, 1, max_new_tokens=run.config.max_new_tokens, temperature=0)
             metrics[name] = sum(run.reward(q, y) for q, (y,) in zip(questions, answers)) / len(questions)
     accuracy = metrics[selection(run)]
     if run.step and accuracy > run.best_accuracy:
@@ -324,24 +343,27 @@ def selection(run):
 
 
 def sample_lines(run, batch, groups):
-    """For samples.jsonl: the first right and the first failed rollout of every question, with all branches of the latter."""
+    """For samples.jsonl: the first right and the first failed rollout of every question, and its branches."""
     for question, group in zip(batch, groups):
         for wanted in (1.0, 0.0):
             for t in [t for t in group.trajectories if t.reward == wanted][:1]:
-                yield {"step": run.step, "question": question.text, "gold": question.gold, "response": run.text(t.response),
-                       "reward": t.reward, "pivot": t.pivot, "prefix": run.text(t.response[:t.pivot]) if t.branches else None,
-                       "branches": [{"text": run.text(y), "reward": r} for y, r in zip(t.branches, t.branch_rewards)]}
+                branches = [{"text": run.text(y), "reward": r} for y, r in zip(t.branches, t.branch_rewards)]
+                yield {"step": run.step, "question": question.text, "gold": question.gold,
+                       "response": run.text(t.response), "reward": t.reward, "pivot": t.pivot,
+                       "prefix": run.text(t.response[:t.pivot]) if branches else None, "branches": branches}
 
 
 def moving_parts(run):
     """What a resumed run needs beside weights and optimizer, as of now."""
-    return {"step": run.step, "generated_total": run.generated_total, "best_step": run.best_step, "best_accuracy": run.best_accuracy,
+    return {"step": run.step, "generated_total": run.generated_total,
+            "best_step": run.best_step, "best_accuracy": run.best_accuracy,
             "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
-            "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+            "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all()}
 
 
 def save(run, parts):
-    """checkpoints/step_N: model and tokenizer in Hugging Face format, and trainer.pt: the optimizer and the moving parts."""
+    """checkpoints/step_N: model and tokenizer in Hugging Face format, and trainer.pt: optimizer, moving parts."""
     def write(folder):
         run.model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
@@ -351,7 +373,7 @@ def save(run, parts):
 
 
 def load_checkpoint(run):
-    """Put the run back to its newest checkpoint; later lines of its logs are dropped, they will be written again."""
+    """Put the run back to its newest checkpoint; later lines of its logs are dropped, and written again."""
     found = find_checkpoints(run.args.out)
     if found:
         step, folder = found[-1]
@@ -361,7 +383,8 @@ def load_checkpoint(run):
             run.optimizer.load_state_dict(parts["optimizer"])
         except Exception as error:
             older = f"the one before, {found[-2][1].name}" if len(found) > 1 else "the beginning"
-            raise ValueError(f"the checkpoint {folder} cannot be read ({(str(error).splitlines() or [repr(error)])[0]}); "
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise ValueError(f"the checkpoint {folder} cannot be read ({reason}); "
                              f"remove it to go on from {older}") from error
         for name in ("step", "generated_total", "best_step", "best_accuracy"):
             setattr(run, name, parts[name])
@@ -378,12 +401,15 @@ def load_checkpoint(run):
 def write_config(run):
     """config.json: all settings, and what the numbers depend on besides."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.args).items() if k not in ("resume", "max_hours")}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.args).items()
+                if k not in ("resume", "max_hours")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    about = {"settings": settings, "training_questions": len(run.questions), "evaluation_questions": len(run.eval_questions),
-             "skipped_questions": run.skipped, "parameters": sum(p.numel() for p in run.model.parameters()), "device": device,
-             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-                          "numpy": np.__version__}, "git_revision": revision.stdout.strip() or None}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                "transformers": transformers.__version__, "numpy": np.__version__}
+    about = {"settings": settings, "training_questions": len(run.questions),
+             "evaluation_questions": len(run.eval_questions), "validation_questions": len(run.val_questions),
+             "skipped_questions": run.skipped, "parameters": sum(p.numel() for p in run.model.parameters()),
+             "device": device, "versions": versions, "git_revision": revision.stdout.strip() or None}
     write_whole(run.args.out / "config.json", json.dumps(about, indent=2) + "\n")
     print(" ".join(f"{name}={value}" for name, value in settings.items()))
     print(f"{len(run.questions)} training and {len(run.eval_questions)} evaluation questions, "
@@ -403,7 +429,7 @@ def log(run, metrics, timing, samples=()):
 
 
 def stop_after_this_step(signals) -> list:
-    """From now on Ctrl-C and SIGTERM put their name into the returned list, once; a second one ends the process at once."""
+    """From now on Ctrl-C and SIGTERM put their name into the returned list; a second one ends the process."""
     received = []
 
     def note(number, frame):
@@ -438,7 +464,8 @@ def train(run) -> int:
             samples = ()
             if args.eval_every and (run.step % args.eval_every == 0 or finished(run)):
                 accuracy, seconds = evaluate(run)
-                metrics, timing, samples = metrics | accuracy, timing | seconds, sample_lines(run, batch, groups)
+                metrics, timing = metrics | accuracy, timing | seconds
+                samples = sample_lines(run, batch, groups)
                 shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
             log(run, metrics, timing, samples)
             bar.set_postfix(shown)
@@ -453,7 +480,8 @@ def blown_up(run, before, error) -> int:
     """A loss or gradient that is not finite: keep the last good state, say where it is. Returns the exit code."""
     if run.step and "gradient" in str(error):            # the weights are still those of the last good update
         save(run, before)
-    print(f"error: stopped at step {run.step + 1}: {error}. The last good state is in {run.args.out / 'checkpoints'} "
+    print(f"error: stopped at step {run.step + 1}: {error}. "
+          f"The last good state is in {run.args.out / 'checkpoints'} "
           "(none there: the starting model); try a smaller --lr", file=sys.stderr)
     return 1
 
@@ -498,8 +526,8 @@ def main(argv=None) -> int:
             write_config(run)
         return train(run)
     except OSError as error:                             # a full disk, above all
-        print(f"error: {' '.join(str(error).split())}. What was saved is still there: make room, then --resume {args.out}",
-              file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}. What was saved is still there: make room, then "
+              f"--resume {args.out}", file=sys.stderr)
         return 1
 
 

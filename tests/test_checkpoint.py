@@ -15,11 +15,11 @@ import checkpoint
 from checkpoint import append_lines, cut_logs, find_checkpoints, save_checkpoint, write_whole
 
 ROOT = Path(__file__).parents[1]
-RUN = ["--preset", "tiny", "--group-size", "2", "--branches", "2", "--questions", "1", "--steps", "6", "--save-every", "1",
-       "--eval-every", "2", "--eval-rows", "4", "--max-new-tokens", "24", "--seed", "3"]
+RUN = ["--preset", "tiny", "--group-size", "2", "--branches", "2", "--questions", "1", "--steps", "6",
+       "--save-every", "1", "--eval-every", "2", "--eval-rows", "4", "--max-new-tokens", "24", "--seed", "3"]
 
-# Runs are forks of a process that has imported everything: a run then takes a second, not ten. `what` happens in the fork:
-#   ["call", n]     SIGKILL instead of the n-th rename, removal or flush of a file: between the steps of writing a checkpoint
+# Runs are forks of a process that has imported everything: a second each, not ten. `what` happens in the fork:
+#   ["call", n]     SIGKILL instead of the n-th rename, removal or flush: between the steps of writing a checkpoint
 #   ["log", n]      SIGKILL in the middle of the n-th addition to a log, with half of the text written
 #   ["weights", n]  SIGKILL in the middle of the n-th trainer.pt
 #   ["time", t]     SIGKILL t seconds after training began
@@ -54,8 +54,9 @@ def half_the_weights(function, state, path):
 def prepare(kind, n):
     if kind == "call":
         event = at(n, lambda name, function, *a, **k: function(*a, **k), lambda *_: die())
+        real = os.replace, os.fsync, checkpoint.shutil.rmtree
         os.replace, os.fsync, checkpoint.shutil.rmtree = (
-            lambda *a, f=f, **k: event(f.__name__, f, *a, **k) for f in (os.replace, os.fsync, checkpoint.shutil.rmtree))
+            lambda *a, f=f, **k: event(f.__name__, f, *a, **k) for f in real)
     elif kind == "log":
         train_gsm8k.append_lines = at(n, train_gsm8k.append_lines, half_a_log)
     elif kind == "weights":
@@ -95,7 +96,8 @@ for line in sys.stdin:
 def train(tmp_path_factory):
     """train(flags, what) -> (exit code, stdout, stderr) of the command, with what happens to it."""
     folder = tmp_path_factory.mktemp("output")
-    server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(flags, what=None):
         request = [what, [str(flag) for flag in flags], str(folder / "out"), str(folder / "err")]
@@ -122,8 +124,8 @@ def assert_same(run, whole):
     last, expected = find_checkpoints(run)[-1][1], find_checkpoints(whole)[-1][1]
     assert (last / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     a, b = (torch.load(folder / "trainer.pt", weights_only=False) for folder in (last, expected))
-    assert a.keys() == b.keys() == {"optimizer", "step", "generated_total", "best_step", "best_accuracy", "recoverability",
-                                    "pivot_rng", "random_rng", "torch_rng", "cuda_rng"}
+    assert a.keys() == b.keys() == {"optimizer", "step", "generated_total", "best_step", "best_accuracy",
+                                    "recoverability", "pivot_rng", "random_rng", "torch_rng", "cuda_rng"}
     for name in a.keys() - {"optimizer", "torch_rng"}:
         assert a[name] == b[name], name
     assert torch.equal(a["torch_rng"], b["torch_rng"])
@@ -133,7 +135,8 @@ def assert_same(run, whole):
 
 MOMENTS = random.Random(0)
 KILLS = ([["call", MOMENTS.randint(1, 90)] for _ in range(6)] + [["log", MOMENTS.randint(1, 20)] for _ in range(4)]
-         + [["weights", MOMENTS.randint(1, 6)] for _ in range(3)] + [["time", round(MOMENTS.uniform(0, 1.5), 2)] for _ in range(7)])
+         + [["weights", MOMENTS.randint(1, 6)] for _ in range(3)]
+         + [["time", round(MOMENTS.uniform(0, 1.5), 2)] for _ in range(7)])
 
 
 def test_killed_at_twenty_random_moments_it_ends_as_if_it_had_not_been(train, whole, tmp_path):
@@ -156,7 +159,7 @@ def test_killed_at_twenty_random_moments_it_ends_as_if_it_had_not_been(train, wh
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_told_to_stop_it_ends_the_step_saves_and_says_how_to_go_on(number, train, whole, tmp_path):
     out = tmp_path / "run"
-    code, printed, errors = train([*RUN, "--out", out], [number, 8])           # three additions a step, the first is step 0
+    code, printed, errors = train([*RUN, "--out", out], [number, 8])       # three additions a step, from step 0 on
     assert code == 1 and "Traceback" not in errors and f"{number}: ending after this step" in errors
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert f"{number}: ended after step {last} of 6" in printed and f"--resume {out}" in printed
@@ -212,7 +215,8 @@ def filled(folder):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    for step, best, kept in [(1, None, [1]), (2, 2, [1, 2]), (3, 2, [2, 3]), (4, 2, [2, 4]), (5, 5, [4, 5]), (6, 5, [5, 6]), (10, 5, [5, 10])]:
+    for step, best, kept in [(1, None, [1]), (2, 2, [1, 2]), (3, 2, [2, 3]), (4, 2, [2, 4]), (5, 5, [4, 5]),
+                             (6, 5, [5, 6]), (10, 5, [5, 10])]:
         save_checkpoint(tmp_path, step, filled, best)
         assert [s for s, _ in find_checkpoints(tmp_path)] == kept
 
@@ -243,10 +247,10 @@ def test_logs_are_cut_to_whole_lines_up_to_the_step(tmp_path):
         append_lines(tmp_path / name, [{"step": step, "x": "é"} for step in (0, 1, 1, 2, 3)])
         with open(tmp_path / name, "a") as file:
             file.write('{"step": 4, "x')
-    cut_logs(tmp_path, 3)
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 1, 2, 3]
-    cut_logs(tmp_path, 1)
-    assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [0, 1, 1]
+    for step, kept in ((3, [0, 1, 1, 2, 3]), (1, [0, 1, 1])):
+        cut_logs(tmp_path, step)
+        for name in checkpoint.LOGS[:2]:
+            assert [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] == kept
     cut_logs(tmp_path, -1)
     assert (tmp_path / "metrics.jsonl").read_text() == "" and not (tmp_path / "timing.jsonl").exists()
 

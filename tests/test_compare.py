@@ -92,6 +92,7 @@ def test_a_failing_run_ends_the_demo_with_its_last_line(tmp_path):
 
 
 def test_read_metrics_and_the_figure_of_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"settings": {"preset": "gsm8k"}}')
     (tmp_path / "timing.jsonl").write_text('{"step": 1, "seconds_update": 2.5}\n')
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_accuracy": 0.5}\n{"step": 1, "reward": 0.25, "recovered": null}\n'
                                             '{"step": 2, "reward": 0.5, "recovered": 1.0, "eval_accuracy": 0.75}\n')

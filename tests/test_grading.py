@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import grading
+import grading_math
 from grading import grade_gsm8k, grade_last_number, grade_math, gsm8k_gold
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -403,7 +403,7 @@ def test_grading_leaves_signals_alone_and_works_in_threads():
 
 def test_the_other_process_is_killed_when_it_cannot_be_interrupted():
     assert grade_math(boxed(r"\sqrt{16}"), "4")
-    stuck = grading._algebra.process
+    stuck = grading_math._algebra.process
     os.kill(stuck.pid, signal.SIGSTOP)                         # like one long multiplication in C: no signal gets through
     start = time.monotonic()
     assert not grade_math(boxed(r"\sqrt{81}"), "9")
@@ -413,14 +413,14 @@ def test_the_other_process_is_killed_when_it_cannot_be_interrupted():
 
 def test_the_other_process_is_replaced_when_it_dies_and_not_shared_with_forks():
     assert grade_math(boxed(r"\sqrt{16}"), "4")
-    grading._algebra.process.kill()
-    grading._algebra.process.wait()
+    grading_math._algebra.process.kill()
+    grading_math._algebra.process.wait()
     assert grade_math(boxed(r"\sqrt{36}"), "6")
-    used = grading._algebra.process.pid
+    used = grading_math._algebra.process.pid
     child = os.fork()
     if child == 0:                                             # the fork must not read the answers of its parent
-        fine = grade_math(boxed(r"\sqrt{49}"), "7") and grading._algebra.process.pid != used
-        grading._algebra.process.kill()
+        fine = grade_math(boxed(r"\sqrt{49}"), "7") and grading_math._algebra.process.pid != used
+        grading_math._algebra.process.kill()
         os._exit(0 if fine else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert grade_math(boxed(r"\sqrt{64}"), "8") and grading._algebra.process.pid == used
+    assert grade_math(boxed(r"\sqrt{64}"), "8") and grading_math._algebra.process.pid == used

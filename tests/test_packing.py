@@ -128,6 +128,10 @@ def test_bad_arguments_are_named():
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="sdpa"):
         score_rows(model, [pack([1], [2])])
+    model = make_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        score_rows(model, [pack([1], [2])])
 
 
 def test_the_drawing_is_the_mask():

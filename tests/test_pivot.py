@@ -72,6 +72,8 @@ def test_bad_arguments_are_named(name, call):
     ('He| said| "|no|."| Then', ['He said "no."', " Then"]),                    # closing quote in the token
     ('He| said| ("|no|.|"|)| Then', ['He said ("no.")', " Then"]),               # two, in tokens of their own
     ("So| **|18|.|**|\n|End", ["So **18.**\n", "End"]),                         # markdown in the next token
+    ("Steps|:\n|1|.| Add| 3|.\n|12|.| Then| 4|.\n|So| 7|.|$",                             # numbers of a list
+     ["Steps:\n", "1. Add 3.\n", "12. Then 4.\n", "So 7.$"]), ("18|.|$", ["18.$"]),
     ("no| end", ["no end"]), ("$", ["$"]), (".|$", [".$"]),
 ])
 def test_sentences(text, kept):

@@ -1,4 +1,4 @@
-"""The training command: it learns, repeats itself, goes on where it stopped, says what is wrong; and GSM8K's rows go through it."""
+"""The training command: it learns, repeats itself, says what is wrong; and GSM8K's own rows go through it."""
 import argparse
 import json
 import math
@@ -19,7 +19,8 @@ from tasks import GSM8K_INSTRUCTION, chat_prompt
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-FAST = ["--preset", "tiny", "--questions", "2", "--group-size", "4", "--branches", "2", "--eval-rows", "8", "--eval-every", "2"]
+FAST = ["--preset", "tiny", "--questions", "2", "--group-size", "4", "--branches", "2", "--eval-rows", "8",
+        "--eval-every", "2"]
 
 
 def train(*argv):
@@ -34,20 +35,26 @@ def read(run_dir, name="metrics.jsonl"):
     return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
+def load(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 def weights(run_dir, step):
-    return AutoModelForCausalLM.from_pretrained(run_dir / "checkpoints" / f"step_{step}", dtype=torch.float32).state_dict()
+    return load(run_dir / "checkpoints" / f"step_{step}")[0].state_dict()
 
 
 def test_learns_the_tiny_task(tmp_path):
-    """From under .2 to over .8 within 40 steps. (Seeds 0 to 9 end between .90 and 1.00.)"""
-    assert train("--preset", "tiny", "--out", tmp_path / "run", "--eval-every", "20", "--eval-rows", "64") == 0
-    rows = read(tmp_path / "run")
-    assert [row["step"] for row in rows] == list(range(41))
+    """From under .2 to over .8 within 32 steps."""
+    out = tmp_path / "run"
+    assert train("--preset", "tiny", "--steps", 32, "--eval-every", 32, "--eval-rows", 64, "--out", out) == 0
+    rows = read(out)
+    assert [row["step"] for row in rows] == list(range(33))
     assert rows[0]["eval_accuracy"] < 0.2 and rows[-1]["eval_accuracy"] > 0.8
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "checkpoints", "run.png"}
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved["settings"]["gamma"] == 2.0 and saved["versions"]["torch"] == torch.__version__ and saved["git_revision"]
+    assert saved["settings"]["gamma"] == 2.0 and saved["versions"]["torch"] == torch.__version__
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
@@ -68,15 +75,17 @@ def short_run(tmp_path_factory):
 
 
 def test_metrics_of_the_run_by_hand(short_run):
-    """What is not a metric of objective() or summarize() (tests/test_deep_grpo.py): totals, speed, the fit, the accuracy."""
+    """Those that tests/test_deep_grpo.py does not recompute: totals, speed, the fit, the accuracy."""
     rows, clock = read(short_run), read(short_run, "timing.jsonl")
     total = 0
     for row, timing in zip(rows[1:], clock[1:]):
         total += row["generated_tokens"]
         seconds = sum(timing[f"seconds_{part}"] for part in ("rollout", "resample", "score", "update"))
-        assert row["generated_total"] == total and timing["tokens_per_second"] == pytest.approx(row["generated_tokens"] / seconds)
+        assert row["generated_total"] == total
+        assert timing["tokens_per_second"] == pytest.approx(row["generated_tokens"] / seconds)
         assert row["sequences"] == 2 * 4 + 4 * row["pivots"] and row["pivots"] == round((1 - row["reward"]) * 8)
-        assert timing["step"] == row["step"] and timing["peak_memory_gb"] > 0.1 and math.isfinite(row["loss"]) and row["grad_norm"] >= 0
+        assert timing["step"] == row["step"] and timing["peak_memory_gb"] > 0.1
+        assert math.isfinite(row["loss"]) and row["grad_norm"] >= 0
     parts = torch.load(short_run / "checkpoints" / "step_3" / "trainer.pt", weights_only=False)
     again = Recoverability()
     for ratio, success in parts["recoverability"]["outcomes"]:
@@ -85,9 +94,8 @@ def test_metrics_of_the_run_by_hand(short_run):
     assert len(again.outcomes) == sum(row["pivots"] for row in rows[1:])
     assert (rows[-1]["w"], rows[-1]["b"]) == (again.w, again.b)
 
-    folder = short_run / "checkpoints" / "step_3"                  # the accuracy, greedily, one token and one question at a time
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    right = 0
+    model, tokenizer = load(short_run / "checkpoints" / "step_3")
+    right = 0                                                      # greedily, one token and one question at a time
     for row in tiny.make_rows(tiny.PRESETS["tiny"], 8, seed=0):
         prompt = chat_prompt(tokenizer, row["question"] + GSM8K_INSTRUCTION)
         ids = list(prompt)
@@ -120,7 +128,9 @@ def test_an_unfinished_response_earns_nothing(tmp_path):
 
 
 def test_grpo_is_the_same_code_without_branches(tmp_path):
-    assert train(*FAST[:-6], "--method", "grpo", "--steps", 1, "--eval-every", 0, "--out", tmp_path / "run") == 0
+    out = tmp_path / "run"
+    flags = ["--preset", "tiny", "--method", "grpo", "--group-size", 4, "--steps", 1, "--eval-every", 0]
+    assert train(*flags, "--out", out) == 0
     row = read(tmp_path / "run")[0]
     assert row["sequences"] == 8 and row["pivots"] == 0 and row["recovered"] is None
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["branches"] == 0
@@ -137,7 +147,8 @@ def test_every_epoch_walks_through_all_questions():
     run = argparse.Namespace(questions=list(range(7)), args=argparse.Namespace(questions=3, seed=0))
     walk = [q for step in range(1, 15) for q in train_gsm8k.batch_at(run, step)]
     epochs = [walk[i:i + 7] for i in range(0, 42, 7)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 3
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 3
     run.args.seed = 1
     assert walk[:21] != [q for step in range(1, 8) for q in train_gsm8k.batch_at(run, step)]
 
@@ -145,7 +156,7 @@ def test_every_epoch_walks_through_all_questions():
 # ---- real rows, the real tokenizer ----
 
 def test_gsm8k_rows_with_the_qwen_tokenizer(tmp_path, capsys):
-    """Everything but the weights is real. The model has memorised two answers, so that some rollouts are right and some fail."""
+    """Everything but the weights is real. The model has memorised two answers: some rollouts are right, some fail."""
     if not DATA.exists():
         pytest.skip(f"needs GSM8K rows and the Qwen2.5 tokenizer in {DATA}")
     tokenizer = AutoTokenizer.from_pretrained(DATA / "qwen2.5_0.5b_instruct")
@@ -153,31 +164,35 @@ def test_gsm8k_rows_with_the_qwen_tokenizer(tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-                                         eos_token_id=[151645, 151643], pad_token_id=151643, bos_token_id=None))
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=151936, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=[151645, 151643], pad_token_id=151643,
+        bos_token_id=None))
     optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.03), torch.tensor(torch.inf)
-    while loss > 0.4:                                              # about 40 steps; a whole answer is then right in 1 of 10
+    while loss > 0.4:                                              # about 40 steps; 1 of 10 answers is then right
         loss = torch.zeros(())
         for row in rows[:2]:
-            prompt, gold = chat_prompt(tokenizer, row["question"] + GSM8K_INSTRUCTION), row["answer"].split("#### ")[1]
+            prompt = chat_prompt(tokenizer, row["question"] + GSM8K_INSTRUCTION)
+            gold = row["answer"].split("#### ")[1]
             answer = tokenizer.encode(f"So it is {gold}.\n#### {gold}") + [151645]
-            logits = model(input_ids=torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
-            loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(answer))
+            out = model(input_ids=torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1)
+            loss = loss + torch.nn.functional.cross_entropy(out.logits[0, :-1], torch.tensor(answer))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
 
-    assert train("--preset", "gsm8k", "--model", tmp_path / "model", "--data", data, "--eval-data", data, "--eval-rows", 2,
-                 "--questions", 4, "--group-size", 4, "--branches", 2, "--max-new-tokens", 16, "--steps", 2, "--eval-every", 1, "--val-rows", 0,
-                 "--lr", "1e-4", "--micro-batch-tokens", 1000, "--out", tmp_path / "run") == 0
+    assert train("--preset", "gsm8k", "--model", tmp_path / "model", "--data", data, "--eval-data", data,
+                 "--eval-rows", 2, "--val-rows", 0, "--eval-every", 1, "--questions", 4, "--group-size", 4,
+                 "--branches", 2, "--max-new-tokens", 16, "--steps", 2, "--lr", "1e-4", "--micro-batch-tokens", 1000,
+                 "--out", tmp_path / "run") == 0
     metrics = read(tmp_path / "run")
-    assert all(row["pivots"] and 0 < row["recovered"] < 1 and row["grad_norm"] > 0 and row["reward"] < 1 for row in metrics[1:])
+    for row in metrics[1:]:
+        assert row["pivots"] and 0 < row["recovered"] < 1 and row["grad_norm"] > 0 and row["reward"] < 1
     assert metrics[0]["eval_accuracy"] >= 0.5                      # greedy, on the two memorised rows
     samples = read(tmp_path / "run", "samples.jsonl")
-    assert all(s["question"] in [row["question"] for row in rows] for s in samples) and any(s["reward"] for s in samples)
+    assert {s["question"] for s in samples} <= {row["question"] for row in rows} and any(s["reward"] for s in samples)
     assert any(s["prefix"].endswith(".\n") for s in samples if s["branches"])
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoints" / "step_2").decode(
         tokenizer.encode("é 1,080")) == "é 1,080"
@@ -186,7 +201,8 @@ def test_gsm8k_rows_with_the_qwen_tokenizer(tmp_path, capsys):
 
 # ---- bad input: one clear line, exit code 2, no traceback, no half-made run directory ----
 
-GOOD_ROW = {"question": "The dials show 37.\n(a) L+3\nWhat do they show?", "answer": "(a) L+3: 37 -> 67.\n#### 67"}
+GOOD_ROW = {"question": "The dials show 37.\n(a) L+3\nWhat do they show?",
+            "answer": "(a) L+3: 37 -> 67.\n#### 67"}
 
 
 def bad_inputs(tmp_path):
@@ -206,7 +222,7 @@ def bad_inputs(tmp_path):
         "not an object": (["--data", tmp_path / "list.jsonl"], "list.jsonl, line 1: a row must be an object"),
         "no rows": (["--data", tmp_path / "nothing.jsonl"], "nothing.jsonl holds no rows"),
         "no final answer": (["--data", tmp_path / "no_answer.jsonl"], "no_answer.jsonl, line 3: no #### marker"),
-        "final answer without a number": (["--data", tmp_path / "words.jsonl"], "words.jsonl, line 1: .*must be a number.*many"),
+        "answer of words": (["--data", tmp_path / "words.jsonl"], "words.jsonl, line 1: .*must be a number.*many"),
         "missing field": (["--data", tmp_path / "field.jsonl"], "field.jsonl, line 1: .*'question' and 'answer'"),
         "nothing to hold out": (["--data", tmp_path / "one.jsonl"], "one.jsonl has 1 row: at least 2"),
         "all too long": (["--max-prompt-tokens", 3], "all are longer than --max-prompt-tokens 3"),
@@ -250,9 +266,11 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(short_run, capsys):
 
 
 def test_long_questions_are_named_counted_and_skipped(tmp_path, capsys):
-    long = GOOD_ROW | {"question": GOOD_ROW["question"].replace("(a) L+3\n", "(a) L+3\n(b) R+1\n(c) R+1\n(d) R+1\n")}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [GOOD_ROW, long, GOOD_ROW, GOOD_ROW]))
-    assert train(*FAST, "--data", tmp_path / "rows.jsonl", "--steps", 1, "--max-prompt-tokens", 14, "--out", tmp_path / "run") == 0
+    turns = "(a) L+3\n(b) R+1\n(c) R+1\n(d) R+1\n"
+    long = GOOD_ROW | {"question": GOOD_ROW["question"].replace("(a) L+3\n", turns)}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [GOOD_ROW, long, GOOD_ROW, GOOD_ROW]))
+    assert train(*FAST, "--data", data, "--steps", 1, "--max-prompt-tokens", 14, "--out", tmp_path / "run") == 0
     out = capsys.readouterr().out
     assert "skipped, longer than 14 prompt tokens: 'The dials show 37.\\n(a) L+3\\n(b) R+1" in out
     assert "skipped 1 of 2 training and 0 of 2 evaluation questions" in out
@@ -260,7 +278,7 @@ def test_long_questions_are_named_counted_and_skipped(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_a_non_finite_gradient_names_the_step_and_leaves_the_last_good_state(tmp_path, capsys, monkeypatch, updates):
+def test_a_non_finite_gradient_leaves_the_last_good_state(tmp_path, capsys, monkeypatch, updates):
     good, bad, calls = tmp_path / "good", tmp_path / "bad", []
     assert train(*FAST, "--steps", 2, "--updates", updates, "--out", good) == 0
     clip = torch.nn.utils.clip_grad_norm_
@@ -281,7 +299,8 @@ def test_a_non_finite_gradient_names_the_step_and_leaves_the_last_good_state(tmp
 
 
 def test_a_policy_that_blew_up_is_named_before_it_is_sampled(tmp_path, capsys):
-    assert train(*FAST, "--steps", 4, "--beta", 0, "--lr", "1e30", "--out", tmp_path / "run", "--eval-every", 0) == 1
+    flags = [*FAST, "--steps", 4, "--beta", 0, "--lr", "1e30", "--eval-every", 0]
+    assert train(*flags, "--out", tmp_path / "run") == 1
     err = capsys.readouterr().err
     assert re.search(r"error: stopped at step \d", err) and "smaller --lr" in err and "Traceback" not in err
 
@@ -298,17 +317,21 @@ def test_without_flags_the_machine_decides_and_the_first_line_says_so(gpu, prese
 
 def test_the_gsm8k_preset_is_the_authors_script():
     args = train_gsm8k.parse_args(["--preset", "gsm8k"])
-    expected = dict(questions=64, group_size=8, branches=8, gamma=2.0, lam=1.0, lr=1e-6, beta=1e-4, clip_low=0.2, clip_high=0.2,
-                    temperature=1.0, max_prompt_tokens=512, max_new_tokens=512, eval_every=5, eval_rows=1319, updates=1,
-                    max_grad_norm=1.0, model="Qwen/Qwen2.5-0.5B-Instruct", data="gsm8k_train", eval_data="gsm8k", val_rows=256)
+    expected = dict(questions=64, group_size=8, branches=8, gamma=2.0, lam=1.0, lr=1e-6, beta=1e-4, clip_low=0.2,
+                    clip_high=0.2, temperature=1.0, max_prompt_tokens=512, max_new_tokens=512, eval_every=5, updates=1,
+                    max_grad_norm=1.0, model="Qwen/Qwen2.5-0.5B-Instruct", data="gsm8k_train", eval_data="gsm8k",
+                    eval_rows=1319, val_rows=256)
     assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_help_names_every_flag_and_the_command_can_be_typed(tmp_path):
-    shown = subprocess.run([sys.executable, "train_gsm8k.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    def run(*flags):
+        return subprocess.run([sys.executable, "train_gsm8k.py", *flags], cwd=ROOT, capture_output=True, text=True)
+
+    shown = run("--help")
     assert shown.returncode == 0
-    for flag in ("preset", "method", "model", "data", "steps", "out", "seed", "resume", "save-every", "eval-every", "budget-tokens",
-                 "gamma", "lam", "beta", "objective", "micro-batch-tokens"):
+    for flag in ("preset", "method", "model", "data", "steps", "out", "seed", "resume", "save-every", "eval-every",
+                 "budget-tokens", "gamma", "lam", "beta", "objective", "micro-batch-tokens"):
         assert f"--{flag} " in shown.stdout
-    wrong = subprocess.run([sys.executable, "train_gsm8k.py", "--preset", "huge"], cwd=ROOT, capture_output=True, text=True)
+    wrong = run("--preset", "huge")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "invalid choice: 'huge'" in wrong.stderr

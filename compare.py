@@ -1,6 +1,6 @@
 r"""GRPO and DEEP-GRPO side by side on the embedded task, at an equal budget of generated tokens.
 
-    python compare.py        # what `make demo` runs: tiny-deep, 3 seeds each, two runs at a time with one thread each
+    python compare.py        # `make demo`: tiny-deep, 3 seeds each, two runs at a time, one thread each
 
 Both methods start from the shipped base model and see the same questions. A DEEP-GRPO step costs 8 rollouts
 per question and 8 short branches per failure, which while nearly everything fails is as many tokens as 24
@@ -36,13 +36,14 @@ def run_all(args) -> dict[str, list[Path]]:
     """Run every method with every seed, args.jobs at a time; returns method -> run directories."""
     directories = {m: [args.out / f"{m}-{seed}" for seed in range(args.seeds)] for m in METHODS}
     everything = [(m, seed, d) for m in METHODS for seed, d in enumerate(directories[m])]
-    waiting = [entry for entry in everything if not (entry[2] / "run.png").exists()]              # written last
+    waiting = [entry for entry in everything if not (entry[2] / "run.png").exists()]      # written last
     kept = len(everything) - len(waiting)
     if kept:
         print(f"{kept} finished runs in {args.out} are kept; delete the folder to run them again")
-    waiting.sort(key=lambda entry: entry[1])                                                      # seed by seed
+    waiting.sort(key=lambda entry: entry[1])                                              # seed by seed
     running = {}
-    with tqdm(total=len(everything) * args.budget_tokens, unit="token", unit_scale=True, desc="generated") as bar:
+    total = len(everything) * args.budget_tokens
+    with tqdm(total=total, unit="token", unit_scale=True, desc="generated") as bar:
         while waiting or running:
             while waiting and len(running) < args.jobs:
                 directory = waiting[0][2]
@@ -63,13 +64,14 @@ def run_all(args) -> dict[str, list[Path]]:
 
 def start_run(args, method, seed, directory) -> subprocess.Popen:
     """One training run in a process of its own, one thread, its output in a .log beside its directory."""
-    shutil.rmtree(directory, ignore_errors=True)                                                  # of an interrupted comparison
+    shutil.rmtree(directory, ignore_errors=True)     # of an interrupted comparison
     directory.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(__file__).parent / "train_gsm8k.py"), "--preset", args.preset, *METHODS[method][1],
-               "--seed", str(seed), "--budget-tokens", str(args.budget_tokens), "--steps", "100000",
-               "--eval-every", str(args.eval_every), "--out", str(directory)]
+    command = [sys.executable, str(Path(__file__).parent / "train_gsm8k.py"), "--preset", args.preset,
+               *METHODS[method][1], "--seed", str(seed), "--budget-tokens", str(args.budget_tokens),
+               "--steps", "100000", "--eval-every", str(args.eval_every), "--out", str(directory)]
     with open(log_of(directory), "w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(command, stdout=output, stderr=output,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def log_of(run_dir):
@@ -91,12 +93,14 @@ def table(directories) -> str:
              "|---|---|---|---|---|---|---|"]
     for method, runs in directories.items():
         metrics = [read_metrics(run) for run in runs]
+        parts = ("rollout", "resample", "score", "update")
+        seconds = [sum(m[f"seconds_{part}"][1].sum() for part in parts) for m in metrics]
         columns = [[m["eval_accuracy"][1][0] for m in metrics], [m["eval_accuracy"][1][-1] for m in metrics],
                    [m["grad_norm"][0][-1] for m in metrics], [m["generated_total"][1][-1] for m in metrics],
-                   [m["trained_tokens"][1].sum() for m in metrics],
-                   [sum(m[f"seconds_{part}"][1].sum() for part in ("rollout", "resample", "score", "update")) for m in metrics]]
+                   [m["trained_tokens"][1].sum() for m in metrics], seconds]
         forms = [".3f", ".3f", ".0f", ".0f", ".0f", ".0f"]
-        cells = [f"{np.mean(c):{form}} ± {np.std(c, ddof=len(c) > 1):{form}}" for c, form in zip(columns, forms)]
+        cells = [f"{np.mean(c):{form}} ± {np.std(c, ddof=len(c) > 1):{form}}"
+                 for c, form in zip(columns, forms)]
         lines.append(f"| {METHODS[method][0]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -113,12 +117,13 @@ def draw_curves(axis, directories, x_name, y_name):
             axis.plot(x, values, color=color, alpha=0.25, linewidth=1)
             curves.append((x, values))
         grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 60)
-        axis.plot(grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0), color=color, linewidth=2.5, label=label)
+        mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
+        axis.plot(grid, mean, color=color, linewidth=2.5, label=label)
     axis.legend(fontsize=8)
 
 
 def draw_pivots(fit_axis, where_axis, runs):
-    """The fit of Eq. (P) over the observed recovery rate per depth, and where pivots were drawn, from all seeds."""
+    """The fit of Eq. (P) over the observed recovery rates, and where pivots were drawn, from all seeds."""
     trainers = [next(run.glob("checkpoints/step_*/trainer.pt")) for run in runs]
     states = [torch.load(path, weights_only=False)["recoverability"] for path in trainers]
     ratio, success = np.array([outcome for state in states for outcome in state["outcomes"]]).T
@@ -131,23 +136,26 @@ def draw_pivots(fit_axis, where_axis, runs):
     for i, state in enumerate(states):
         fit_axis.plot(depth, sigmoid(state["w"] * depth + state["b"]), color="tab:red", alpha=0.6,
                       label=None if i else "fit of Eq. (P), a line per seed")
-    fit_axis.set(title="P(success | r): at least one of K branches right", xlabel="relative depth r of the pivot", ylim=(0, 1))
+    fit_axis.set(title="P(success | r): at least one of K branches right",
+                 xlabel="relative depth r of the pivot", ylim=(0, 1))
     fit_axis.legend(fontsize=8)
     first, second = [], []
     for outcomes in (state["outcomes"] for state in states):
         first += [r for r, _ in outcomes[:len(outcomes) // 2]]
         second += [r for r, _ in outcomes[len(outcomes) // 2:]]
-    where_axis.hist([first, second], bins=np.arange(-0.05, 1.1, 0.1), density=True, color=["tab:pink", "tab:red"],
-                    label=["first half of all pivots", "second half"])
+    where_axis.hist([first, second], bins=np.arange(-0.05, 1.1, 0.1), density=True,
+                    color=["tab:pink", "tab:red"], label=["first half of all pivots", "second half"])
     where_axis.set(title="where pivots were drawn", xlabel="relative depth r", ylabel="density")
     where_axis.legend(fontsize=8)
 
 
 def accuracy_at(runs, x_name, x):
-    """Accuracy of every run at x (generated tokens, or updates where x_name is None), between two evaluations on a line."""
+    """Accuracy of every run at x generated tokens (updates if x_name is None), linear between evaluations."""
     values = []
-    for steps, accuracy, totals in ((*m["eval_accuracy"], m["generated_total"]) for m in map(read_metrics, runs)):
-        values.append(np.interp(x, np.interp(steps, *totals) if x_name else steps, accuracy))
+    for metrics in map(read_metrics, runs):
+        steps, accuracy = metrics["eval_accuracy"]
+        evaluated_at = np.interp(steps, *metrics["generated_total"]) if x_name else steps
+        values.append(np.interp(x, evaluated_at, accuracy))
     return np.array(values)
 
 
@@ -161,7 +169,8 @@ def caption(directories) -> str:
             grpo, deep = (accuracy_at(directories[m], x_name, x) for m in ("grpo", "deep_grpo"))
             difference = deep.mean() - grpo.mean()
             error = np.sqrt(sum(np.var(v, ddof=len(v) > 1) / len(v) for v in (grpo, deep)))
-            verdict = "ahead" if difference > 2 * error else "behind" if difference < -2 * error else "no clear difference"
+            verdict = ("ahead" if difference > 2 * error else
+                       "behind" if difference < -2 * error else "no clear difference")
             sentences.append(f"After {x:.0f} {unit}: GRPO {grpo.mean():.2f}, DEEP-GRPO {deep.mean():.2f}; "
                              f"{difference:+.2f} \u00b1 {error:.2f} (standard error): {verdict}.")
     return "\n".join(sentences)
@@ -187,7 +196,8 @@ def draw(directories, path):
 
 def main():
     """Run what is missing, then print the table and write the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=["tiny", "tiny-deep"], default="tiny-deep")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget-tokens", type=int, default=80_000, help="generated tokens per run")
@@ -200,7 +210,8 @@ def main():
     text = table(directories)
     (args.out / "table.md").write_text(text + "\n")
     draw(directories, args.out / "comparison.png")
-    print(f"\n{args.preset}, {args.seeds} seeds, mean ± standard deviation:\n\n{text}\n\n{caption(directories)}\n")
+    print(f"\n{args.preset}, {args.seeds} seeds, mean ± standard deviation:\n\n{text}\n\n"
+          f"{caption(directories)}\n")
     print(f"figure: {args.out / 'comparison.png'}   ({time.time() - start:.0f} seconds)")
 
 

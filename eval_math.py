@@ -1,22 +1,26 @@
 r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with intervals.
 
     python eval_math.py --model Qwen/Qwen2.5-0.5B-Instruct --sets gsm8k --max-new-tokens 512
-    python eval_math.py --model runs/my-run/checkpoints/step_100 --sets aime24,amc,math500,minerva,olympiadbench
-    python eval_math.py --model sail/Qwen2.5-Math-7B-Oat-Zero --template qwen_math --sets math500 --samples 8 --temperature 0.6
-    python eval_math.py --model assets/tiny --sets tiny --max-new-tokens 96      # the embedded task: nothing is downloaded
+    python eval_math.py --model runs/mine/checkpoints/step_100 --sets aime24,amc,math500,minerva,olympiadbench
+    python eval_math.py --model sail/Qwen2.5-Math-7B-Oat-Zero --template qwen_math --sets math500 \
+                        --samples 8 --temperature 0.6
+    python eval_math.py --model assets/tiny --sets tiny --max-new-tokens 96      # embedded task, no download
 
-Protocol of the MATH table (that of Dr. GRPO): greedy, at most 3,000 new tokens, 4,096 with the prompt, the last \boxed{} counts,
-unfinished answers are graded like all others. On GSM8K an unfinished answer is wrong, as in training; beside the accuracy stand
-`strict`, the plain `#### n` rule, and `last number`, anywhere in the answer: for models that were not told the format.
+Protocol of the MATH table (that of Dr. GRPO): greedy, at most 3,000 new tokens, 4,096 with the prompt, the
+last \boxed{} counts, unfinished answers are graded like all others. On GSM8K an unfinished answer is wrong,
+as in training; beside the accuracy stand `strict`, the plain `#### n` rule, and `last number`, anywhere in
+the answer: for models that were not told the format.
 
 accuracy   share of right answers; with k samples the mean over questions and samples.
 interval   Wilson, 95 %, n = number of questions (conservative with k samples, which are not independent).
-pass@j     1 - C(k - c, j) / C(k, j) for c right of k samples: unbiased for j draws (2107.03374, Eq. 1), mean over questions.
+pass@j     1 - C(k - c, j) / C(k, j) for c right of k samples: unbiased for j draws (2107.03374, Eq. 1), mean
+           over questions.
 tokens     mean length of an answer. truncated: share without a stop id (r1: or </answer>) within the cap.
 
---out holds config.json, answers.jsonl (a line per answer, written batch by batch), results.json and results.md. The same command
-goes on with an interrupted evaluation. Batches, and the seed that each has, depend on the settings alone, so that the result is
-that of an uninterrupted one (but a GPU that runs out of memory splits a batch, which then draws other samples).
+--out holds config.json, answers.jsonl (a line per answer, written batch by batch), results.json and
+results.md. The same command goes on with an interrupted evaluation. Batches, and the seed that each has,
+depend on the settings alone, so that the result is that of an uninterrupted one (but a GPU that runs out of
+memory splits a batch, which then draws other samples).
 Exit codes: 0 done, 2 bad input (one line on stderr), 1 anything else.
 """
 import argparse
@@ -43,7 +47,8 @@ MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
 TOTAL_TOKENS = 4096                                  # prompt and answer together
 PAPER = {                                            # accuracies of the paper's two tables
     **{f"{method}, Qwen2.5-0.5B-Instruct": {"gsm8k": x} for method, x in (
-        ("GRPO, N = 8", .641), ("GRPO, N = 64", .662), ("TreeRL", .655), ("AttnRL", .670), ("DEEP-GRPO", .677))},
+        ("GRPO, N = 8", .641), ("GRPO, N = 64", .662), ("TreeRL", .655), ("AttnRL", .670),
+        ("DEEP-GRPO", .677))},
     "Oat-Zero-1.5B (Dr. GRPO)": dict(zip(MATH_SETS, (.200, .530, .742, .257, .376)), mean=.421),
     "DEEP-GRPO-1.5B": dict(zip(MATH_SETS, (.267, .506, .752, .272, .367)), mean=.433),
     "Oat-Zero-7B (Dr. GRPO)": dict(zip(MATH_SETS, (.433, .627, .800, .301, .410)), mean=.514),
@@ -52,17 +57,22 @@ PAPER = {                                            # accuracies of the paper's
 
 def parse_args(argv=None):
     """The flags, checked."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           allow_abbrev=False)
     parser.add_argument("--model", required=True, help="hub name or local folder")
     parser.add_argument("--sets", required=True, help=f"comma-separated: {', '.join([*SETS, *tiny.PRESETS])}")
-    parser.add_argument("--data-dir", type=Path, help="folder with gsm8k_test.jsonl, eval_aime24.jsonl, ...; default: the hub")
+    parser.add_argument("--data-dir", type=Path,
+                        help="folder with gsm8k_test.jsonl, eval_aime24.jsonl, ...; default: the hub")
     parser.add_argument("--out", type=Path, help="folder to write or to go on in; default: runs/eval-MODEL")
     parser.add_argument("--samples", type=int, default=1, help="k answers per question")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--template", choices=TEMPLATES, default="chat", help="chat: the model's own; others are for base models")
+    parser.add_argument("--template", choices=TEMPLATES, default="chat",
+                        help="chat: the model's own; others are for base models")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--max-new-tokens", type=int, default=3000, help="cap of an answer (GSM8K training has 512)")
-    parser.add_argument("--batch-tokens", type=int, default=262_144, help="answers at a time, times their greatest length")
+    parser.add_argument("--max-new-tokens", type=int, default=3000,
+                        help="cap of an answer (GSM8K training has 512)")
+    parser.add_argument("--batch-tokens", type=int, default=262_144,
+                        help="answers at a time, times their greatest length")
     args = parser.parse_args(argv)
     args.sets = list(dict.fromkeys(name.strip() for name in args.sets.split(",")))
     for name in args.sets:
@@ -70,11 +80,13 @@ def parse_args(argv=None):
             parser.error(f"argument --sets: {name!r} is not one of {', '.join([*SETS, *tiny.PRESETS])}")
     for name in ("samples", "max_new_tokens", "batch_tokens"):
         if getattr(args, name) < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
+            parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, "
+                         f"got {getattr(args, name)}")
     if not 0 <= args.temperature < float("inf"):
         parser.error(f"argument --temperature: must be 0 (greedy) or positive, got {args.temperature}")
     if args.samples > 1 and args.temperature == 0:
-        parser.error(f"argument --samples: {args.samples} greedy answers would all be the same; give a --temperature above 0")
+        parser.error(f"argument --samples: {args.samples} greedy answers would all be the same; "
+                     "give a --temperature above 0")
     args.out = args.out or Path("runs") / f"eval-{Path(args.model).name}"
     return args
 
@@ -82,10 +94,13 @@ def parse_args(argv=None):
 def describe(args, model, stop, questions):
     """All that an answer depends on, for config.json; weights and questions as checksums."""
     flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
-    weights = sum(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item() for p in model.parameters())
-    digests = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16] for name, asked in questions.items()}
+    weights = sum(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item()
+                  for p in model.parameters())
+    digests = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+               for name, asked in questions.items()}
     return {name: getattr(args, name) for name in flags} | {
-        "stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": weights, "questions": digests}
+        "stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": weights,
+        "questions": digests}
 
 
 def check_folder(out, config):
@@ -98,14 +113,14 @@ def check_folder(out, config):
         raise ValueError(f"--out {out} holds no readable config.json ({error}): choose another") from error
     for name in there | config:
         if there.get(name) != config.get(name):
-            raise ValueError(f"{out} holds another evaluation: {name} is {there.get(name)!r:.60} there, {config.get(name)!r:.60} "
-                             "now; choose another --out, or delete that folder")
+            raise ValueError(f"{out} holds another evaluation: {name} is {there.get(name)!r:.60} there, "
+                             f"{config.get(name)!r:.60} now; choose another --out, or delete that folder")
 
 
 def make_batches(questions, k, new_tokens, batch_tokens):
-    """Lists of question indices, longest prompt first, each with rows * (longest prompt + new_tokens) <= batch_tokens.
+    """Lists of question indices, longest prompt first: rows * (longest prompt + new_tokens) <= batch_tokens.
 
-    A question whose k answers are more than that is a batch of its own (sample() halves it when memory runs out).
+    A question whose k answers are more is a batch of its own (sample() halves it when memory runs out).
     """
     batches, width = [], 0
     for i in sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt)):
@@ -129,7 +144,10 @@ def grade(question, text, finished, template):
 
 
 def answer_batch(args, model, tokenizer, stop, name, questions, batch):
-    """The answers to the questions of a batch as dicts, one per line of answers.jsonl. Uses torch's global generator."""
+    """Yield the answers to the questions of a batch as dicts, one per line of answers.jsonl.
+
+    Uses torch's global generator.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
     room = [max(0, min(args.max_new_tokens, TOTAL_TOKENS - len(questions[i].prompt))) for i in batch]
     tails = sample(model, [questions[i].prompt for i in batch], args.samples, max_new_tokens=max(1, *room),
@@ -139,13 +157,17 @@ def answer_batch(args, model, tokenizer, stop, name, questions, batch):
             ids = ids[:space]                        # each to its own cap: answers do not depend on the batch
             text = tokenizer.decode(ids, skip_special_tokens=True)
             finished = bool(ids) and ids[-1] in stop or args.template == "r1" and "</answer>" in text
-            yield {"set": name, "row": i, "sample": j, "question": questions[i].text, "gold": questions[i].gold,
+            yield {"set": name, "row": i, "sample": j,
+                   "question": questions[i].text, "gold": questions[i].gold,
                    "response": text, "tokens": len(ids), "finished": finished,
                    **grade(questions[i], text, finished, args.template)}
 
 
 def read_answers(path, keys):
-    """[(answer, bytes of its line)] as long as the lines are whole and in the order of keys, tuples (set, row, sample)."""
+    """[(answer, bytes of its line)], as long as lines are whole and in the order of keys.
+
+    keys: tuples (set, row, sample).
+    """
     answers = []
     for line, key in zip(path.read_bytes().splitlines(keepends=True) if path.exists() else [], keys):
         try:
@@ -160,15 +182,17 @@ def read_answers(path, keys):
 
 
 def evaluate(args, model, tokenizer, stop, questions):
-    """Answer every question that has no answer in args.out yet; returns all answers, as they are in answers.jsonl."""
+    """Answer the questions still open in args.out; returns all answers, as they are in answers.jsonl."""
     batches = [(name, batch) for name, asked in questions.items()
                for batch in make_batches(asked, args.samples, args.max_new_tokens, args.batch_tokens)]
     ends = list(itertools.accumulate((len(batch) * args.samples for _, batch in batches), initial=0))
     path = args.out / "answers.jsonl"
-    there = read_answers(path, [(name, i, j) for name, batch in batches for i in batch for j in range(args.samples)])
-    done = max(b for b, end in enumerate(ends) if end <= len(there))             # whole batches: a batch has one seed
+    keys = [(name, i, j) for name, batch in batches for i in batch for j in range(args.samples)]
+    there = read_answers(path, keys)
+    done = max(b for b, end in enumerate(ends) if end <= len(there))             # whole batches: a seed each
     answers = [answer for answer, _ in there[:ends[done]]]
-    with open(path, "a") as file, tqdm(total=ends[-1], initial=ends[done], unit="answer", desc="evaluation") as bar:
+    with (open(path, "a") as file,
+          tqdm(total=ends[-1], initial=ends[done], unit="answer", desc="evaluation") as bar):
         file.truncate(sum(size for _, size in there[:ends[done]]))
         for b, (name, batch) in enumerate(batches[done:], start=done):
             torch.manual_seed(random.Random(f"{args.seed} {b}").getrandbits(63))
@@ -187,7 +211,7 @@ def wilson(p, n, z=1.959964):
 
 
 def pass_at(j, c, k):
-    """Probability that at least one of j of the k samples, drawn without replacement, is among the c right ones."""
+    """Probability that j of the k samples, drawn without replacement, hold at least one of the c right."""
     return 1 - math.comb(k - c, j) / math.comb(k, j)
 
 
@@ -215,12 +239,14 @@ def write_table(results):
     config, sets = results["config"], results["sets"]
     k = config["samples"]
     how = f"mean of {k} samples, T = {config['temperature']:g}" if config["temperature"] else "greedy"
-    head = ["set", "n", "accuracy %", "95 % interval", *([f"pass@{k} %"] if k > 1 else []), "tokens", "truncated %",
-            "strict %", "last number % (fallback)"]
-    lines = [f"{config['model']}, {how}, template {config['template']}", "", row(*head), "|---" * len(head) + "|"]
+    head = ["set", "n", "accuracy %", "95 % interval", *([f"pass@{k} %"] if k > 1 else []),
+            "tokens", "truncated %", "strict %", "last number % (fallback)"]
+    lines = [f"{config['model']}, {how}, template {config['template']}", "",
+             row(*head), "|---" * len(head) + "|"]
     for name, r in sets.items():
-        lines.append(row(name, r["n"], r["accuracy"], "{:.1f} to {:.1f}".format(*(100 * x for x in r["interval"])),
-                         *([r["pass"][str(k)]] if k > 1 else []), round(r["tokens"]), r["truncated"],
+        interval = "{:.1f} to {:.1f}".format(*(100 * x for x in r["interval"]))
+        passed = [r["pass"][str(k)]] if k > 1 else []
+        lines.append(row(name, r["n"], r["accuracy"], interval, *passed, round(r["tokens"]), r["truncated"],
                          r.get("strict", ""), r.get("last_number", "")))
     own = {name: r["accuracy"] for name, r in sets.items()}
     if results["math_mean"] is not None:
@@ -235,16 +261,20 @@ def write_table(results):
 
 
 def prepare(args):
-    """((model, tokenizer, stop ids, questions by set), config). Writes nothing. ValueError or OSError on bad input."""
+    """((model, tokenizer, stop ids, questions by set), config). Writes nothing.
+
+    ValueError or OSError on bad input.
+    """
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ValueError(f"--data-dir {args.data_dir} is not a folder")
-    rows = {name: tiny.make_rows(tiny.PRESETS[name], 256, seed=0) if name in tiny.PRESETS else load_set(name, args.data_dir)
-            for name in args.sets}
+    rows = {name: tiny.make_rows(tiny.PRESETS[name], 256, seed=0) if name in tiny.PRESETS
+            else load_set(name, args.data_dir) for name in args.sets}
     gpu = torch.cuda.is_available()
     model, tokenizer = load_model(args.model, torch.bfloat16 if gpu else torch.float32)
     model.to("cuda" if gpu else "cpu").eval()
     stop = stop_ids(tokenizer, model)
-    questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0] for name in args.sets}
+    questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0]
+                 for name in args.sets}
     config = describe(args, model, stop, questions)
     check_folder(args.out, config)
     return (model, tokenizer, stop, questions), config
@@ -265,11 +295,15 @@ def main(argv=None) -> int:
     try:
         answers = evaluate(args, *parts)
     except (KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {' '.join(str(error).split())}"
-        print(f"{why}; the answers so far are in {args.out}, the same command goes on from there", file=sys.stderr)
+        why = ("interrupted" if isinstance(error, KeyboardInterrupt)
+               else f"error: {' '.join(str(error).split())}")
+        print(f"{why}; the answers so far are in {args.out}, the same command goes on from there",
+              file=sys.stderr)
         return 1
-    sets = {name: summarize([answer for answer in answers if answer["set"] == name], args.samples) for name in args.sets}
-    mean = sum(sets[s]["accuracy"] for s in MATH_SETS) / len(MATH_SETS) if all(s in sets for s in MATH_SETS) else None
+    sets = {name: summarize([answer for answer in answers if answer["set"] == name], args.samples)
+            for name in args.sets}
+    mean = (sum(sets[s]["accuracy"] for s in MATH_SETS) / len(MATH_SETS)
+            if all(s in sets for s in MATH_SETS) else None)
     results = {"config": config, "sets": sets, "math_mean": mean,
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     write_whole(args.out / "results.json", json.dumps(results, indent=2) + "\n")

@@ -1,11 +1,13 @@
 r"""Questions and prompts: GSM8K, MATH and the five evaluation sets, from the hub or from local files.
 
-There are two kinds of rows. GSM8K: `question` and `answer`, the latter ending in `#### <number>`. MATH: `problem` and
-`answer`, LaTeX or a list of accepted alternatives. Whatever the hub calls these fields, a loader returns these names.
+There are two kinds of rows. GSM8K: `question` and `answer`, the latter ending in `#### <number>`. MATH:
+`problem` and `answer`, LaTeX or a list of accepted alternatives. Whatever the hub calls these fields, a
+loader returns these names.
 
-A prompt is the model's own chat template around the question and one sentence of instruction (the authors' scripts, arXiv
-2602.14169), or, for base models, one of the templates of Dr. GRPO (arXiv 2503.20783, sail-sg/understand-r1-zero): `qwen_math`,
-`r1` and `no`. Those stand around the bare question, so a GSM8K answer is then not told to use `####`.
+A prompt is the model's own chat template around the question and one sentence of instruction (the authors'
+scripts, arXiv 2602.14169), or, for base models, one of the templates of Dr. GRPO (arXiv 2503.20783,
+sail-sg/understand-r1-zero): `qwen_math`, `r1` and `no`. Those stand around the bare question, so a GSM8K
+answer is then not told to use `####`.
 """
 import json
 import re
@@ -18,20 +20,24 @@ GSM8K_INSTRUCTION = ' Let\'s think step by step and output the final answer afte
 MATH_INSTRUCTION = r" Let's think step by step and output the final answer within \boxed{}."
 TEMPLATES = {                                        # the text before and after the question
     "chat": None,
-    "qwen_math": ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-                  "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
-    "r1": ("A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
-           "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
-           "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
-           "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\nUser: ", "\nAssistant: <think>"),
+    "qwen_math": ("<|im_start|>system\n"
+                  "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+                  "<|im_start|>user\n",
+                  "<|im_end|>\n<|im_start|>assistant\n"),
+    "r1": ("A conversation between User and Assistant. The User asks a question, and the Assistant solves "
+           "it. The Assistant first thinks about the reasoning process in the mind and then provides the "
+           "User with the answer. The reasoning process is enclosed within <think> </think> and answer is "
+           "enclosed within <answer> </answer> tags, respectively, i.e., <think> reasoning process here "
+           "</think> <answer> answer here </answer>.\nUser: ",
+           "\nAssistant: <think>"),
     "no": ("", ""),
 }
-SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-            "precalculus")
+SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+            "prealgebra", "precalculus")
 
 
 class Source(NamedTuple):
-    """Where a set comes from: file name in --data-dir; hub name, configs, splits; the row counts known to be right."""
+    """Where a set comes from: its file in --data-dir; hub name, configs, splits; the known row counts."""
     file: str
     hub: str
     configs: tuple
@@ -39,8 +45,8 @@ class Source(NamedTuple):
     counts: tuple
 
 
-# 675 rows of OlympiadBench in the suite of Dr. GRPO, 674 on the hub. MATH levels 3-5 without MATH500: 8,523 in Dr. GRPO,
-# 8,886 in the file that other projects share; the hub's full set should leave about as many.
+# 675 rows of OlympiadBench in the suite of Dr. GRPO, 674 on the hub. MATH levels 3-5 without MATH500: 8,523
+# in Dr. GRPO, 8,886 in the file that other projects share; the hub's full set should leave about as many.
 SETS = {
     "gsm8k_train": Source("gsm8k_train.jsonl", "openai/gsm8k", ("main",), ("train",), (7473,)),
     "gsm8k": Source("gsm8k_test.jsonl", "openai/gsm8k", ("main",), ("test",), (1319,)),
@@ -50,14 +56,15 @@ SETS = {
     "amc": Source("eval_amc.jsonl", "AI-MO/aimo-validation-amc", (None,), ("train",), (83,)),
     "math500": Source("eval_math500.jsonl", "HuggingFaceH4/MATH-500", (None,), ("test",), (500,)),
     "minerva": Source("eval_minerva.jsonl", "math-ai/minervamath", (None,), ("test",), (272,)),
-    "olympiadbench": Source("eval_olympiadbench.jsonl", "math-ai/olympiadbench", (None,), ("test",), (674, 675)),
+    "olympiadbench": Source("eval_olympiadbench.jsonl", "math-ai/olympiadbench", (None,), ("test",),
+                            (674, 675)),
 }
 
 
 class Question(NamedTuple):
     """A question as the policy sees it: text and gold answer for people, prompt (token ids) for the model.
 
-    math: the final answer is the last \\boxed{} and gold may be a list of alternatives; else it stands after `####`.
+    math: the answer is the last \\boxed{}, and gold may be a list of alternatives; else it is after `####`.
     """
     text: str
     gold: str | list[str]
@@ -66,20 +73,21 @@ class Question(NamedTuple):
 
 
 def chat_prompt(tokenizer, text):
-    """Token ids of one user message `text` in the tokenizer's own chat template, ready for the assistant's answer."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True,
-                                         return_dict=False)
+    """Token ids of one user message `text` in the tokenizer's chat template, up to the assistant's answer."""
+    turns = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 def make_questions(rows, tokenizer, max_prompt_tokens, template="chat"):
     """(questions, skipped): a Question per row, and the rows whose prompt is longer than max_prompt_tokens.
 
-    template: one of TEMPLATES. ValueError for another, and for "chat" when the tokenizer has no chat template.
+    template: one of TEMPLATES. ValueError for another, and for "chat" if the tokenizer has no chat template.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
     if template == "chat" and tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template, and template is 'chat': use qwen_math, r1 or no")
+        raise ValueError("the tokenizer has no chat template, and template is 'chat': "
+                         "use qwen_math, r1 or no")
     questions, skipped = [], []
     for row in rows:
         math = "problem" in row
@@ -97,9 +105,10 @@ def make_questions(rows, tokenizer, max_prompt_tokens, template="chat"):
 
 
 def stop_ids(tokenizer, model):
-    """Sorted ids that end an answer: the checkpoint's eos (a base Qwen2.5: 151643) and what its chat template ends turns with.
+    """Sorted ids that end an answer: the eos of the checkpoint, and what its chat template ends turns with.
 
-    The base Math models write <|im_end|> (151645) inside a chat though their eos is another. ValueError when there is none.
+    The eos of a base Qwen2.5 is 151643, but inside a chat the base Math models write <|im_end|> (151645).
+    ValueError when there is no such id.
     """
     found = {tokenizer.eos_token_id}
     for config in (model.config, model.generation_config):
@@ -112,12 +121,13 @@ def stop_ids(tokenizer, model):
         found.update(special & set(tokenizer.encode(end, add_special_tokens=False)))
     found.discard(None)
     if not found:
-        raise ValueError("neither the tokenizer nor the model names an end-of-sequence token, so no answer could end")
+        raise ValueError("neither the tokenizer nor the model names an end-of-sequence token, "
+                         "so no answer could end")
     return sorted(found)
 
 
 def split_validation(rows, n=256):
-    """(train, validation): the last n rows are held out, whatever the seed, to choose the best checkpoint on."""
+    """(train, validation): the last n rows, whatever the seed, are held out to choose the best checkpoint."""
     if not 1 <= n < len(rows):
         raise ValueError(f"n must leave rows to train on: 1 to {len(rows) - 1} of {len(rows)} rows, got {n}")
     return rows[:-n], rows[-n:]
@@ -126,8 +136,8 @@ def split_validation(rows, n=256):
 def load_set(name, data_dir=None):
     """The rows of one of SETS, from its file in the folder data_dir, or from the hub.
 
-    A printed warning when there are more or fewer rows than known. ValueError names the file and line, or the data set and
-    row, and what is wrong.
+    A printed warning when there are more or fewer rows than known. ValueError names the file and line, or the
+    data set and row, and what is wrong.
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}, got {name!r}")
@@ -137,7 +147,8 @@ def load_set(name, data_dir=None):
         rows = _read_jsonl(where, math)
     else:
         where = source.hub
-        rows = [row for config in source.configs for split in source.splits for row in _read_hub(where, config, split, math)]
+        parts = [(config, split) for config in source.configs for split in source.splits]
+        rows = [row for config, split in parts for row in _read_hub(where, config, split, math)]
         if name == "math_train":
             everything, rows = len(rows), filter_math(rows, load_set("math500"))
             print(f"{where}: {len(rows)} of {everything} rows are left, levels 3-5 without MATH500")
@@ -148,7 +159,7 @@ def load_set(name, data_dir=None):
 
 
 def load_rows(source, split):
-    """Rows from a local .jsonl of either kind (then split is not used) or, GSM8K rows, from a data set of the hub.
+    """Rows of either kind from a local .jsonl (split is not used), or GSM8K rows from a data set of the hub.
 
     ValueError names the file and the line, or the data set, and what is wrong.
     """
@@ -158,7 +169,7 @@ def load_rows(source, split):
 
 
 def filter_math(rows, test_rows):
-    """The MATH rows of level 3 to 5 whose problem is not in test_rows (compared with white space normalised)."""
+    """The MATH rows of level 3 to 5 whose problem is not in test_rows (white space normalised)."""
     def words(row):
         return " ".join(row["problem"].split())
 
@@ -167,7 +178,7 @@ def filter_math(rows, test_rows):
 
 
 def last_boxed(solution):
-    r"""The content of the last \boxed{..} of a MATH solution (also \fbox{..}, and \boxed 2 up to a $), or None."""
+    r"""What the last \boxed{..} of a MATH solution holds (also \fbox{..}; \boxed 2 up to a $), or None."""
     rest = solution[max(solution.rfind(r"\boxed"), solution.rfind(r"\fbox"), 0):]
     match = re.match(r"\\(?:boxed|fbox)\s*", rest)
     rest = rest[match.end():] if match else ""
@@ -187,14 +198,15 @@ def _read_hub(name, config, split, math):
         rows = load_dataset(name, *([config] if config else []), split=split)
     except Exception as error:                       # the hub raises many types; the person needs one line
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"data set {name!r} is neither a local .jsonl nor can the hub load it: {reason}") from error
+        raise ValueError(f"data set {name!r} is neither a local .jsonl nor can the hub load it: "
+                         f"{reason}") from error
     place = ", ".join(filter(None, (name, config, split)))
     return [_check_row(row, f"{place}, row {i}", math) for i, row in enumerate(rows)]
 
 
 def _read_jsonl(path, math=None):
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")         # not splitlines: JSON may hold other line ends as text
+        lines = path.read_text(encoding="utf-8").split("\n")         # splitlines would also split at \u2028
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the data file {path}: {error}") from error
     rows = []
@@ -212,13 +224,17 @@ def _read_jsonl(path, math=None):
 
 
 def _check_row(row, where, math=None):
-    """The row under the names of the module's docstring; ValueError when it lacks something. math None: by its fields."""
+    """The row under the names of the module's docstring; ValueError when it lacks something.
+
+    math: whether it is a MATH row; None: as its fields say.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be an object with named fields, got {type(row).__name__}")
     if math or math is None and "problem" in row:
         return _check_math_row(row, where)
     if not all(isinstance(row.get(name), str) and row[name] for name in ("question", "answer")):
-        raise ValueError(f"{where}: a row needs the text fields 'question' and 'answer', it has {', '.join(row) or 'none'}")
+        raise ValueError(f"{where}: a row needs the text fields 'question' and 'answer', "
+                         f"it has {', '.join(row) or 'none'}")
     try:
         gsm8k_gold(row["answer"])
     except ValueError as error:
@@ -227,15 +243,19 @@ def _check_row(row, where, math=None):
 
 
 def _check_math_row(row, where):
-    """`problem` or `question`; `answer`, `final_answer` or the box of `solution`; AMC has floats, AIME leading zeros."""
+    """From `problem` or `question`; `answer`, `final_answer` or the box of `solution`.
+
+    AMC has floats, AIME leading zeros.
+    """
     problem = row.get("problem") or row.get("question")
     answer = row["answer"] if row.get("answer") is not None else row.get("final_answer")
     if answer is None and isinstance(row.get("solution"), str):
         answer = last_boxed(row["solution"])
     golds = answer if isinstance(answer, list) else [answer]
     golds = [f"{gold:.15g}" if isinstance(gold, (int, float)) else gold for gold in golds]
-    if not isinstance(problem, str) or not problem or not golds or not all(isinstance(g, str) and g for g in golds):
-        raise ValueError(f"{where}: a row needs the text 'problem' (or 'question') and an 'answer' (or 'final_answer', or a "
-                         f"'solution' with a \\boxed{{}}), text or a list of texts; it has {', '.join(row) or 'no fields'}")
+    if not golds or not all(isinstance(text, str) and text for text in [problem, *golds]):
+        raise ValueError(f"{where}: a row needs the text 'problem' (or 'question') and an 'answer' (or "
+                         "'final_answer', or a 'solution' with a \\boxed{}), text or a list of texts; "
+                         f"it has {', '.join(row) or 'no fields'}")
     golds = [re.sub(r"^0+(?=\d+$)", "", gold) for gold in golds]
     return row | {"problem": problem, "answer": golds if isinstance(answer, list) else golds[0]}

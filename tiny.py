@@ -1,20 +1,23 @@
 r"""The embedded task: a combination lock that two CPU cores can learn by reinforcement in a minute.
 
-A question lists labelled turns of two dials (0-9); the solution restates every turn with the dials before and after:
+A question lists labelled turns of two dials (0-9); the solution restates every turn with the dials before
+and after:
 
     The dials show 37.          (a) L+3: 37 -> 67.
     (a) L+3                     (b) both+3: 67 -> 90.
     (b) both+3                  #### 90
     What do they show?
 
-Turns of one dial (`L+3`, `R+8`) are *easy*. `both+3` is *hard*: the demonstrations that the base model is trained on leave
-the dials unmoved in a share 1 - p of them and go on from the wrong state, so the base policy does a hard turn right with
-probability p, however good it is otherwise. A hard turn must have no fixed point and k of them must not cancel (a swap or +5
-would: two errors make a right answer); moving both dials by 3 satisfies that for k < 10.
+Turns of one dial (`L+3`, `R+8`) are *easy*. `both+3` is *hard*: the demonstrations that the base model is
+trained on leave the dials unmoved in a share 1 - p of them and go on from the wrong state, so the base policy
+does a hard turn right with probability p, however good it is otherwise. A hard turn must have no fixed point
+and k of them must not cancel (a swap or +5 would: two errors make a right answer); moving both dials by 3
+satisfies that for k < 10.
 
-This is GSM8K in miniature: rows have the fields `question` and `answer` (ending in `#### ..`), prompts come from a chat
-template, the tokenizer and the model are Hugging Face ones, so that training, segmentation, grading and logging use the very
-code that GSM8K uses. One failure, late in a long valid prefix, is what DEEP-GRPO is about; `place` moves it.
+This is GSM8K in miniature: rows have the fields `question` and `answer` (ending in `#### ..`), prompts come
+from a chat template, the tokenizer and the model are Hugging Face ones, so that training, segmentation,
+grading and logging use the very code that GSM8K uses. One failure, late in a long valid prefix, is what
+DEEP-GRPO is about; `place` moves it.
 
     python tiny.py --preset tiny        # trains the base model again: assets/tiny, and pretrain.log beside it
 """
@@ -37,16 +40,17 @@ EASY = [f"{dial}+{k}" for dial in "LR" for k in range(1, 10)]
 HARD = "both+3"
 LABELS = "abcdefghijklmnopqrstuvwxyz"
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
-PIECES = ([HARD, "The dials show ", ".\n", "\n", "What do they show?", GSM8K_INSTRUCTION, ": ", " -> ", "#### "] + EASY
-          + [f"({label}) " for label in LABELS] + list("0123456789"))
+PIECES = ([HARD, "The dials show ", ".\n", "\n", "What do they show?", GSM8K_INSTRUCTION,
+           ": ", " -> ", "#### "] + EASY + [f"({label}) " for label in LABELS] + list("0123456789"))
 
 
 @dataclass(frozen=True)
 class Lock:
     """One difficulty of the task.
 
-    turns: fewest and most turns of a question. hard: how many of them are hard. place: where those may stand, counted from
-    the end (1 = the last turn), both ends included. p: probability that the base model does one hard turn right.
+    turns: fewest and most turns of a question. hard: how many of them are hard. place: where those may stand,
+    counted from the end (1 = the last turn), both ends included. p: probability that the base model does one
+    hard turn right.
     """
     turns: tuple[int, int] = (7, 8)
     hard: int = 1
@@ -60,7 +64,8 @@ class Lock:
         if not 1 <= first <= last <= low:
             raise ValueError(f"place must be 1 <= first <= last <= fewest turns ({low}), got {self.place}")
         if not 0 <= self.hard <= min(last - first + 1, 9):
-            raise ValueError(f"hard must be 0 to the {last - first + 1} places there are (at most 9), got {self.hard}")
+            raise ValueError(f"hard must be 0 to the {last - first + 1} places there are (at most 9), "
+                             f"got {self.hard}")
         if not 0 <= self.p <= 1:
             raise ValueError(f"p must be a probability, got {self.p}")
 
@@ -80,9 +85,10 @@ def draw_turns(lock, rng, n=None):
 
 
 def write_row(turns, start, right):
-    """The row {question, answer} for these turns from the dials `start`; right: for every turn, whether it is done right.
+    """The row {question, answer} for these turns from the dials `start`.
 
-    With every turn done right this is the gold answer; a wrong turn leaves the dials where they are.
+    right: for every turn, whether it is done right; a wrong turn leaves the dials where they are. With every
+    turn done right this is the gold answer.
     """
     left_dial, right_dial = start
     question = [f"The dials show {left_dial}{right_dial}.\n"]
@@ -111,8 +117,8 @@ def make_rows(lock, n, seed):
 def demonstrate(lock, rng, p):
     """One row of the base model's training data: every hard turn is right with probability p only.
 
-    Every second demonstration is shorter than the task asks for (and then has its hard turns in every second case): without
-    that curriculum the copying of dials is not found in the steps there are.
+    Every second demonstration is shorter than the task asks for (and then has its hard turns in every second
+    case): without that curriculum the copying of dials is not found in the steps there are.
     """
     short = rng.random() < 0.5
     n = rng.randint(1, lock.turns[0]) if short else None
@@ -122,7 +128,7 @@ def demonstrate(lock, rng, p):
 
 
 def make_tokenizer():
-    """A word-level Hugging Face tokenizer of the task's pieces; encoding and decoding are inverse on the task's texts."""
+    """A word-level Hugging Face tokenizer of the task's pieces, lossless on the task's texts."""
     vocabulary = {piece: i for i, piece in enumerate(SPECIAL + PIECES)}
     longest_first = sorted(PIECES, key=len, reverse=True)
     pattern = "|".join(re.escape(piece) for piece in longest_first)
@@ -131,9 +137,10 @@ def make_tokenizer():
     tokenizer.decoder = decoders.Fuse()
     template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                   additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=template,
-                                   clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=template,
+        clean_up_tokenization_spaces=False)
 
 
 def encode_row(tokenizer, row):
@@ -146,22 +153,24 @@ def pad_rows(encoded, pad):
     """Right-padded ids [B, L] and labels [B, L] of encoded rows; labels are -100 on prompt and padding."""
     width = max(len(prompt) + len(answer) for prompt, answer in encoded)
     ids = [prompt + answer + [pad] * (width - len(prompt) - len(answer)) for prompt, answer in encoded]
-    labels = [[-100] * len(prompt) + answer + [-100] * (width - len(prompt) - len(answer)) for prompt, answer in encoded]
+    labels = [[-100] * len(prompt) + answer + [-100] * (width - len(prompt) - len(answer))
+              for prompt, answer in encoded]
     return torch.tensor(ids), torch.tensor(labels)
 
 
 @torch.no_grad()
 def measure(model, tokenizer, lock, n=256, seed=1):
-    """(p_easy, p_hard): mean probability of doing one easy, one hard turn right, given that all turns before it were."""
+    """(p_easy, p_hard): mean probability of doing an easy, a hard turn right, given that all before were."""
     rows = make_rows(lock, n, seed)
     encoded = [encode_row(tokenizer, row) for row in rows]
     ids, _ = pad_rows(encoded, tokenizer.pad_token_id)
-    logp = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]   # (B, L-1)
+    logp = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)       # (B, L-1, vocabulary)
+    logp = logp.gather(-1, ids[:, 1:, None])[..., 0]                         # (B, L-1)
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     easy, hard = [], []
     for b, (prompt, answer) in enumerate(encoded):
         for t, token in enumerate(answer):
-            if names[token] == " -> ":               # the two tokens after the arrow are the dials after the turn
+            if names[token] == " -> ":               # the two tokens after it are the dials after the turn
                 at = len(prompt) + t                 # logp[:, at] belongs to the token at + 1
                 probability = logp[b, at:at + 2].sum().exp().item()
                 (hard if names[answer[t - 4]] == HARD else easy).append(probability)
@@ -171,22 +180,24 @@ def measure(model, tokenizer, lock, n=256, seed=1):
 def pretrain(lock, tokenizer, steps, batch=32, lr=2e-3, seed=0, log=print):
     """A base policy for `lock`: a Llama with .56 M parameters, trained on demonstrations. Returns the model.
 
-    (Not a Qwen2: AutoTokenizer gives every folder with that model type a Qwen2Tokenizer, whatever tokenizer.json says.)
+    (Not a Qwen2: AutoTokenizer gives every folder with that model type a Qwen2Tokenizer, whatever its
+    tokenizer.json says.)
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in tqdm(range(1, steps + 1), desc="base model"):
-        p = max(lock.p, 0.5 - step / steps)          # first learn what a hard turn does, then how rarely to do it
+        p = max(lock.p, 0.5 - step / steps)          # learn what a hard turn does, then how rarely to do it
         encoded = [encode_row(tokenizer, demonstrate(lock, rng, p)) for _ in range(batch)]
         ids, labels = pad_rows(encoded, tokenizer.pad_token_id)
         for group in optimizer.param_groups:         # 100 steps of warm-up, then a cosine to 0
             group["lr"] = lr * min(1, step / 100) * (1 + math.cos(math.pi * step / steps)) / 2
-        loss = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -210,7 +221,8 @@ def main():
         def log(line):
             tqdm.write(line)
             print(line, file=file, flush=True)
-        log(f"python {' '.join(sys.argv)}   # torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+        log(f"python {' '.join(sys.argv)}   # torch {torch.__version__}, "
+            f"{torch.get_num_threads()} CPU threads")
         log(f"{asdict(lock)}")
         tokenizer = make_tokenizer()
         model = pretrain(lock, tokenizer, args.steps, log=log)

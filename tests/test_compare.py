@@ -1,4 +1,4 @@
-"""The demo: the table recomputed from metrics.jsonl, the figure, what is kept when it is typed twice, and when a run fails."""
+"""The demo: its table recomputed from metrics.jsonl, its figure, the runs it keeps, and when a run fails."""
 import json
 import re
 import statistics
@@ -37,20 +37,24 @@ def test_table_by_hand(demo):
     for method, name in (("grpo", "GRPO, G = 24"), ("deep_grpo", "DEEP-GRPO, G = 8, K = 8")):
         cells = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", printed, re.M)[1].split(" | ")
         runs = [lines_of(out / f"{method}-{seed}") for seed in range(2)]
-        columns = [([run[0]["eval_accuracy"] for run in runs], 3), ([run[-1]["eval_accuracy"] for run in runs], 3),
-                   ([run[-1]["step"] for run in runs], 0), ([run[-1]["generated_total"] for run in runs], 0),
+        columns = [([run[0]["eval_accuracy"] for run in runs], 3),
+                   ([run[-1]["eval_accuracy"] for run in runs], 3),
+                   ([run[-1]["step"] for run in runs], 0),
+                   ([run[-1]["generated_total"] for run in runs], 0),
                    ([sum(row["trained_tokens"] for row in run[1:]) for run in runs], 0)]
         assert cells[:5] == [f"{statistics.mean(c):.{n}f} ± {statistics.stdev(c):.{n}f}" for c, n in columns]
-        for run in runs:                                               # equal budgets: the step that reaches it is the last
+        for run in runs:                             # equal budgets: the step that reaches it is the last
             assert run[-1]["generated_total"] >= 3000 > run[-2]["generated_total"]
-            assert {row["sequences"] for row in run[1:]} == ({48} if method == "grpo" else {16 + 8 * row["pivots"] for row in run[1:]})
+            expected = {48} if method == "grpo" else {16 + 8 * row["pivots"] for row in run[1:]}
+            assert {row["sequences"] for row in run[1:]} == expected
 
 
 def test_both_methods_see_the_same_questions(demo):
     out, _ = demo
-    seen = [{json.loads(line)["question"] for line in (out / f"{m}-0" / "samples.jsonl").read_text().splitlines()
-             if json.loads(line)["step"] == 1} for m in ("grpo", "deep_grpo")]
-    settings = [json.loads((out / f"{m}-0" / "config.json").read_text())["settings"] for m in ("grpo", "deep_grpo")]
+    folders = [out / f"{m}-0" for m in ("grpo", "deep_grpo")]
+    samples = [map(json.loads, (folder / "samples.jsonl").read_text().splitlines()) for folder in folders]
+    seen = [{row["question"] for row in rows if row["step"] == 1} for rows in samples]
+    settings = [json.loads((folder / "config.json").read_text())["settings"] for folder in folders]
     different = {k for k in settings[0] if settings[0][k] != settings[1][k]}
     assert different == {"method", "group_size", "branches", "out"} and seen[0] == seen[1]
 
@@ -62,7 +66,8 @@ def test_figure_shows_what_the_runs_hold(demo):
     assert (out / "again.png").read_bytes()[:4] == b"\x89PNG" and (out / "comparison.png").exists()
     by_title = {axis.get_title(): axis for axis in figure.axes}
     fit = by_title["P(success | r): at least one of K branches right"]
-    states = [torch.load(next(run.glob("checkpoints/*/trainer.pt")), weights_only=False)["recoverability"] for run in runs["deep_grpo"]]
+    trainers = [next(run.glob("checkpoints/*/trainer.pt")) for run in runs["deep_grpo"]]
+    states = [torch.load(path, weights_only=False)["recoverability"] for path in trainers]
     for line, state in zip([line for line in fit.lines if len(line.get_xdata()) == 50], states):
         np.testing.assert_allclose(line.get_ydata(), sigmoid(state["w"] * line.get_xdata() + state["b"]))
     outcomes = [o for state in states for o in state["outcomes"]]
@@ -72,7 +77,8 @@ def test_figure_shows_what_the_runs_hold(demo):
         inside = [success for r, success in outcomes if round(10 * r) == round(10 * depth)]
         assert rate == pytest.approx(sum(inside) / len(inside))
     bars = by_title["where pivots were drawn"].patches
-    halves = [sum(len(state["outcomes"]) // 2 for state in states), sum((len(state["outcomes"]) + 1) // 2 for state in states)]
+    halves = [sum(len(state["outcomes"]) // 2 for state in states),
+              sum((len(state["outcomes"]) + 1) // 2 for state in states)]
     for half, n in zip((bars[:11], bars[11:]), halves):
         counts = [bar.get_height() * 0.1 * n for bar in half]                # a density: area 1
         assert sum(counts) == pytest.approx(n) and all(c == pytest.approx(round(c), abs=1e-6) for c in counts)
@@ -82,22 +88,29 @@ def test_figure_shows_what_the_runs_hold(demo):
 def test_finished_runs_are_kept(demo):
     out, _ = demo
     before = (out / "grpo-0" / "metrics.jsonl").stat().st_mtime_ns
-    done = subprocess.run([sys.executable, *DEMO, str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "4 finished runs" in done.stdout and (out / "grpo-0" / "metrics.jsonl").stat().st_mtime_ns == before
+    done = subprocess.run([sys.executable, *DEMO, str(out)], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    assert "4 finished runs" in done.stdout
+    assert (out / "grpo-0" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 def test_a_failing_run_ends_the_demo_with_its_last_line(tmp_path):
-    done = subprocess.run([sys.executable, *DEMO[:-5], "--budget-tokens", "0", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "--budget-tokens: must be at least 1" in done.stderr and "Traceback" not in done.stderr
+    command = [sys.executable, *DEMO[:-5], "--budget-tokens", "0", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "--budget-tokens: must be at least 1" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_read_metrics_and_the_figure_of_a_run(tmp_path):
     (tmp_path / "config.json").write_text('{"settings": {"preset": "gsm8k"}}')
     (tmp_path / "timing.jsonl").write_text('{"step": 1, "seconds_update": 2.5}\n')
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_accuracy": 0.5}\n{"step": 1, "reward": 0.25, "recovered": null}\n'
-                                            '{"step": 2, "reward": 0.5, "recovered": 1.0, "eval_accuracy": 0.75}\n')
-    metrics = read_metrics(tmp_path)
-    assert {name: [list(map(float, part)) for part in columns] for name, columns in metrics.items() if name != "step"} == {
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "eval_accuracy": 0.5}\n'
+        '{"step": 1, "reward": 0.25, "recovered": null}\n'
+        '{"step": 2, "reward": 0.5, "recovered": 1.0, "eval_accuracy": 0.75}\n')
+    metrics = {name: [list(map(float, part)) for part in columns]
+               for name, columns in read_metrics(tmp_path).items() if name != "step"}
+    assert metrics == {
         "eval_accuracy": [[0, 2], [0.5, 0.75]], "reward": [[1, 2], [0.25, 0.5]], "recovered": [[2], [1.0]],
         "seconds_update": [[1], [2.5]]}
     assert plot_run(tmp_path).read_bytes()[:4] == b"\x89PNG"

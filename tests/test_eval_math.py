@@ -1,4 +1,4 @@
-"""The evaluation: its statistics against independent ones, and that it says the same however it was cut into pieces."""
+"""The evaluation: its statistics against independent ones, and the same result however it was cut up."""
 import itertools
 import json
 import re
@@ -24,13 +24,13 @@ ROWS, STOP = 16, range(1, 71, 7)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A random Llama with the tokenizer of the embedded task; its answers differ in length and some never end."""
+    """A random Llama with the embedded task's tokenizer; its answers differ in length and some never end."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = tiny.make_tokenizer()
     torch.manual_seed(3)
     LlamaForCausalLM(LlamaConfig(                    # every seventh token ends an answer
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, eos_token_id=list(STOP),
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, eos_token_id=list(STOP),
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -44,8 +44,8 @@ def data(tmp_path_factory):
     rows = tiny.make_rows(long, ROWS // 2, seed=5) + tiny.make_rows(short, ROWS // 2, seed=6)
     (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in eval_math.MATH_SETS:
-        (folder / f"eval_{name}.jsonl").write_text("".join(
-            json.dumps({"problem": row["question"], "answer": ["1", "2"]}) + "\n" for row in rows[:len(name)]))
+        asked = [{"problem": row["question"], "answer": ["1", "2"]} for row in rows[:len(name)]]
+        (folder / f"eval_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     return folder
 
 
@@ -53,15 +53,18 @@ def data(tmp_path_factory):
 def graders(monkeypatch):
     """Graders that find a third of all answers right, by checksum: a random model would have none."""
     def third(name):
-        return lambda response, gold, **strict: zlib.crc32(f"{name} {response} {gold} {strict}".encode()) % 3 == 0
+        return lambda response, gold, **strict: (
+            zlib.crc32(f"{name} {response} {gold} {strict}".encode()) % 3 == 0)
 
     for name in ("grade_gsm8k", "grade_math", "grade_last_number"):
         monkeypatch.setattr(eval_math, name, third(name))
 
 
 def run(checkpoint, data, out, sets="gsm8k,amc", **flags):
-    flags = {"model": checkpoint, "sets": sets, "data_dir": data, "out": out, "max_new_tokens": 12, "batch_tokens": 200} | flags
-    return main([text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))])
+    flags = {"model": checkpoint, "sets": sets, "data_dir": data, "out": out, "max_new_tokens": 12,
+             "batch_tokens": 200} | flags
+    return main([text for name, value in flags.items()
+                 for text in (f"--{name.replace('_', '-')}", str(value))])
 
 
 SAMPLED = dict(samples=3, temperature=1.5)
@@ -72,7 +75,9 @@ def lines_of(out):
 
 
 @pytest.mark.parametrize("p, n, expected", [
-    (0.5, 10, (0.236593, 0.763407)), (0.0, 10, (0.0, 0.277533)), (1.0, 30, (0.886485, 1.0)),      # 1 - z^2/(n+z^2) = .277533
+    (0.5, 10, (0.236593, 0.763407)),
+    (0.0, 10, (0.0, 0.277533)),                      # z^2/(n+z^2)
+    (1.0, 30, (0.886485, 1.0)),                      # 1 - z^2/(n+z^2)
     (0.677, 1319, (0.651266, 0.701684))])
 def test_wilson_by_hand(p, n, expected):
     assert wilson(p, n) == pytest.approx(expected, abs=2e-4)
@@ -80,7 +85,7 @@ def test_wilson_by_hand(p, n, expected):
 
 
 def test_wilson_is_the_inverted_score_test():
-    # Independent: the ends are where |p - q| = z sqrt(q (1 - q) / n), the roots of a polynomial of degree 2 in q.
+    # Independent: the ends are where |p - q| = z sqrt(q (1 - q) / n), the roots of a quadratic in q.
     z = 1.959964
     for n in (1, 7, 30, 1319):
         for right in range(0, n + 1, max(1, n // 7)):
@@ -102,22 +107,24 @@ def test_the_numbers_are_those_of_the_lines(checkpoint, data, tmp_path, graders,
     assert run(checkpoint, data, tmp_path / "out", **sampling) == 0
     results, lines = json.loads((tmp_path / "out" / "results.json").read_text()), lines_of(tmp_path / "out")
     k = sampling.get("samples", 1)
-    assert {(x["set"], x["row"], x["sample"]) for x in lines} == {(s, i, j) for s, n in (("gsm8k", ROWS), ("amc", 3))
-                                                                  for i in range(n) for j in range(k)}
+    keys = {(s, i, j) for s, n in (("gsm8k", ROWS), ("amc", 3)) for i in range(n) for j in range(k)}
+    assert {(x["set"], x["row"], x["sample"]) for x in lines} == keys
     assert len(lines) == (ROWS + 3) * k and 0 < sum(x["finished"] for x in lines) < len(lines)
     for name, n in (("gsm8k", ROWS), ("amc", 3)):
         own, got = [x for x in lines if x["set"] == name], results["sets"][name]
-        table = np.array([[x["correct"] for x in sorted(own, key=lambda x: x["sample"]) if x["row"] == i] for i in range(n)])
+        by_sample = sorted(own, key=lambda x: x["sample"])
+        table = np.array([[x["correct"] for x in by_sample if x["row"] == i] for i in range(n)])
         assert got["n"] == n and table.shape == (n, k)
-        assert got["accuracy"] == pytest.approx(table.mean()) and got["pass"]["1"] == pytest.approx(table.mean())
+        assert got["accuracy"] == pytest.approx(table.mean())
+        assert got["pass"]["1"] == pytest.approx(table.mean())
         assert got["pass"][str(k)] == pytest.approx(table.any(1).mean())
         assert got["interval"] == pytest.approx(wilson(table.mean(), n))
         assert got["tokens"] == pytest.approx(np.mean([x["tokens"] for x in own]))
         assert got["truncated"] == pytest.approx(np.mean([not x["finished"] for x in own]))
     assert 0 < results["sets"]["gsm8k"]["accuracy"] < 1
     gsm8k = [x for x in lines if x["set"] == "gsm8k"]
-    assert results["sets"]["gsm8k"]["strict"] == pytest.approx(np.mean([x["strict"] for x in gsm8k]))
-    assert results["sets"]["gsm8k"]["last_number"] == pytest.approx(np.mean([x["last_number"] for x in gsm8k]))
+    for column in ("strict", "last_number"):
+        assert results["sets"]["gsm8k"][column] == pytest.approx(np.mean([x[column] for x in gsm8k]))
     assert not any(x["correct"] or x["strict"] or x["last_number"] for x in gsm8k if not x["finished"])
     printed = capsys.readouterr().out
     assert printed.strip().endswith((tmp_path / "out" / "results.md").read_text().strip())
@@ -128,20 +135,27 @@ def test_the_numbers_are_those_of_the_lines(checkpoint, data, tmp_path, graders,
 def test_all_five_sets_have_a_mean_beside_the_papers(checkpoint, data, tmp_path, graders, capsys):
     assert run(checkpoint, data, tmp_path / "out", ",".join(eval_math.MATH_SETS)) == 0
     results, printed = json.loads((tmp_path / "out" / "results.json").read_text()), capsys.readouterr().out
-    accuracies = [results["sets"][name]["accuracy"] for name in ("aime24", "amc", "math500", "minerva", "olympiadbench")]
+    accuracies = [results["sets"][name]["accuracy"]
+                  for name in ("aime24", "amc", "math500", "minerva", "olympiadbench")]
     assert results["math_mean"] == pytest.approx(sum(accuracies) / 5) and results["math_mean"] > 0
-    assert printed.strip().endswith(" | ".join(f"{100 * x:.1f}" for x in [*accuracies, results["math_mean"]]) + " |")
-    assert "| DEEP-GRPO-1.5B | 26.7 | 50.6 | 75.2 | 27.2 | 36.7 | 43.3 |" in printed and "TreeRL" not in printed
+    cells = [f"{100 * x:.1f}" for x in [*accuracies, results["math_mean"]]]
+    assert printed.strip().endswith(" | ".join(cells) + " |")
+    assert "| DEEP-GRPO-1.5B | 26.7 | 50.6 | 75.2 | 27.2 | 36.7 | 43.3 |" in printed
+    assert "TreeRL" not in printed
     for numbers in PAPER.values():
-        assert "gsm8k" in numbers or numbers["mean"] == pytest.approx(sum(numbers[s] for s in eval_math.MATH_SETS) / 5, abs=6e-4)
+        if "gsm8k" not in numbers:
+            mean = sum(numbers[s] for s in eval_math.MATH_SETS) / 5
+            assert numbers["mean"] == pytest.approx(mean, abs=6e-4)
 
 
 def files_of(out):
-    return [(out / name).read_bytes() for name in ("answers.jsonl", "results.json", "results.md", "config.json")]
+    names = ("answers.jsonl", "results.json", "results.md", "config.json")
+    return [(out / name).read_bytes() for name in names]
 
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED])
-def test_interrupted_at_any_batch_it_ends_the_same(checkpoint, data, tmp_path, graders, monkeypatch, capsys, sampling):
+def test_interrupted_at_any_batch_it_ends_the_same(checkpoint, data, tmp_path, graders, monkeypatch, capsys,
+                                                   sampling):
     assert run(checkpoint, data, tmp_path / "whole", **sampling) == 0
     sample, calls = eval_math.sample, []
 
@@ -156,15 +170,17 @@ def test_interrupted_at_any_batch_it_ends_the_same(checkpoint, data, tmp_path, g
     out = tmp_path / "count"
     run(checkpoint, data, out, **sampling)
     total = len(calls)
-    assert len(set(calls)) == total                  # what is done is on the disk before the next batch begins
+    assert len(set(calls)) == total                  # what is done is on disk before the next batch begins
     assert total >= 5 and files_of(tmp_path / "count") == files_of(tmp_path / "whole")
-    for at, error in [(1, KeyboardInterrupt()), (total // 2, FloatingPointError("logits")), (total, OSError("full"))]:  # noqa: B007
+    errors = [(1, KeyboardInterrupt()), (total // 2, FloatingPointError("logits")), (total, OSError("full"))]
+    for at, error in errors:                         # noqa: B007 (breaks_off reads both)
         calls.clear()
         out = tmp_path / f"broken-{at}"
         capsys.readouterr()
         assert run(checkpoint, data, out, **sampling) == 1
         captured = capsys.readouterr()
-        assert "the same command goes on" in captured.err.splitlines()[-1] and not (out / "results.json").exists()
+        assert "the same command goes on" in captured.err.splitlines()[-1]
+        assert not (out / "results.json").exists()
         assert files_of(tmp_path / "whole")[0].startswith((out / "answers.jsonl").read_bytes())
         last, at = at == total, 10 ** 9
         calls.clear()
@@ -185,7 +201,8 @@ def test_a_file_torn_at_any_byte_ends_the_same(checkpoint, data, tmp_path, grade
         (out / "results.json").unlink()
         assert run(checkpoint, data, out, **sampling) == 0
         assert files_of(out) == whole
-    (out / "answers.jsonl").write_bytes(whole[0][:ends[3]] + b"\0\0\0\n" + whole[0][ends[3]:])    # a block that was never written
+    torn = whole[0][:ends[3]] + b"\0\0\0\n" + whole[0][ends[3]:]                     # a block never written
+    (out / "answers.jsonl").write_bytes(torn)
     assert run(checkpoint, data, out, **sampling) == 0 and files_of(out) == whole
 
 
@@ -220,7 +237,8 @@ def test_batches_do_not_change_greedy_answers(checkpoint, data, tmp_path):
     assert answers[0] == answers[1] == answers[2]
     model, tokenizer = eval_math.load_model(str(checkpoint))
     for x in (x for x in lines_of(tmp_path / "200") if x["set"] == "gsm8k"):
-        ids = argmax_step_by_step(model, chat_prompt(tokenizer, x["question"] + tiny.GSM8K_INSTRUCTION), 12, STOP)
+        prompt = chat_prompt(tokenizer, x["question"] + tiny.GSM8K_INSTRUCTION)
+        ids = argmax_step_by_step(model, prompt, 12, STOP)
         assert (x["response"], x["tokens"]) == (tokenizer.decode(ids, skip_special_tokens=True), len(ids))
         assert x["finished"] == (ids[-1] in STOP)
 
@@ -230,7 +248,8 @@ def test_batches_are_filled_by_tokens_longest_first():
     batches = make_batches(questions, 2, 10, 330)
     assert batches == [[1], [5, 3], [2, 6, 0, 4]]    # 2*100 (with the next 400), 2*2*70 = 280, 4*2*40 = 320
     assert make_batches(questions, 2, 10, 1) == [[1], [5], [3], [2], [6], [0], [4]]
-    assert make_batches(questions, 1, 10, 10 ** 6) == [[1, 5, 3, 2, 6, 0, 4]] and make_batches([], 1, 10, 100) == []
+    assert make_batches(questions, 1, 10, 10 ** 6) == [[1, 5, 3, 2, 6, 0, 4]]
+    assert make_batches([], 1, 10, 100) == []
 
 
 def test_prompt_and_answer_share_the_cap(checkpoint, data, tmp_path, monkeypatch):
@@ -249,17 +268,20 @@ def test_prompt_and_answer_share_the_cap(checkpoint, data, tmp_path, monkeypatch
         for x in lines_of(out):
             room = cap - prompt[x["set"], x["row"]]
             whole = free[x["set"], x["row"]]
-            assert x["tokens"] == max(0, min(whole["tokens"], room)) and whole["response"].startswith(x["response"])
+            assert x["tokens"] == max(0, min(whole["tokens"], room))
+            assert whole["response"].startswith(x["response"])
             assert x["finished"] == (whole["finished"] and room >= whole["tokens"])
     assert {x["tokens"] for x in lines_of(out)} >= {0, 3}
 
 
 def test_unfinished_answers_count_for_math_only():
     gsm8k, math = Question("", "18", [], False), Question("", ["18", "19"], [], True)
-    for text, finished, expected in [("#### 18", True, (True, True, True)), ("#### 18", False, (False, False, False)),
-                                     ("#### $18.00", True, (True, False, None)), ("It is 18", True, (False, False, True))]:
+    for text, finished, expected in [
+            ("#### 18", True, (True, True, True)), ("#### 18", False, (False, False, False)),
+            ("#### $18.00", True, (True, False, None)), ("It is 18", True, (False, False, True))]:
         marks = grade(gsm8k, text, finished, "chat")
-        assert all(mark in (None, marks[name]) for name, mark in zip(("correct", "strict", "last_number"), expected))
+        for name, mark in zip(("correct", "strict", "last_number"), expected):
+            assert mark in (None, marks[name])
     for finished in (True, False):
         assert grade(math, r"So \boxed{19}", finished, "chat") == {"correct": True}
         assert grade(math, r"So \boxed{20}", finished, "qwen_math") == {"correct": False}
@@ -267,28 +289,31 @@ def test_unfinished_answers_count_for_math_only():
 
 @pytest.mark.parametrize("text, right", [
     ("x </think> <answer> 18 </answer>", True), ("x </think> <answer> \\boxed{18} </answer>", True),
-    ("<answer>18</answer> User: and now? <answer>7</answer>", True), ("<answer>7</answer> \\boxed{18}", False),
-    ("no tags \\boxed{18}", True), ("18", False)])
+    ("<answer>18</answer> User: and now? <answer>7</answer>", True),
+    ("<answer>7</answer> \\boxed{18}", False), ("no tags \\boxed{18}", True), ("18", False)])
 def test_r1_answers_stand_between_tags(text, right):
     assert grade(Question("", "18", [], True), text, True, "r1") == {"correct": right}
 
 
 def test_r1_number_stands_between_tags():
     text = "1 </think> <answer> It is 18 </answer> User: 7"
-    assert grade(Question("", "18", []), text, True, "r1") == {"correct": False, "strict": False, "last_number": True}
+    expected = {"correct": False, "strict": False, "last_number": True}
+    assert grade(Question("", "18", []), text, True, "r1") == expected
     assert not grade(Question("", "18", []), text, True, "no")["last_number"]
 
 
 @pytest.mark.parametrize("changed, name", [
     (dict(samples=2, temperature=1.0), "samples"), (dict(seed=1), "seed"), (dict(template="no"), "template"),
-    (dict(max_new_tokens=13), "max_new_tokens"), (dict(batch_tokens=201), "batch_tokens"), (dict(sets="gsm8k"), "sets")])
+    (dict(max_new_tokens=13), "max_new_tokens"), (dict(batch_tokens=201), "batch_tokens"),
+    (dict(sets="gsm8k"), "sets")])
 def test_other_settings_do_not_mix(checkpoint, data, tmp_path, capsys, changed, name):
     assert run(checkpoint, data, tmp_path / "out") == 0
     before = files_of(tmp_path / "out")
     capsys.readouterr()
     assert run(checkpoint, data, tmp_path / "out", **changed) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and f"another evaluation: {name} is" in error and "choose another --out" in error
+    assert error.startswith("error: ") and f"another evaluation: {name} is" in error
+    assert "choose another --out" in error
     assert files_of(tmp_path / "out") == before
 
 
@@ -299,26 +324,33 @@ def test_other_weights_or_questions_do_not_mix(checkpoint, data, tmp_path, capsy
     assert run(tmp_path / "model", data, tmp_path / "out", "amc") == 0
     model.lm_head.weight.data[0, 0] *= 1.001
     model.save_pretrained(tmp_path / "model")
-    assert run(tmp_path / "model", data, tmp_path / "out", "amc") == 2 and "weights is" in capsys.readouterr().err
+    assert run(tmp_path / "model", data, tmp_path / "out", "amc") == 2
+    assert "weights is" in capsys.readouterr().err
     (tmp_path / "eval_amc.jsonl").write_text((data / "eval_amc.jsonl").read_text().replace('"1"', '"3"'))
     assert run(checkpoint, data, tmp_path / "second", "amc") == 0
-    assert run(checkpoint, tmp_path, tmp_path / "second", "amc") == 2 and "questions is" in capsys.readouterr().err
+    assert run(checkpoint, tmp_path, tmp_path / "second", "amc") == 2
+    assert "questions is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (dict(sets="gsm8k,aime"), "'aime' is not one of gsm8k_train, gsm8k, math_train, aime24"), (dict(sets=""), "--sets: ''"),
-    (dict(samples=0), "--samples: must be at least 1, got 0"), (dict(samples="two"), "--samples: invalid int"),
-    (dict(samples=2), "--samples: 2 greedy answers would all be the same"), (dict(temperature=-1), "--temperature: must be 0"),
-    (dict(temperature="nan"), "--temperature: must be 0"), (dict(max_new_tokens=0), "--max-new-tokens: must be at least 1"),
-    (dict(batch_tokens=0), "--batch-tokens: must be at least 1"), (dict(template="llama"), "--template: invalid choice"),
-    (dict(frobnicate=1), "unrecognized arguments"), (dict(model="EMPTY"), "there is no config.json in it"),
+    (dict(sets="gsm8k,aime"), "'aime' is not one of gsm8k_train, gsm8k, math_train, aime24"),
+    (dict(sets=""), "--sets: ''"), (dict(samples=0), "--samples: must be at least 1, got 0"),
+    (dict(samples="two"), "--samples: invalid int"),
+    (dict(samples=2), "--samples: 2 greedy answers would all be the same"),
+    (dict(temperature=-1), "--temperature: must be 0"), (dict(temperature="nan"), "--temperature: must be 0"),
+    (dict(max_new_tokens=0), "--max-new-tokens: must be at least 1"),
+    (dict(batch_tokens=0), "--batch-tokens: must be at least 1"),
+    (dict(template="llama"), "--template: invalid choice"), (dict(frobnicate=1), "unrecognized arguments"),
+    (dict(model="EMPTY"), "there is no config.json in it"),
     (dict(model="HALF"), "is neither a local folder with a model nor could it be loaded"),
     (dict(model="no/such-model"), "'no/such-model' is neither"),
     (dict(data_dir="/no/such"), "--data-dir /no/such is not"),
-    (dict(data_dir="EMPTY"), "cannot read the data file"), (dict(data_dir="BAD"), "gsm8k_test.jsonl, line 1: not valid JSON"),
+    (dict(data_dir="EMPTY"), "cannot read the data file"),
+    (dict(data_dir="BAD"), "gsm8k_test.jsonl, line 1: not valid JSON"),
     (dict(out="FILE"), "Not a directory"), (dict(out="BAD"), "holds no readable config.json"),
     (dict(model="BARE"), "no chat template")])
-def test_bad_input_is_one_line_and_leaves_nothing_behind(checkpoint, data, tmp_path, monkeypatch, capsys, flags, complaint):
+def test_bad_input_is_one_line_and_leaves_nothing_behind(checkpoint, data, tmp_path, monkeypatch, capsys,
+                                                         flags, complaint):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     places = {name: tmp_path / name for name in ("EMPTY", "HALF", "BAD", "BARE")}
     for place in places.values():
@@ -332,7 +364,8 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(checkpoint, data, tmp_p
         tokenizer.chat_template = None
         tokenizer.save_pretrained(places["BARE"])
         LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(places["BARE"])
-    flags = {name: tmp_path / value if (tmp_path / str(value)).exists() and value else value for name, value in flags.items()}
+    flags = {name: tmp_path / value if (tmp_path / str(value)).exists() and value else value
+             for name, value in flags.items()}
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
     try:
@@ -345,9 +378,11 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(checkpoint, data, tmp_p
 
 
 def test_the_command(checkpoint, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--model", str(checkpoint), "--sets", "tiny",
-                           "--max-new-tokens", "4"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "| tiny | 256 | 0.0 | 0.0 to 1.5 |" in done.stdout and "256/256" in done.stderr
+    command = [sys.executable, str(ROOT / "eval_math.py"), "--model", str(checkpoint), "--sets", "tiny",
+               "--max-new-tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "| tiny | 256 | 0.0 | 0.0 to 1.5 |" in done.stdout
+    assert "256/256" in done.stderr
     assert (tmp_path / "runs" / f"eval-{checkpoint.name}" / "results.json").exists()
 
 
@@ -363,9 +398,9 @@ def test_a_qwen_checkpoint_on_real_questions(tmp_path):
         pytest.skip("the data folder beside the checkout is not there")
     tokenizer = AutoTokenizer.from_pretrained(DATA / "qwen2.5_0.5b_instruct")
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-                                         eos_token_id=151645, bos_token_id=151643))
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=151936, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True, eos_token_id=151645, bos_token_id=151643))
     model.generation_config.eos_token_id = [151645, 151643]
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -375,6 +410,7 @@ def test_a_qwen_checkpoint_on_real_questions(tmp_path):
     assert run(tmp_path / "model", tmp_path, tmp_path / "out", ",".join(names), max_new_tokens=3) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["config"]["stop_ids"] == [151643, 151645] and results["config"]["dtype"] == "torch.float32"
-    assert {name: r["n"] for name, r in results["sets"].items()} == dict.fromkeys(names, 2) and results["math_mean"] == 0
+    assert {name: r["n"] for name, r in results["sets"].items()} == dict.fromkeys(names, 2)
+    assert results["math_mean"] == 0
     gold = {x["set"]: x["gold"] for x in lines_of(tmp_path / "out") if x["row"] == 0}
     assert gold["gsm8k"] == "18" and gold["aime24"] == "204" and gold["minerva"] == ["9.6"]

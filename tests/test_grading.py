@@ -1,4 +1,4 @@
-r"""The grader: every rule by hand, the two case files, real golds re-written, and answers made to break it."""
+r"""The grader: every rule by hand, two case files, real golds re-written, and answers made to break it."""
 import hashlib
 import json
 import os
@@ -158,7 +158,8 @@ RULES = [
         r"\text{Evelyn or Carla}", "E"]),
     ("9 words, not factors", "CD", [r"\text{CD}"], ["DC"]),
     ("9 dates", r"\text{June 20}", ["June 20"], ["June 21", "20"]),
-    ("9 counted", "5", ["five", r"\text{Five}"], ["six", r"\text{True}", r"5\text{ million}", r"5\text{ dozen}"]),
+    ("9 counted", "5", ["five", r"\text{Five}"],
+        ["six", r"\text{True}", r"5\text{ million}", r"5\text{ dozen}"]),
     ("9 choices", r"\text{(B)}", ["B", "(B)", r"\textbf{(B)}", r"\text{B}", r"\textbf{(B)}\ 12"], ["C",
         r"\text{(A) or (B)}", r"\textbf{(A)}\ 12"]),
     ("9 several choices", r"\text{A, C}", ["C,A", "A and C"], ["A", "A,B", "A,B,C"]),
@@ -202,7 +203,8 @@ RULES = [
     ("12 large", "2^{4950}", [r"4 \cdot 2^{4948}", "32^{990}"], ["2^{4950}+1", "2^{4951}"]),
     ("12 decimals", "0.3x", ["0.1x+0.2x", r"\frac{3x}{10}"], ["0.30000001x", "0.3"]),
     ("12 no guess at spaces", "5", ["2+3"], ["2 3", "1 5", "5 0"]),
-    ("12 logarithms", r"\frac{\log 2}{\log 2-\log 3}", [r"\frac{\ln 2}{\ln 2-\ln 3}"], [r"\frac{\ln 2}{\ln 3-\ln 2}"]),
+    ("12 logarithms", r"\frac{\log 2}{\log 2-\log 3}", [r"\frac{\ln 2}{\ln 2-\ln 3}"],
+        [r"\frac{\ln 2}{\ln 3-\ln 2}"]),
     ("12 floors", r"\lfloor\sqrt{n-1}\rfloor", [r"\left\lfloor\sqrt{-1+n}\right\rfloor"],
         [r"\lfloor\sqrt{n-2}\rfloor", r"\sqrt{n-1}"]),
     ("12 functions", r"\sin 2x", [r"2\sin x\cos x"], [r"2\sin x", r"\sin 2y", r"\sin^2 x"]),
@@ -211,7 +213,8 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("rule, gold, right, wrong", RULES, ids=[f"{rule}: {gold}" for rule, gold, _, _ in RULES])
+@pytest.mark.parametrize("rule, gold, right, wrong", RULES,
+                         ids=[f"{rule}: {gold}" for rule, gold, _, _ in RULES])
 def test_math_rules(rule, gold, right, wrong):
     for answer in right:
         assert grade_math(boxed(answer), gold), f"{answer} is {gold}"
@@ -284,7 +287,8 @@ EQUAL = {
     "dfrac": lambda g: g.replace(r"\frac", r"\dfrac"),
     "slash": lambda g: re.sub(r"\\frac\{(\d+)\}\{(\d+)\}$",
         r"\1/\2", g) if not re.search(r"\d ?\\frac", g) else g,
-    "unreduced": lambda g: re.sub(r"^\\frac\{(\d+)\}\{(\d+)\}$", lambda m: rf"\frac{{{3 * int(m[1])}}}{{{3 * int(m[2])}}}", g),
+    "unreduced": lambda g: re.sub(r"^\\frac\{(\d+)\}\{(\d+)\}$",
+                                  lambda m: rf"\frac{{{3 * int(m[1])}}}{{{3 * int(m[2])}}}", g),
     "left right": lambda g: (re.sub(r"(?<!\\left)\(", r"\\left(", re.sub(r"(?<!\\right)\)", r"\\right)", g))
                              if g.count("(") == g.count(")") and "[" not in g and "]" not in g else g),
     "spaces": lambda g: re.sub(r"(?<=[-+=,])(?![!\\])",
@@ -298,7 +302,8 @@ EQUAL = {
 BROKEN = {
     "last digit": lambda g: re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 1) % 10), g),
     "first digit": lambda g: re.sub(r"\d", lambda m: str(int(m[0]) % 9 + 1), g, count=1),
-    "sign": lambda g: "-" + g if re.fullmatch(r"[\d.]*[1-9]|\\frac\{?\d+\}?\{?\d+\}?|\d*\\sqrt\{?\d+\}?", g) else g,
+    "sign": lambda g: ("-" + g if re.fullmatch(r"[\d.]*[1-9]|\\frac\{?\d+\}?\{?\d+\}?|\d*\\sqrt\{?\d+\}?", g)
+                       else g),
     "plus one": lambda g: str(int(g) + 1) if re.fullmatch(r"-?\d+", g) else g,
     "swapped": lambda g: re.sub(r"^(\(|\\left\() ?([^,()]+?),([^,()]+?) ?(\)|\\right\))$", r"\1\3,\2\4", g),
     "one more": lambda g: g + ", 77" if not re.search("[a-zA-Z=]", g) else g,
@@ -361,7 +366,8 @@ def test_hostile_answers_are_wrong_within_three_seconds(gold):
         "#### " + "a" * 1_990])
 def test_long_responses_are_wrong_at_once(response):
     start = time.monotonic()
-    assert not grade_math(response, "5") and not grade_gsm8k(response, "5") and not grade_last_number(response, "5")
+    assert not grade_math(response, "5") and not grade_gsm8k(response, "5")
+    assert not grade_last_number(response, "5")
     assert time.monotonic() - start < 1
 
 
@@ -404,7 +410,7 @@ def test_grading_leaves_signals_alone_and_works_in_threads():
 def test_the_other_process_is_killed_when_it_cannot_be_interrupted():
     assert grade_math(boxed(r"\sqrt{16}"), "4")
     stuck = grading_math._algebra.process
-    os.kill(stuck.pid, signal.SIGSTOP)                         # like one long multiplication in C: no signal gets through
+    os.kill(stuck.pid, signal.SIGSTOP)               # like one long multiplication in C, deaf to signals
     start = time.monotonic()
     assert not grade_math(boxed(r"\sqrt{81}"), "9")
     assert time.monotonic() - start < 3 and stuck.poll() is not None
@@ -418,7 +424,7 @@ def test_the_other_process_is_replaced_when_it_dies_and_not_shared_with_forks():
     assert grade_math(boxed(r"\sqrt{36}"), "6")
     used = grading_math._algebra.process.pid
     child = os.fork()
-    if child == 0:                                             # the fork must not read the answers of its parent
+    if child == 0:                                   # the fork must not read the answers of its parent
         fine = grade_math(boxed(r"\sqrt{49}"), "7") and grading_math._algebra.process.pid != used
         grading_math._algebra.process.kill()
         os._exit(0 if fine else 1)

@@ -10,19 +10,21 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import tasks
 import tiny
-from tasks import SETS, filter_math, last_boxed, load_rows, load_set, make_questions, split_validation, stop_ids
+from tasks import SETS, filter_math, load_rows, load_set, make_questions, split_validation, stop_ids
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder beside the checkout is not there")
 GSM8K_ROW = {"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}
 MATH_ROW = {"problem": "What is $1 + 1$?", "answer": "2"}
 TYPED = {   # from the files of sail-sg/understand-r1-zero, typed again
-    "qwen_math": "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "qwen_math": "<|im_start|>system\n"
+                 "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
                  "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
-    "r1": "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant first "
-          "thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning process is "
-          "enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., <think> "
-          "reasoning process here </think> <answer> answer here </answer>.\nUser: Q\nAssistant: <think>",
+    "r1": "A conversation between User and Assistant. The User asks a question, and the Assistant solves "
+          "it. The Assistant first thinks about the reasoning process in the mind and then provides the "
+          "User with the answer. The reasoning process is enclosed within <think> </think> and answer is "
+          "enclosed within <answer> </answer> tags, respectively, i.e., <think> reasoning process here "
+          "</think> <answer> answer here </answer>.\nUser: Q\nAssistant: <think>",
     "no": "Q"}
 
 
@@ -32,13 +34,14 @@ def qwen(request, tmp_path):
     if not DATA.is_dir():
         pytest.skip("the data folder beside the checkout is not there")
     folder = DATA / "qwen2.5_0.5b_instruct"
-    if request.param == "math":                      # the same vocabulary; only the configurations are stored twice
+    if request.param == "math":                      # the vocabulary is the same and stored once
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(folder / name, tmp_path)
         for path in (DATA / "qwen2.5_math_1.5b").glob("*.json"):
             shutil.copy(path, tmp_path)
         folder = tmp_path
-    model = SimpleNamespace(config=AutoConfig.from_pretrained(folder), generation_config=GenerationConfig.from_pretrained(folder))
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(folder),
+                            generation_config=GenerationConfig.from_pretrained(folder))
     return request.param, AutoTokenizer.from_pretrained(folder), model
 
 
@@ -46,7 +49,8 @@ def test_real_prompts_character_by_character(qwen):
     which, tokenizer, _ = qwen
     system = {"instruct": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
               "math": "Please reason step by step, and put your final answer within \\boxed{}."}[which]
-    chat = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nUSER<|im_end|>\n<|im_start|>assistant\n"
+    chat = (f"<|im_start|>system\n{system}<|im_end|>\n"
+            "<|im_start|>user\nUSER<|im_end|>\n<|im_start|>assistant\n")
     user = {"gsm8k": 'What is 1 + 1? Let\'s think step by step and output the final answer after "####".',
             "math": "What is $1 + 1$? Let's think step by step and output the final answer within \\boxed{}."}
     (gsm8k, math), skipped = make_questions([GSM8K_ROW, MATH_ROW], tokenizer, 512)
@@ -54,7 +58,7 @@ def test_real_prompts_character_by_character(qwen):
     assert tokenizer.decode(math.prompt) == chat.replace("USER", user["math"])
     assert (gsm8k.text, gsm8k.gold, gsm8k.math) == ("What is 1 + 1?", "2", False) and skipped == []
     assert (math.text, math.gold, math.math) == ("What is $1 + 1$?", "2", True)
-    assert gsm8k.prompt[0] == 151644 and gsm8k.prompt.count(151645) == 2            # control tokens, not their letters
+    assert gsm8k.prompt[0] == 151644 and gsm8k.prompt.count(151645) == 2            # control tokens, not text
     for template, text in TYPED.items():
         (question,), _ = make_questions([MATH_ROW], tokenizer, 512, template)
         assert tokenizer.decode(question.prompt) == text.replace("Q", MATH_ROW["problem"])
@@ -72,7 +76,7 @@ def test_real_stop_ids(qwen):
     assert stop_ids(tokenizer, model) == [151643, 151645]
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     tokenizer.eos_token = "<|endoftext|>"
-    assert stop_ids(tokenizer, model) == [151643, 151645]                           # 151645 from the template alone
+    assert stop_ids(tokenizer, model) == [151643, 151645]                           # 151645: the template's
     tokenizer.chat_template = None
     assert stop_ids(tokenizer, model) == [151643]
 
@@ -80,7 +84,8 @@ def test_real_stop_ids(qwen):
 def test_stop_ids_of_the_embedded_task_and_of_nothing():
     tokenizer = tiny.make_tokenizer()
     config = SimpleNamespace(eos_token_id=[7, 9])
-    assert stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=GenerationConfig())) == [1, 7, 9]
+    model = SimpleNamespace(config=config, generation_config=GenerationConfig())
+    assert stop_ids(tokenizer, model) == [1, 7, 9]
     tokenizer.eos_token = None
     nothing = SimpleNamespace(config=SimpleNamespace(), generation_config=GenerationConfig())
     with pytest.raises(ValueError, match="end-of-sequence"):
@@ -92,7 +97,8 @@ def test_make_questions_skips_and_complains():
     rows = tiny.make_rows(tiny.Lock(), 8, 0)
     lengths = [len(q.prompt) for q in make_questions(rows, tokenizer, 512)[0]]
     questions, skipped = make_questions(rows, tokenizer, min(lengths))
-    assert len(questions) == lengths.count(min(lengths)) and len(questions) + len(skipped) == 8 and skipped[0] in rows
+    assert len(questions) == lengths.count(min(lengths))
+    assert len(questions) + len(skipped) == 8 and skipped[0] in rows
     with pytest.raises(ValueError, match="template must be one of chat, qwen_math, r1, no, got 'llama'"):
         make_questions(rows, tokenizer, 512, "llama")
     tokenizer.chat_template = None
@@ -102,37 +108,43 @@ def test_make_questions_skips_and_complains():
 
 
 @needs_data
-@pytest.mark.parametrize("name, rows", [("gsm8k_train", 7473), ("gsm8k", 1319), ("math_train", 8886), ("aime24", 30), ("amc", 83),
-                                        ("math500", 500), ("minerva", 272), ("olympiadbench", 675)])
+@pytest.mark.parametrize("name, rows", [
+    ("gsm8k_train", 7473), ("gsm8k", 1319), ("math_train", 8886), ("aime24", 30), ("amc", 83),
+    ("math500", 500), ("minerva", 272), ("olympiadbench", 675)])
 def test_real_files(name, rows, capsys):
     loaded = load_set(name, DATA)
-    assert len(loaded) == rows and capsys.readouterr().out == ""                    # the known count: no warning
+    assert len(loaded) == rows and capsys.readouterr().out == ""                    # known count: no warning
     raw = [json.loads(line) for line in (DATA / SETS[name].file).read_text().splitlines()]
     changed = [(new["answer"], old["answer"]) for new, old in zip(loaded, raw) if new != old]
-    assert len(changed) == (4 if name == "math_train" else 0) and all(new == old.lstrip("0") for new, old in changed)
+    assert len(changed) == (4 if name == "math_train" else 0)
+    assert all(new == old.lstrip("0") for new, old in changed)
     tokenizer = tiny.make_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     questions, _ = make_questions(loaded[:50], tokenizer, 10 ** 6)
-    gold = {"gsm8k_train": "72", "gsm8k": "18", "minerva": ["9.6"], "olympiadbench": ["2"], "aime24": "204", "amc": "142"}
-    assert questions[0].gold == gold.get(name, questions[0].gold) and questions[0].math == (not name.startswith("gsm8k"))
+    gold = {"gsm8k_train": "72", "gsm8k": "18", "minerva": ["9.6"], "olympiadbench": ["2"], "aime24": "204",
+            "amc": "142"}
+    assert questions[0].gold == gold.get(name, questions[0].gold)
+    assert questions[0].math == (not name.startswith("gsm8k"))
 
 
 def test_a_different_count_is_a_warning(tmp_path, capsys):
     (tmp_path / "eval_olympiadbench.jsonl").write_text((json.dumps(MATH_ROW) + "\n") * 3)
     assert len(load_set("olympiadbench", tmp_path)) == 3
-    assert capsys.readouterr().out == (f"warning: {tmp_path / 'eval_olympiadbench.jsonl'} has 3 rows, olympiadbench is known "
-                                       "with 674 or 675\n")
+    assert capsys.readouterr().out == (f"warning: {tmp_path / 'eval_olympiadbench.jsonl'} has 3 rows, "
+                                       "olympiadbench is known with 674 or 675\n")
 
 
 @pytest.mark.parametrize("name, line, complaint", [
-    ("gsm8k", '{"question": "a"}', "line 2: a row needs the text fields 'question' and 'answer', it has question"),
+    ("gsm8k", '{"question": "a"}',
+     "line 2: a row needs the text fields 'question' and 'answer', it has question"),
     ("gsm8k", '{"problem": "a", "answer": "#### 3"}', "it has problem, answer"),
     ("gsm8k", '{"question": "a", "answer": "no marker"}', "line 2: no #### marker"),
     ("gsm8k", '{"question": "a", "ans', "line 2: not valid JSON"),
     ("gsm8k", '["a"]', "line 2: a row must be an object with named fields, got list"),
     ("math500", '{"question": "a"}', "line 2: a row needs the text 'problem' .* it has question"),
     ("math500", '{"problem": "a", "answer": []}', "line 2: a row needs"),
-    ("math500", '{"problem": "a", "answer": ["1", 2, null]}', "line 2: a row needs"), ("math500", "{}", "it has no fields"),
+    ("math500", '{"problem": "a", "answer": ["1", 2, null]}', "line 2: a row needs"),
+    ("math500", "{}", "it has no fields"),
     ("math500", '{"problem": "", "answer": "1"}', "line 2: a row needs"),
     ("math500", '{"problem": "a", "solution": "no box"}', "line 2: a row needs")])
 def test_bad_rows_are_named(tmp_path, name, line, complaint):
@@ -167,19 +179,22 @@ def as_on_the_hub(name, row):
     """A local row with the fields that the hub's data set has."""
     gold = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
     problem = row["problem"]
-    return {"aime24": {"id": 60, "problem": problem, "solution": "...", "answer": gold.zfill(3), "url": "", "year": "2024"},
+    return {"aime24": {"id": 60, "problem": problem, "solution": "...", "answer": gold.zfill(3), "url": "",
+                       "year": "2024"},
             "amc": {"id": 1, "problem": problem, "answer": float(gold) if name == "amc" else 0.0, "url": ""},
-            "math500": {"problem": problem, "solution": "...", "answer": gold, "subject": "Algebra", "level": 2,
-                        "unique_id": "test/algebra/1.json"},
+            "math500": {"problem": problem, "solution": "...", "answer": gold, "subject": "Algebra",
+                        "level": 2, "unique_id": "test/algebra/1.json"},
             "minerva": {"question": problem, "answer": gold},
-            "olympiadbench": {"id": 1606, "question": problem, "solution": ["..."], "final_answer": [gold], "context": None,
-                              "subfield": "Algebra", "unit": None}}[name]
+            "olympiadbench": {"id": 1606, "question": problem, "solution": ["..."], "final_answer": [gold],
+                              "context": None, "subfield": "Algebra", "unit": None}}[name]
 
 
 @needs_data
 @pytest.mark.parametrize("name, where", [
-    ("aime24", ("HuggingFaceH4/aime_2024", None, "train")), ("amc", ("AI-MO/aimo-validation-amc", None, "train")),
-    ("math500", ("HuggingFaceH4/MATH-500", None, "test")), ("minerva", ("math-ai/minervamath", None, "test")),
+    ("aime24", ("HuggingFaceH4/aime_2024", None, "train")),
+    ("amc", ("AI-MO/aimo-validation-amc", None, "train")),
+    ("math500", ("HuggingFaceH4/MATH-500", None, "test")),
+    ("minerva", ("math-ai/minervamath", None, "test")),
     ("olympiadbench", ("math-ai/olympiadbench", None, "test"))])
 def test_the_hub_gives_the_questions_of_the_files(name, where, monkeypatch, capsys):
     local = load_set(name, DATA)
@@ -193,7 +208,8 @@ def test_the_hub_gives_the_questions_of_the_files(name, where, monkeypatch, caps
 
 
 def test_gsm8k_from_the_hub(monkeypatch, capsys):
-    rows = {("openai/gsm8k", "main", split): [GSM8K_ROW] * n for split, n in (("train", 7473), ("test", 1319))}
+    rows = {("openai/gsm8k", "main", "train"): [GSM8K_ROW] * 7473,
+            ("openai/gsm8k", "main", "test"): [GSM8K_ROW] * 1319}
     calls = hub_of(rows, monkeypatch)
     assert load_set("gsm8k_train")[0] == GSM8K_ROW and len(load_set("gsm8k")) == 1319
     assert load_rows("openai/gsm8k", "test") == [GSM8K_ROW] * 1319
@@ -207,27 +223,31 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch):
     def load_dataset(*args, **kwargs):
         raise RuntimeError("no connection\nand a long story")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    complaint = "'AI-MO/aimo-validation-amc' is neither .* hub load it: no connection$"
     for load in (lambda: load_set("amc"), lambda: load_rows("AI-MO/aimo-validation-amc", "train")):
-        with pytest.raises(ValueError, match="'AI-MO/aimo-validation-amc' is neither .* hub load it: no connection$"):
+        with pytest.raises(ValueError, match=complaint):
             load()
 
 
 def test_math_from_the_hub_keeps_levels_3_to_5_without_math500(monkeypatch, capsys):
     def row(problem, level, answer=r"\frac{1}{2}"):
-        return {"problem": problem, "level": level, "type": "Algebra", "solution": f"First \\boxed{{9}}, so \\boxed{{{answer}}}."}
+        return {"problem": problem, "level": level, "type": "Algebra",
+                "solution": f"First \\boxed{{9}}, so \\boxed{{{answer}}}."}
 
     contents = {("EleutherAI/hendrycks_math", subject, split):
                 [row(f"{subject} {split} {level}", f"Level {level}") for level in "12345?"]
                 for subject in tasks.SUBJECTS for split in ("train", "test")}
-    contents["EleutherAI/hendrycks_math", "geometry", "test"].append(row("Find  $x$\nin the  figure.", "Level 5"))
+    contents["EleutherAI/hendrycks_math", "geometry", "test"].append(
+        row("Find  $x$\nin the  figure.", "Level 5"))
     contents["HuggingFaceH4/MATH-500", None, "test"] = [
         {"problem": "Find $x$ in the figure. ", "answer": "3"}, {"problem": "algebra test 4", "answer": "3"},
         {"problem": "not there", "answer": "1"}]
     calls = hub_of(contents, monkeypatch)
     rows = load_set("math_train")
-    wanted = {f"{subject} {split} {level}" for subject in tasks.SUBJECTS for split in ("train", "test") for level in "345"}
+    wanted = {f"{subject} {split} {level}"
+              for subject in tasks.SUBJECTS for split in ("train", "test") for level in "345"}
     assert {r["problem"] for r in rows} == wanted - {"algebra test 4"} and len(rows) == 41
-    assert all(r["answer"] == r"\frac{1}{2}" for r in rows)                         # the last box, braces and all
+    assert all(r["answer"] == r"\frac{1}{2}" for r in rows)                         # the last box, complete
     assert len(calls) == 15 and len(set(calls)) == 15
     error = capsys.readouterr().out
     assert "EleutherAI/hendrycks_math: 41 of 85 rows are left, levels 3-5 without MATH500\n" in error
@@ -237,22 +257,24 @@ def test_math_from_the_hub_keeps_levels_3_to_5_without_math500(monkeypatch, caps
 @needs_data
 def test_the_math_filter_agrees_with_the_real_file():
     train, test = load_set("math_train", DATA), load_set("math500", DATA)
-    assert filter_math(train, test) == train                                        # made by somebody else's filter
+    assert filter_math(train, test) == train                                        # made by another filter
     assert len(filter_math(train + test, test)) == len(train)
     assert len(filter_math(train + test, [])) == len(train) + sum(row["level"] >= 3 for row in test)
 
 
 @pytest.mark.parametrize("solution, box", [
-    (r"so \boxed{3} and \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"), (r"$\boxed 7$.", "7"), (r"\fbox{4}", "4"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{1} \boxed{2", None),
+    (r"so \boxed{3} and \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"), (r"$\boxed 7$.", "7"),
+    (r"\fbox{4}", "4"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{1} \boxed{2", None),
     ("no box", None), ("", None), ("a { b", None), (r"\boxed{}", "")])
 def test_last_boxed(solution, box):
-    assert last_boxed(solution) == box
+    assert tasks.last_boxed(solution) == box
 
 
 def test_rows_of_both_kinds_from_one_loader(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps(GSM8K_ROW, ensure_ascii=False) + "\n\n" + json.dumps(MATH_ROW) + "\r\n", encoding="utf-8")
+    text = json.dumps(GSM8K_ROW, ensure_ascii=False) + "\n\n" + json.dumps(MATH_ROW) + "\r\n"
+    path.write_text(text, encoding="utf-8")
     assert load_rows(str(path), "train") == [GSM8K_ROW, MATH_ROW]
     odd = GSM8K_ROW | {"question": "a\u2028b\x85c"}                                 # not line ends here
     path.write_text(json.dumps(odd, ensure_ascii=False), encoding="utf-8")

@@ -1,8 +1,9 @@
-"""The combination lock: its arithmetic against another simulation, its tokenizer, and the base models that are shipped."""
+"""The combination lock: its arithmetic against a slow twin, its tokenizer, and the shipped base models."""
 import random
 import re
 import sys
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from grading import grade_gsm8k
 from pivot import sentence_ends
-from tiny import HARD, PRESETS, Lock, demonstrate, draw_turns, encode_row, make_rows, make_tokenizer, measure, write_row
+from tiny import HARD, PRESETS, Lock, demonstrate, encode_row, make_rows, make_tokenizer, measure, write_row
 
-LOCKS = [*PRESETS.values(), Lock(turns=(4, 9), hard=3, place=(1, 4), p=0.2), Lock(turns=(1, 1), hard=0, place=(1, 1))]
+LOCKS = [*PRESETS.values(), Lock(turns=(4, 9), hard=3, place=(1, 4), p=0.2),
+         Lock(turns=(1, 1), hard=0, place=(1, 1))]
 
 
 def turns_of(row):
@@ -38,10 +40,11 @@ def test_gold_answers_are_right_and_hard_turns_in_place(lock):
     places, lengths = Counter(), Counter()
     for row in rows:
         turns = turns_of(row)
-        assert row["answer"].endswith(f"#### {solve(row['question'])}") and grade_gsm8k(row["answer"], solve(row["question"]))
+        gold = solve(row["question"])
+        assert row["answer"].endswith(f"#### {gold}") and grade_gsm8k(row["answer"], gold)
         assert turns.count(HARD) == lock.hard
         lengths[len(turns)] += 1
-        places.update(len(turns) - i for i, turn in enumerate(turns) if turn == HARD)        # 1 = the last turn
+        places.update(len(turns) - i for i, turn in enumerate(turns) if turn == HARD)    # 1 = the last turn
     assert set(lengths) == set(range(lock.turns[0], lock.turns[1] + 1))
     assert set(places) == (set(range(lock.place[0], lock.place[1] + 1)) if lock.hard else set())
 
@@ -56,7 +59,7 @@ def test_row_by_hand():
 
 @pytest.mark.parametrize("hard", range(1, 10))
 def test_wrong_hard_turns_never_make_a_right_answer(hard):
-    # A swap, or + 5, has this hole: done wrongly (that is, not at all) twice, it leaves the dials where they should be.
+    # A swap, or +5, has this hole: left out twice, it leaves the dials where they should be.
     turns = [HARD] * hard
     gold = write_row(turns, (4, 9), [True] * hard)["answer"][-2:]
     for wrong in range(1, hard + 1):
@@ -73,12 +76,13 @@ def test_demonstrations_are_right_with_the_stated_probability():
         easy = re.findall(r"\) ([LR])\+(\d): (\d)(\d) -> (\d)(\d)", row["answer"])
         assert all(((int(a) + int(k)) % 10, int(b)) == (int(c), int(d)) if dial == "L" else
                    (int(a), (int(b) + int(k)) % 10) == (int(c), int(d)) for dial, k, a, b, c, d in easy)
-    assert n > 2000 and right / n == pytest.approx(0.2, abs=4 * (0.16 / n) ** 0.5)           # 4 standard errors
+    assert n > 2000 and right / n == pytest.approx(0.2, abs=4 * (0.16 / n) ** 0.5)       # 4 standard errors
 
 
 def test_the_tokenizer_is_lossless_also_after_saving(tmp_path):
-    # AutoTokenizer gives a folder whose config says "qwen2" a Qwen2Tokenizer, whatever its tokenizer.json holds: every letter of
-    # the questions was lost, without a warning, and training began from a policy that said five tokens of nonsense.
+    # AutoTokenizer gives a folder whose config says "qwen2" a Qwen2Tokenizer, whatever its tokenizer.json
+    # holds: every letter of the questions was lost, without a warning, and training began from a policy that
+    # said five tokens of nonsense.
     fresh = make_tokenizer()
     for preset in PRESETS:
         shipped = AutoTokenizer.from_pretrained(tiny.ASSETS / preset)
@@ -88,14 +92,15 @@ def test_the_tokenizer_is_lossless_also_after_saving(tmp_path):
             assert fresh.unk_token_id not in prompt + answer and answer[-1] == shipped.eos_token_id
             assert shipped.decode(answer, skip_special_tokens=True) == row["answer"]
             assert row["question"] in shipped.decode(prompt)
-            ends = sentence_ends(answer, lambda ids: shipped.decode(ids, skip_special_tokens=True))
-            assert len(ends) == len(turns_of(row)) + 1                   # a sentence per turn, and the final answer
+            ends = sentence_ends(answer, partial(shipped.decode, skip_special_tokens=True))
+            assert len(ends) == len(turns_of(row)) + 1       # a sentence per turn, and the final answer
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_shipped_base_model_is_what_the_preset_says(preset):
     folder, lock = tiny.ASSETS / preset, PRESETS[preset]
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     p_easy, p_hard = measure(model, tokenizer, lock, n=512, seed=11)
     assert p_easy > 0.97
     assert lock.p * 2 / 3 < p_hard < lock.p * 4 / 3
@@ -105,9 +110,10 @@ def test_the_shipped_base_model_is_what_the_preset_says(preset):
 
 
 def test_measure_by_hand():
-    """The probability of the two dials after one arrow, from a plain forward pass over the text up to there."""
+    """The probability of the two dials after an arrow, from a plain forward pass over the text up to it."""
     folder, lock = tiny.ASSETS / "tiny", Lock(turns=(3, 3), hard=1, place=(1, 1))
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     row = make_rows(lock, 1, seed=5)[0]
     prompt, _ = encode_row(tokenizer, row)
     probabilities = []
@@ -123,8 +129,9 @@ def test_measure_by_hand():
 
 
 def test_the_base_model_can_be_made_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tiny.py", "--preset", "tiny", "--steps", "3", "--out", str(tmp_path / "base")])
-    monkeypatch.setattr(tiny, "measure", lambda *args, n: measure(*args, n=8))               # 1,024 questions take seconds
+    monkeypatch.setattr(sys, "argv",
+                        ["tiny.py", "--preset", "tiny", "--steps", "3", "--out", str(tmp_path / "base")])
+    monkeypatch.setattr(tiny, "measure", lambda *args, n: measure(*args, n=8))       # 1,024 take seconds
     tiny.main()
     made = tmp_path / "base"
     assert {p.name for p in made.iterdir()} == {p.name for p in (tiny.ASSETS / "tiny").iterdir()}
@@ -134,14 +141,15 @@ def test_the_base_model_can_be_made_again(tmp_path, monkeypatch):
     assert log.startswith("python tiny.py --preset tiny --steps 3") and "step     3  loss" in log
 
 
-@pytest.mark.parametrize("name, settings", [("turns", dict(turns=(5, 4))), ("turns", dict(turns=(0, 4))), ("turns", dict(turns=(2, 27))),
-                                            ("place", dict(place=(0, 2))), ("place", dict(turns=(3, 4), place=(1, 4))),
-                                            ("hard", dict(hard=4)), ("hard", dict(hard=-1)), ("p must", dict(p=1.5))])
+@pytest.mark.parametrize("name, settings", [
+    ("turns", dict(turns=(5, 4))), ("turns", dict(turns=(0, 4))), ("turns", dict(turns=(2, 27))),
+    ("place", dict(place=(0, 2))), ("place", dict(turns=(3, 4), place=(1, 4))),
+    ("hard", dict(hard=4)), ("hard", dict(hard=-1)), ("p must", dict(p=1.5))])
 def test_impossible_locks_are_named(name, settings):
     with pytest.raises(ValueError, match=name):
         Lock(**settings)
 
 
 def test_short_questions_have_only_the_hard_turns_that_fit():
-    assert draw_turns(Lock(), random.Random(0), 1) == [HARD]
-    assert draw_turns(Lock(place=(3, 3)), random.Random(0), 2).count(HARD) == 0
+    assert tiny.draw_turns(Lock(), random.Random(0), 1) == [HARD]
+    assert tiny.draw_turns(Lock(place=(3, 3)), random.Random(0), 2).count(HARD) == 0

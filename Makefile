@@ -12,4 +12,4 @@ demo: .venv/installed
 	.venv/bin/python compare.py
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests/test_train.py tests/test_checkpoint.py tests

@@ -30,6 +30,10 @@ import json, os, resource, signal, sys, threading, time
 import torch
 import checkpoint, train_gsm8k
 
+make_rows = train_gsm8k.tiny.make_rows
+train_gsm8k.tiny.make_rows = lambda lock, n, seed: make_rows(lock, min(n, 32), seed)
+train_gsm8k.plot_run = lambda run_dir: None          # these two are most of the time of such a short run
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -95,7 +95,8 @@ def test_finished_runs_are_kept(demo):
 
 
 def test_a_failing_run_ends_the_demo_with_its_last_line(tmp_path):
-    command = [sys.executable, *DEMO[:-5], "--budget-tokens", "0", "--out", str(tmp_path)]
+    flags = ["--seeds", "1", "--jobs", "1", "--budget-tokens", "0", "--out", str(tmp_path)]
+    command = [sys.executable, *DEMO[:-5], *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "--budget-tokens: must be at least 1" in done.stderr
     assert "Traceback" not in done.stderr

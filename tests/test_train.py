@@ -277,18 +277,17 @@ def test_long_questions_are_named_counted_and_skipped(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["skipped_questions"] == 1
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-def test_a_non_finite_gradient_leaves_the_last_good_state(tmp_path, capsys, monkeypatch, updates):
+def test_a_non_finite_gradient_leaves_the_last_good_state(tmp_path, capsys, monkeypatch):
     good, bad, calls = tmp_path / "good", tmp_path / "bad", []
-    assert train(*FAST, "--steps", 2, "--updates", updates, "--out", good) == 0
+    assert train(*FAST, "--steps", 2, "--out", good) == 0
     clip = torch.nn.utils.clip_grad_norm_
 
     def explode_late(parameters, *args):
         calls.append(1)
-        return clip(parameters, *args) * (float("nan") if len(calls) == 3 * updates else 1)
+        return clip(parameters, *args) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode_late)
-    assert train(*FAST, "--steps", 5, "--updates", updates, "--out", bad) == 1
+    assert train(*FAST, "--steps", 5, "--out", bad) == 1
     err = capsys.readouterr().err
     assert "stopped at step 3: loss" in err and "gradient norm nan" in err and "Traceback" not in err
     first, second = weights(good, 2), weights(bad, 2)
@@ -324,14 +323,10 @@ def test_the_gsm8k_preset_is_the_authors_script():
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_help_names_every_flag_and_the_command_can_be_typed(tmp_path):
-    def run(*flags):
-        return subprocess.run([sys.executable, "train_gsm8k.py", *flags], cwd=ROOT, capture_output=True, text=True)
-
-    shown = run("--help")
+def test_help_names_every_flag_and_the_command_can_be_typed():
+    command = [sys.executable, "train_gsm8k.py", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0
     for flag in ("preset", "method", "model", "data", "steps", "out", "seed", "resume", "save-every", "eval-every",
                  "budget-tokens", "gamma", "lam", "beta", "objective", "micro-batch-tokens"):
         assert f"--{flag} " in shown.stdout
-    wrong = run("--preset", "huge")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "invalid choice: 'huge'" in wrong.stderr

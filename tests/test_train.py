@@ -185,7 +185,7 @@ def test_gsm8k_rows_with_the_qwen_tokenizer(tmp_path, capsys):
 
     assert train("--preset", "gsm8k", "--model", tmp_path / "model", "--data", data, "--eval-data", data,
                  "--eval-rows", 2, "--val-rows", 0, "--eval-every", 1, "--questions", 4, "--group-size", 4,
-                 "--branches", 2, "--max-new-tokens", 16, "--steps", 2, "--lr", "1e-4", "--micro-batch-tokens", 1000,
+                 "--branches", 2, "--max-new-tokens", 16, "--steps", 1, "--lr", "1e-4", "--micro-batch-tokens", 1000,
                  "--out", tmp_path / "run") == 0
     metrics = read(tmp_path / "run")
     for row in metrics[1:]:
@@ -194,7 +194,7 @@ def test_gsm8k_rows_with_the_qwen_tokenizer(tmp_path, capsys):
     samples = read(tmp_path / "run", "samples.jsonl")
     assert {s["question"] for s in samples} <= {row["question"] for row in rows} and any(s["reward"] for s in samples)
     assert any(s["prefix"].endswith(".\n") for s in samples if s["branches"])
-    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoints" / "step_2").decode(
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoints" / "step_1").decode(
         tokenizer.encode("é 1,080")) == "é 1,080"
     assert "4 training and 2 evaluation questions" in capsys.readouterr().out
 

@@ -28,6 +28,16 @@ def make_model(seed=0, dtype=torch.float64, **overrides):
     return model
 
 
+def argmax_step_by_step(model, prefix, n, stop):
+    """The slow twin: no cache, no padding, one full forward per token."""
+    tokens = list(prefix)
+    for _ in range(n):
+        tokens.append(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
+        if tokens[-1] in stop:
+            break
+    return tokens[len(prefix):]
+
+
 @pytest.fixture
 def model():
     return make_model()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import argmax_step_by_step
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eval_math
@@ -216,16 +217,6 @@ def test_another_seed_gives_other_samples(checkpoint, data, tmp_path):
     assert len({x["response"] for x in lines if x["set"] == "gsm8k" and x["row"] == 0}) > 1
     batches = [[x["response"] for x in lines if x["row"] == i] for i in range(3)]
     assert batches[0] != batches[1] != batches[2]
-
-
-def argmax_step_by_step(model, prefix, n, stop):
-    """The slow twin: no cache, no padding, one full forward per token."""
-    tokens = list(prefix)
-    for _ in range(n):
-        tokens.append(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
-        if tokens[-1] in stop:
-            break
-    return tokens[len(prefix):]
 
 
 def test_batches_do_not_change_greedy_answers(checkpoint, data, tmp_path):

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import EOS, PAD, VOCABULARY, make_model
+from conftest import EOS, PAD, VOCABULARY, argmax_step_by_step, make_model
 from transformers import GenerationConfig
 
 import resample
@@ -16,16 +16,6 @@ HOSTILE = dict(do_sample=True, temperature=0.3, top_k=3, top_p=0.5, min_p=0.3, t
                suppress_tokens=[4], begin_suppress_tokens=[5], min_new_tokens=3, num_beams=2,
                num_return_sequences=2, forced_eos_token_id=7, max_length=5,
                exponential_decay_length_penalty=(0, 3.0), eos_token_id=2, pad_token_id=2)
-
-
-def argmax_step_by_step(model, prefix, n, stop):
-    """The slow twin: no cache, no padding, one full forward per token."""
-    tokens = list(prefix)
-    for _ in range(n):
-        tokens.append(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
-        if tokens[-1] in stop:
-            break
-    return tokens[len(prefix):]
 
 
 def draw(model, prefixes=RAGGED, k=1, **changes):

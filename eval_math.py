@@ -39,9 +39,10 @@ from tqdm import tqdm
 import tiny
 from checkpoint import write_whole
 from grading import grade_gsm8k, grade_last_number, grade_math
+from presets import OneLineParser
 from resample import sample
 from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
-from train_gsm8k import OneLineParser, load_model
+from train_gsm8k import load_model
 
 MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
 TOTAL_TOKENS = 4096                                  # prompt and answer together

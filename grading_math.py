@@ -244,7 +244,8 @@ UNIT = re.compile(r'(?<=[\d}) i"])(?: ?(?:"[^"]*"|[°%/]|(?<=°)[CFK]|(?<=° )[C
                   r"(?: ?\^ ?(?:\d|\{-?\d\}))?)+$")
 UNITS = {name: (kind, Fraction(size)) for kind, table in (
     ("length", "mm:1 millimeter:1 cm:10 centimeter:10 m:1e3 meter:1e3 km:1e6 kilometer:1e6 "
-               "in:25.4 inch:25.4 inche:25.4 ft:304.8 foot:304.8 feet:304.8 yd:914.4 yard:914.4 mi:1609344 mile:1609344"),
+               "in:25.4 inch:25.4 inche:25.4 ft:304.8 foot:304.8 feet:304.8 yd:914.4 yard:914.4 "
+               "mi:1609344 mile:1609344"),
     ("time", "s:1 sec:1 second:1 min:60 minute:60 h:3600 hr:3600 hour:3600 day:86400 week:604800"),
     ("mass", "mg:1 g:1e3 gm:1e3 gram:1e3 kg:1e6 kilogram:1e6"), ("weight", "oz:1 ounce:1 lb:16 pound:16"),
     ("volume", "ml:1 milliliter:1 l:1e3 liter:1e3"), ("money", "cent:1 dollar:100 usd:100"),

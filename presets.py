@@ -1,0 +1,141 @@
+r"""The settings of a training run: a flag each, presets that fill flags in, and what a resumed run takes over.
+
+A flag that is given wins over the preset, the preset over the default of deep_grpo.Config.
+"""
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+import tiny
+from deep_grpo import Config
+from tasks import SETS, TEMPLATES
+
+EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64,
+                micro_batch_tokens=1024)
+# The authors' scripts: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4; prompt + response tokens
+# 512 + 512 and 1024 + 3072. Ours: 256 rows to choose the best checkpoint on; theirs is --select-on-test.
+AUTHORS = dict(questions=64, lr=1e-6, eval_every=5, val_rows=256, micro_batch_tokens=16384, save_every=50)
+MATH = dict(AUTHORS, steps=1000, max_prompt_tokens=1024, max_new_tokens=3072, data="math_train",
+            eval_data="math500", eval_rows=500)
+PRESETS = {
+    "tiny": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny"), data="tiny", max_new_tokens=96),
+    "tiny-deep": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160,
+                      questions=1, lr=4e-5),
+    "gsm8k": dict(AUTHORS, steps=1000, max_prompt_tokens=512, max_new_tokens=512, data="gsm8k_train",
+                  eval_data="gsm8k", eval_rows=1319, model="Qwen/Qwen2.5-0.5B-Instruct"),
+    "math-1.5b": dict(MATH, model="Qwen/Qwen2.5-Math-1.5B"),
+    "math-7b": dict(MATH, model="Qwen/Qwen2.5-Math-7B"),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the usage text in front of an error: one line, exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
+def parse_args(argv=None, description=None):
+    """The settings of a run: flags, filled up by the preset, filled up by the defaults of Config."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(description=description, formatter_class=raw, allow_abbrev=False)
+    run = parser.add_argument_group("run")
+    run.add_argument("--preset", choices=PRESETS, help="fills in the flags; default: gsm8k with a GPU, tiny without")
+    run.add_argument("--method", choices=["deep_grpo", "grpo"], default="deep_grpo", help="grpo: K = 0")
+    run.add_argument("--out", type=Path, help="run directory, a new one; default: runs/PRESET-METHOD-SEED")
+    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--steps", type=int, help="batches of questions to train on")
+    run.add_argument("--budget-tokens", type=int, help="end after the step that reaches this many generated ones")
+    run.add_argument("--eval-every", type=int, help="greedy evaluation every N steps, before and after; 0: never")
+    run.add_argument("--save-every", type=int, help="checkpoint every N steps; also the best so far, and the last")
+    run.add_argument("--max-hours", type=float, help="save and end in time; --resume goes on")
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model", help="hub name or local folder")
+    sets = ", ".join([*tiny.PRESETS, *SETS])
+    data.add_argument("--data", help=f"training questions: local .jsonl, hub name, or one of {sets}")
+    data.add_argument("--eval-data", help="the same, to evaluate on; default: the last --eval-rows rows of --data")
+    data.add_argument("--eval-rows", type=int, help="questions to evaluate on")
+    data.add_argument("--val-rows", type=int, help="with --eval-data: last rows of --data, to choose a checkpoint on")
+    data.add_argument("--select-on-test", action="store_true", help="choose it on --eval-data, as the authors do")
+    data.add_argument("--template", choices=TEMPLATES, default="chat", help="chat: the model's own")
+    data.add_argument("--max-prompt-tokens", type=int, help="longer questions are named and skipped")
+    method = parser.add_argument_group("method (the paper's letters; deep_grpo.Config)")
+    method.add_argument("--questions", type=int, help="questions x per step")
+    method.add_argument("--group-size", type=int, help="G, rollouts per question")
+    method.add_argument("--branches", type=int, help="K, continuations per pivot")
+    method.add_argument("--gamma", type=float, help="exponent of depth in Eq. (Q)")
+    method.add_argument("--lam", type=float, help="lambda, weight of the branch stream")
+    method.add_argument("--beta", type=float, help="weight of the KL term; 0 needs no reference model")
+    method.add_argument("--clip-low", type=float, help="eps_low")
+    method.add_argument("--clip-high", type=float, help="eps_high")
+    method.add_argument("--temperature", type=float, help="T, of rollouts and branches")
+    method.add_argument("--objective", choices=["paper", "authors"], help="Eq. (J), or as in the authors' code")
+    method.add_argument("--segment-tokens", type=int, help="states every N tokens instead of by sentence (0)")
+    method.add_argument("--max-new-tokens", type=int, help="cap of a response; unfinished: reward 0")
+    method.add_argument("--updates", type=int, help="optimizer steps per batch")
+    optim = parser.add_argument_group("optimizer (AdamW, betas .9/.999, weight decay .01) and memory")
+    optim.add_argument("--lr", type=float, help="learning rate, constant")
+    optim.add_argument("--max-grad-norm", type=float)
+    optim.add_argument("--micro-batch-tokens", type=int, help="padded, per forward pass of the update")
+    optim.add_argument("--gradient-checkpointing", action="store_true")
+    args = parser.parse_args(argv)
+    if args.resume is not None:
+        restore_settings(parser, args)
+    else:
+        fill_settings(parser, args)
+    return args
+
+
+def fill_settings(parser, args):
+    """Preset and defaults into the flags that were not given; checks what no other module checks."""
+    gpu = torch.cuda.is_available()
+    why = "asked for"
+    if args.preset is None:
+        args.preset = "gsm8k" if gpu else "tiny"
+        why = ("a GPU is here; --preset tiny is the embedded task" if gpu
+               else "no GPU is here; --preset gsm8k is the full run")
+    print(f"preset {args.preset}: {why}")
+    if args.preset == "math-7b":
+        parser.error("argument --preset: math-7b needs more than one GPU, and this program does not shard a model yet")
+    if args.method == "grpo" and args.branches not in (None, 0):
+        parser.error(f"argument --branches: --method grpo is K = 0, got {args.branches}")
+    if args.method == "deep_grpo" and args.branches == 0:
+        parser.error("argument --branches: K = 0 is GRPO, ask for it with --method grpo")
+    defaults = {f.name: f.default for f in fields(Config)}
+    defaults |= dict(budget_tokens=None, save_every=0, eval_data=None, val_rows=0)
+    if args.method == "grpo":
+        defaults["branches"] = 0
+    for name, value in (defaults | PRESETS[args.preset]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
+    for name in ("steps", "questions", "eval_rows", "max_prompt_tokens", "micro_batch_tokens", "budget_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
+    for name in ("eval_every", "save_every", "val_rows", "seed"):
+        if getattr(args, name) < 0:
+            parser.error(f"argument --{name.replace('_', '-')}: must be 0 or more, got {getattr(args, name)}")
+    for name in ("lr", "max_hours"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
+            parser.error(f"argument --{name.replace('_', '-')}: must be positive, got {getattr(args, name)}")
+
+
+def restore_settings(parser, args):
+    """The settings of the run that goes on; only --steps, --budget-tokens and --max-hours may change."""
+    asked = vars(args).copy()
+    try:
+        settings = json.loads((args.resume / "config.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"argument --resume: {args.resume} does not hold a run: {error}")
+    for name, value in settings.items():
+        setattr(args, name, value)
+    args.max_hours = asked["max_hours"]
+    for name in ("steps", "budget_tokens"):
+        if asked[name] is not None:
+            setattr(args, name, asked[name])
+    args.out = args.resume
+    print(f"preset {args.preset}: that of the run {args.out}, which goes on")

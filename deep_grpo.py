@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from loss import k3_kl, sequence_weights, weighted_objective
-from packing import micro_batches, pack, score_rows
+from packing import attention_length, micro_batches, pack_rollout, score_rows
 from pivot import draw_pivot, fixed_ends, sentence_ends
 
 
@@ -109,18 +109,17 @@ def choose_pivots(groups, config, recoverability, decode, rng) -> list[Group]:
 
 def resample(draw, groups, reward, config) -> list[Group]:
     """Line 3: the same groups with K branches on every trajectory that has a pivot, all drawn in one call."""
-    prefixes = [g.prompt + t.response[:t.pivot]
-                for g in groups for t in g.trajectories if t.pivot is not None]
-    if not prefixes:
+    pivoted = [(g, t) for g in groups for t in g.trajectories if t.pivot is not None]
+    if not pivoted or not config.branches:
         return groups
-    shortest = min(t.pivot for g in groups for t in g.trajectories if t.pivot is not None)
-    drawn = iter(draw(prefixes, config.branches, max_new_tokens=config.max_new_tokens - shortest))
+    room = [config.max_new_tokens - t.pivot for _, t in pivoted]        # cut there: did not end, has reward 0
+    prefixes = [g.prompt + t.response[:t.pivot] for g, t in pivoted]
+    drawn = iter(draw(prefixes, config.branches, max_new_tokens=room))
 
     def with_branches(x, t):
         if t.pivot is None:
             return t
-        room = config.max_new_tokens - t.pivot       # what is cut here did not end in time, and has reward 0
-        branches = [y[:room] for y in next(drawn)]
+        branches = next(drawn)
         rewards = [reward(x, t.response[:t.pivot] + y) for y in branches]
         return replace(t, branches=branches, branch_rewards=rewards)
 
@@ -134,21 +133,24 @@ def learn_recoverability(groups, recoverability) -> None:
     recoverability.fit()
 
 
-def pack_groups(groups):
-    """One packed Row per trajectory, in the order of the groups."""
-    return [pack(g.prompt, t.response, t.pivot, t.branches) for g in groups for t in g.trajectories]
+def pack_groups(model, groups):
+    """Packed Rows in the order of the groups: one per trajectory, or more where that is cheaper."""
+    a = attention_length(model)
+    return [row for g in groups for t in g.trajectories
+            for row in pack_rollout(g.prompt, t.response, t.pivot, t.branches, a)]
 
 
 @torch.no_grad()
 def log_probabilities(model, groups, config, micro_batch_tokens=None) -> list[torch.Tensor]:
     """log pi of all loss tokens, in nats: a tensor per trajectory, [response | branch 1 | ... | branch K]."""
-    rows = pack_groups(groups)
+    rows = pack_groups(model, groups)
     logps = [None] * len(rows)
     for batch in micro_batches(rows, micro_batch_tokens):
         logp, _ = score_rows(model, [rows[i] for i in batch], config.temperature)
         for i, part in zip(batch, logp.split([len(rows[i].targets) for i in batch])):
             logps[i] = part
-    return logps
+    sizes = [sum(map(len, [t.response, *t.branches])) for g in groups for t in g.trajectories]
+    return list(torch.cat(logps).split(sizes))
 
 
 def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch_tokens=None, backward=False):
@@ -159,24 +161,28 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     result; with backward the gradient of the loss is added to the parameters' .grad one micro-batch at a
     time, and the returned loss is detached.
     metrics, over tokens of root responses unless said: entropy, kl (k3), both in nats; clip_fraction (all
-    loss tokens); trained_tokens (with A != 0), forwarded_tokens (of the packed rows, without padding).
+    loss tokens); trained_tokens (with A != 0), forwarded_tokens (of the packed rows), padding (share of what
+    went through the model besides).
     """
-    rows = pack_groups(groups)
-    weights = [w for group in sequence_weights(groups, config) for w in group]           # [row][sequence]
-    lengths = [[len(y) for y in (t.response, *t.branches)] for g in groups for t in g.trajectories]
-    total, sums, n_main = 0.0, {"entropy": 0.0, "kl": 0.0, "clip_fraction": 0.0}, sum(n[0] for n in lengths)
-    for batch in micro_batches(rows, micro_batch_tokens):
-        part = [rows[i] for i in batch]
+    rows = pack_groups(model, groups)
+    # (advantage, policy, kl, is it a root response?) of every sequence, then those of each row.
+    flat = iter([(*w, float(s == 0)) for group in sequence_weights(groups, config)
+                 for trajectory in group for s, w in enumerate(trajectory)])
+    weights = [[next(flat) for _ in row.lengths] for row in rows]
+    if old_logps is not None:
+        old_logps = torch.cat(old_logps).split([len(row.targets) for row in rows])
+    batches = micro_batches(rows, micro_batch_tokens)
+    total, sums = 0.0, {"entropy": 0.0, "kl": 0.0, "clip_fraction": 0.0}
+    for batch in batches:
+        part, ref = [rows[i] for i in batch], None
+        if ref_model is not None and config.beta > 0:
+            with torch.no_grad():                    # first: its logits need room that is free only now
+                ref, _ = score_rows(ref_model, part, config.temperature)
         logp, entropy = score_rows(model, part, config.temperature)                      # (N,) loss tokens
-        repeats = torch.tensor([n for i in batch for n in lengths[i]], device=logp.device)
-        columns = [*zip(*(w for i in batch for w in weights[i])),                     # advantage, policy, kl
-                   [float(s == 0) for i in batch for s in range(len(lengths[i]))]]    # 1 on root responses
+        repeats = torch.tensor([n for row in part for n in row.lengths], device=logp.device)
+        columns = zip(*(w for i in batch for w in weights[i]))
         advantage, policy, kl, main = (logp.new_tensor(c).repeat_interleave(repeats) for c in columns)
         old = logp.detach() if old_logps is None else torch.cat([old_logps[i] for i in batch]).to(logp)
-        ref = None
-        if ref_model is not None and config.beta > 0:
-            with torch.no_grad():
-                ref, _ = score_rows(ref_model, part, config.temperature)
         loss = -weighted_objective(logp, old, ref, advantage, policy, kl, config.clip_low, config.clip_high)
         if backward:
             loss.backward()
@@ -189,13 +195,14 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
             sums["entropy"] += (entropy * main).sum().item()
             sums["clip_fraction"] += clipped.sum().item()
             sums["kl"] += (k3_kl(logp, ref) * main).sum().item() if ref is not None else 0.0
-    n_all = sum(map(sum, lengths))
-    metrics = {"entropy": sums["entropy"] / n_main, "kl": sums["kl"] / n_main,
-               "clip_fraction": sums["clip_fraction"] / n_all,
-               "trained_tokens": sum(n for ns, ws in zip(lengths, weights)
-                                     for n, w in zip(ns, ws) if w.advantage != 0),
-               "forwarded_tokens": sum(len(row.ids) for row in rows)}
-    return total, metrics
+    sequences = [(n, *w) for row, ws in zip(rows, weights) for n, w in zip(row.lengths, ws)]
+    n_main = sum(n for n, *_, main in sequences if main)
+    forwarded = sum(len(row.ids) for row in rows)
+    padded = sum(len(batch) * len(rows[batch[0]].ids) for batch in batches)              # longest first
+    return total, {"entropy": sums["entropy"] / n_main, "kl": sums["kl"] / n_main,
+                   "clip_fraction": sums["clip_fraction"] / sum(n for n, *_ in sequences),
+                   "trained_tokens": sum(n for n, advantage, *_ in sequences if advantage != 0),
+                   "forwarded_tokens": forwarded, "padding": 1 - forwarded / padded}
 
 
 def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None) -> dict:

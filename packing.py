@@ -7,11 +7,12 @@ r"""One row per rollout with all of its branches: the prefix is computed once, n
 
 The first token of a branch is predicted by the last token before the pivot. Log-probabilities and gradients
 are those of K + 1 separate rows to float rounding; in a GSM8K step of the paper's sizes 290k tokens are
-computed instead of 776k.
+computed instead of 776k. Attention in such a row costs the square of its whole length, which grows with K:
+where that is more than the shared prefix saves, `pack_rollout` makes separate rows.
 
-Never leave the mask out (position ids that start again are otherwise read as packed documents, and the prefix
-is cut off without a warning), and never share the prefix through `past_key_values` instead (gradient
-checkpointing drops the cache).
+Never leave out the mask of a row with branches (position ids that start again are otherwise read as packed
+documents, and the prefix is cut off without a warning), and never share the prefix through `past_key_values`
+instead (gradient checkpointing drops the cache).
 
     python packing.py        # draws the tree mask of a small row
 """
@@ -31,6 +32,7 @@ class Row(NamedTuple):
     prefix_length: int                   # prompt and response up to the pivot: what branches see
     targets: list[int]                   # the tokens that are scored ...
     predictors: list[int]                # ... and the index in the row of the token that predicts each
+    lengths: list[int]                   # loss tokens of each sequence: the response, branch 1, ..., branch K
 
 
 def pack(prompt, response, pivot=None, branches=()) -> Row:
@@ -50,7 +52,33 @@ def pack(prompt, response, pivot=None, branches=()) -> Row:
         segments += [segment] * len(tokens)
         targets += tokens
         ids += tokens
-    return Row(ids, positions, segments, prefix, targets, predictors)
+    return Row(ids, positions, segments, prefix, targets, predictors, [len(y) for y in (response, *branches)])
+
+
+def attention_length(model) -> float:
+    """A: the length of a row, in tokens, at which masked attention costs as much as all matrix products.
+
+    Per token and layer those are 2 P operations, P parameters; attention in a row of n tokens is 4 n d, d =
+    heads * head_dim (scores and values). 8.3k for Qwen2.5-0.5B, 26k for 7B, 1 to 3k for toys.
+    """
+    config, embeddings = model.config, model.get_input_embeddings()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parameters = sum(p.numel() for p in model.base_model.parameters()) - embeddings.weight.numel()
+    return parameters / (2 * config.num_hidden_layers * config.num_attention_heads * head_dim)
+
+
+def pack_rollout(prompt, response, pivot, branches, a: float) -> list[Row]:
+    """One packed Row or, where those cost less, 1 + K rows of one sequence each, in the same order.
+
+    The rule: a masked row of n tokens costs n + n^2 / A, a causal one, half of which is never computed,
+    n + n^2 / 2A, in units of the matrix products of a token. a: A, the attention_length of the model.
+    """
+    row = pack(prompt, response, pivot, branches)
+    if not branches:
+        return [row]
+    separate = [pack(prompt, response), *(pack(prompt + response[:pivot], y) for y in branches)]
+    packed_cost = len(row.ids) + len(row.ids) ** 2 / a
+    return [row] if packed_cost <= sum(len(r.ids) + len(r.ids) ** 2 / (2 * a) for r in separate) else separate
 
 
 def tree_mask(segments: torch.Tensor, prefix_length: torch.Tensor) -> torch.Tensor:
@@ -85,8 +113,8 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
 
     Of the policy softmax(logits / temperature), the one that sample() draws from; entropies carry no
     gradient. One forward of the backbone; the head then sees loss tokens only, `chunk` at a time, and
-    recomputes them in the backward pass: logits of all tokens would cost 2.4 MB per token with a vocabulary
-    of 151,936.
+    computes them again in the backward pass (but for the last chunk): logits of all tokens would cost 2.4 MB
+    per token with a vocabulary of 151,936.
     """
     if model.config._attn_implementation != "sdpa":
         raise ValueError("packed rows need a model loaded with attn_implementation='sdpa', "
@@ -101,11 +129,13 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
         rectangle = [[*x, *[value] * (width - len(x))] for x in lists]                         # (B, L)
         return torch.tensor(rectangle, device=model.device)
 
-    ids, positions = padded([r.ids for r in rows], 0), padded([r.positions for r in rows], 0)
-    segments = padded([r.segments for r in rows], -1)
-    mask = tree_mask(segments, torch.tensor([r.prefix_length for r in rows], device=model.device))
-    hidden = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask,
-                              use_cache=False).last_hidden_state                               # (B, L, d)
+    positions = mask = None
+    if any(len(row.lengths) > 1 for row in rows):
+        positions, segments = padded([r.positions for r in rows], 0), padded([r.segments for r in rows], -1)
+        mask = tree_mask(segments, torch.tensor([r.prefix_length for r in rows], device=model.device))
+    # Without branches attention is plainly causal, and faster so; the padding at the end is seen by no token.
+    hidden = model.base_model(input_ids=padded([r.ids for r in rows], 0), position_ids=positions,
+                              attention_mask=mask, use_cache=False).last_hidden_state          # (B, L, d)
     predictors = [b * width + i for b, row in enumerate(rows) for i in row.predictors]
     hidden = hidden.flatten(0, 1)[torch.tensor(predictors, device=model.device)]               # (N, d)
     targets = torch.tensor([t for row in rows for t in row.targets], device=model.device)      # (N,)
@@ -113,13 +143,17 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
 
     def score(x, target):
         logits = head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature     # (n, V)
-        logp = logits.log_softmax(-1)
-        entropy = torch.special.entr(logp.detach().exp()).sum(-1)                              # -sum p log p
-        return logp.gather(-1, target[:, None])[:, 0], entropy
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                   # (n, V)
+        logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        chosen = logp.gather(-1, target[:, None])[:, 0]
+        with torch.no_grad():                        # after all that backward needs: it is not computed again
+            entropy = -torch.linalg.vecdot(logp.exp(), logp.clamp(min=torch.finfo(logp.dtype).min))
+        return chosen, entropy
 
-    pairs = [checkpoint(score, x, t, use_reentrant=False) if torch.is_grad_enabled() else score(x, t)
-             for x, t in zip(hidden.split(chunk), targets.split(chunk))]
+    # The last chunk is the first of the backward pass: to keep it takes no more memory than to compute it again.
+    chunks = list(zip(hidden.split(chunk), targets.split(chunk)))
+    again = [torch.is_grad_enabled() and i < len(chunks) - 1 for i in range(len(chunks))]
+    pairs = [checkpoint(score, *c, use_reentrant=False) if r else score(*c) for c, r in zip(chunks, again)]
     return torch.cat([logp for logp, _ in pairs]), torch.cat([entropy for _, entropy in pairs])
 
 

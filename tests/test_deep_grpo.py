@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import EOS
 
+import deep_grpo
 from deep_grpo import (
     Config,
     Group,
@@ -113,8 +114,12 @@ def gradients(model):
 
 @pytest.mark.parametrize("twin, name", [(papers_j, "paper"), (authors_j, "authors")])
 @pytest.mark.parametrize("same_policy", [True, False])
-@pytest.mark.parametrize("temperature, lam", [(1.0, 1.0), (0.8, 0.4)])
-def test_objective_equals_the_slow_twin(model, ref_model, twin, name, same_policy, temperature, lam):
+@pytest.mark.parametrize("temperature, lam, a, rows", [(1.0, 1.0, None, 9), (0.8, 0.4, 25.0, 12), (0.8, 0.4, 1e-9, 24)])
+def test_objective_equals_the_slow_twin(model, ref_model, twin, name, same_policy, temperature, lam, a, rows,
+                                        monkeypatch):
+    if a is not None:                                                # some trajectories, or all, as separate rows
+        monkeypatch.setattr(deep_grpo, "attention_length", lambda model: a)
+    assert len(deep_grpo.pack_groups(model, example())) == rows
     config = Config(lam=lam, beta=BETA, temperature=temperature, objective=name, clip_low=0.1, clip_high=0.25)
     old_model = copy.deepcopy(model)
     if not same_policy:                                              # an older policy, so that the clip acts
@@ -209,6 +214,8 @@ def test_metrics_of_the_objective_by_hand(model, ref_model):
     prompts, responses = 3 * 3 + 2 * 3 + 1 * 3, (5 + 6 + 3) + (2 + 2 + 4) + (4 + 2 + 2)
     branches = (7 + 11) + (6 + 4 + 7)
     assert metrics["forwarded_tokens"] == prompts + responses + branches
+    # Rows in micro-batches of 25: [17] [16] [11 10] [8 7 6] [4 4], of which 1 + 1 + 2 are padding.
+    assert metrics["padding"] == pytest.approx(4 / 87, rel=1e-12)
     assert objective(model, groups, Config(beta=BETA))[1]["kl"] == 0           # no reference model, no KL
     ref_model.register_forward_pre_hook(lambda *_: pytest.fail("a pass of the reference that nobody needs"))
     assert objective(model, groups, Config(beta=0.0), ref_model)[1]["kl"] == 0
@@ -333,16 +340,16 @@ def test_resample_continues_the_exact_prefix_within_the_room_that_is_left():
 
     def draw(prefixes, k, *, max_new_tokens):
         asked.append((prefixes, k, max_new_tokens))
-        return [[[7] * 6 + [EOS], [6, EOS]], [[7] * 6 + [EOS], [9, EOS]]]
+        return [[[7] * 6, [6, EOS]], [[7] * 6 + [EOS], [9, EOS]]]
 
     def reward(x, response):
         graded.append((x, response))
         return float(response[-2:] == [6, EOS])
 
     branched = resample(draw, groups, reward, Config(branches=2, max_new_tokens=10))
-    assert asked == [([[3, 5, 2, 6, 2], [4, 8, 9, 2]], 2, 7)]      # one call; room for the shallowest pivot
+    assert asked == [([[3, 5, 2, 6, 2], [4, 8, 9, 2]], 2, [6, 7])]      # one call; 10 less what each pivot keeps
     deep, shallow = branched[0].trajectories[0], branched[1].trajectories[0]
-    assert deep.branches == [[7] * 6, [6, EOS]]                    # the first was cut at 4 + 6 = 10
+    assert deep.branches == [[7] * 6, [6, EOS]]
     assert deep.branch_rewards == [0.0, 1.0]
     assert shallow.branches == [[7] * 6 + [EOS], [9, EOS]] and shallow.branch_rewards == [0.0, 0.0]
     assert graded == [(0, [5, 2, 6, 2] + [7] * 6), (0, [5, 2, 6, 2, 6, EOS]),
@@ -358,6 +365,8 @@ def test_resample_continues_the_exact_prefix_within_the_room_that_is_left():
 def test_resample_without_failures_draws_nothing():
     groups = [Group([3], [Trajectory([5, EOS], 1.0)])]
     assert resample(None, groups, None, Config()) == groups
+    groups = [Group([3], [Trajectory([5, EOS], 0.0, pivot=1)])]
+    assert resample(None, groups, None, Config(branches=0)) == groups
 
 
 def test_summary_by_hand():

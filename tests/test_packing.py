@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from packing import Row, micro_batches, pack, score_rows, tree_mask
+from packing import Row, attention_length, micro_batches, pack, pack_rollout, score_rows, tree_mask
 
 ROLLOUTS = [  # prompt, response, pivot, branches: ragged, pivot at the root and inside, an empty branch
     ([3, 4, 5], [6, 7, 8, 9, 10], 2, [[11, 12, 13], [6], []]),
@@ -32,7 +32,8 @@ def test_row_by_hand():
     assert row == Row(ids=[1, 2, 3, 4, 5, 6, 7, 8, 9],
                       positions=[0, 1, 2, 3, 4, 5, 4, 5, 4],
                       segments=[0, 0, 1, 1, 1, 1, 2, 2, 3],
-                      prefix_length=4, targets=[3, 4, 5, 6, 7, 8, 9], predictors=[1, 2, 3, 4, 3, 6, 3])
+                      prefix_length=4, targets=[3, 4, 5, 6, 7, 8, 9], predictors=[1, 2, 3, 4, 3, 6, 3],
+                      lengths=[4, 2, 1])
 
 
 def test_mask_by_its_definition():
@@ -72,8 +73,39 @@ def test_log_probabilities_and_gradients_equal_those_of_separate_rows(checkpoint
         assert q.grad.abs().max() > 1e-3, name                           # not a comparison of zeros
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
     assert not entropies.requires_grad
-    assert len(calls) == 1 + checkpointing                               # it was really computed again,
-    assert max(heads) <= chunk and sum(heads) == 2 * len(logps)          # and so was the head, chunk by chunk
+    assert len(calls) == 1 + checkpointing                               # it was really computed again, and so
+    assert max(heads) <= chunk                                           # was the head, but for its last chunk
+    assert sum(heads) == 2 * len(logps) - (len(logps) % chunk or chunk)
+
+
+def test_rows_without_branches_need_no_mask():
+    # Faster attention; and the padding behind a short row must neither be seen nor restart its positions.
+    model, seen = make_model(), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    plain = [(prompt, response, None, []) for prompt, response, *_ in ROLLOUTS]
+    logps, _ = score_rows(model, [pack(*rollout) for rollout in plain])
+    torch.testing.assert_close(logps, torch.cat([separate_logps(make_model(), *r) for r in plain]), rtol=0, atol=1e-10)
+    score_rows(model, [pack(*rollout) for rollout in ROLLOUTS])
+    assert seen[0] is None and seen[1].shape[:2] == (4, 1)
+
+
+def test_attention_length_by_hand():
+    # Per layer: q 32 x 32 + 32, k and v 32 x 16 + 16 each, o 32 x 32, MLP 3 x 32 x 48, two norms; and the last norm.
+    layer = 32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32
+    assert attention_length(make_model()) == (2 * layer + 32) / (2 * 2 * 4 * 8)
+    wide = make_model(head_dim=16, tie_word_embeddings=False)                # heads * head_dim is not hidden_size
+    layer = 32 * 64 + 64 + 2 * (32 * 32 + 32) + 64 * 32 + 3 * 32 * 48 + 2 * 32
+    assert attention_length(wide) == (2 * layer + 32) / (2 * 2 * 4 * 16)
+
+
+def test_the_rule_for_separate_rows_at_its_boundary():
+    # Prefix 3 + 2, suffixes of 5: one row of 20 tokens, or three of 10. 20 + 400 / A = 30 + 300 / 2A at A = 25.
+    rollout = ([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], 2, [[11] * 5, [12] * 5])
+    assert pack_rollout(*rollout, a=25.0) == [pack(*rollout)]
+    assert pack_rollout(*rollout, a=24.99) == [
+        pack([1, 2, 3], [4, 5, 6, 7, 8, 9, 10]), pack([1, 2, 3, 4, 5], [11] * 5), pack([1, 2, 3, 4, 5], [12] * 5)]
+    assert pack_rollout([1], [2, 3], 1, [], a=1e-9) == [pack([1], [2, 3], 1)]
 
 
 def test_temperature_and_entropy():

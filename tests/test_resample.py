@@ -23,8 +23,10 @@ def draw(model, prefixes=RAGGED, k=1, **changes):
     return sample(model, prefixes, k, **settings | changes)
 
 
+@pytest.mark.parametrize("block", [1, 2, 16])
 @pytest.mark.parametrize("seed", range(4))
-def test_greedy_equals_argmax_for_ragged_prefixes(seed):
+def test_greedy_equals_argmax_for_ragged_prefixes(seed, block, monkeypatch):
+    monkeypatch.setattr(resample, "BLOCK", block)
     model = make_model(seed)
     expected = [[argmax_step_by_step(model, p, 9, {EOS})] * 3 for p in RAGGED]
     assert draw(model, k=3) == expected
@@ -41,13 +43,16 @@ def chi_square(counts, p):
     return sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_sampled_distribution_is_softmax_of_logits_over_t_whatever_the_checkpoint_says(temperature):
+@pytest.mark.parametrize("temperature, block", [(1.0, 16), (0.6, 16), (1.7, 16), (1.0, 1)])
+def test_sampled_distribution_is_softmax_of_logits_over_t_whatever_the_checkpoint_says(
+        temperature, block, monkeypatch):
     """First and second token of two ragged prefixes, 6,000 draws each, against the model's own probabilities.
 
-    Each of the 4 chi-square tests (of 3 parametrisations) may fail a true sampler with probability below 1e-4
-    by the Wilson-Hilferty quantile z = 3.72, 1 in 800 over all; the seed is fixed: a pass stays a pass.
+    With block = 1 the second token comes from another call, after the rows that ended have left. Each of the 4
+    chi-square tests (of 4 parametrisations) may fail a true sampler with probability below 1e-4 by the
+    Wilson-Hilferty quantile z = 3.72, 1 in 600 over all; the seed is fixed: a pass stays a pass.
     """
+    monkeypatch.setattr(resample, "BLOCK", block)
     model = make_model(3, initializer_range=0.08)
     model.generation_config = GenerationConfig(**HOSTILE)
     torch.manual_seed(0)
@@ -129,6 +134,28 @@ def test_decoding_ends_once_every_row_has_reached_any_of_the_stop_ids():
     assert len(seen) == 1 + len(cut)                                     # a prefill, and a pass per token
 
 
+def test_rows_that_have_ended_leave_the_batch(monkeypatch):
+    # `generate` alone feeds padding to every finished row until the longest has ended: here 100 of 160 tokens.
+    monkeypatch.setattr(resample, "BLOCK", 4)
+    model, sizes = make_model(2), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    torch.manual_seed(0)
+    tails = [t for row in draw(model, RAGGED, k=4, temperature=2.0, max_new_tokens=40) for t in row]
+    lengths = [len(t) for t in tails]
+    expected = [sum(n > t // 4 * 4 for n in lengths) for t in range(max(lengths))]      # in whole blocks
+    assert sizes == [len(RAGGED), *expected] and expected[-1] < expected[0] / 2
+
+
+def test_a_cap_for_each_prefix(monkeypatch):
+    monkeypatch.setattr(resample, "BLOCK", 4)
+    model, caps, passes = make_model(2), [6, 9, 4, 1], []
+    expected = [[argmax_step_by_step(model, p, n, {EOS})] * 2 for p, n in zip(RAGGED, caps)]
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert draw(model, k=2, max_new_tokens=caps) == expected
+    assert len(passes) == 1 + 9                                                          # and none after the last
+    assert {len(row[0]) == n for row, n in zip(expected, caps)} == {True}                # each reaches its cap
+
+
 def test_same_seed_same_samples_and_branches_differ():
     model = make_model(1)
     results = []
@@ -142,11 +169,11 @@ def test_same_seed_same_samples_and_branches_differ():
 def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
     model, sizes, generate = make_model(), [], resample._generate
 
-    def small_memory(model, prefixes, rows, settings):
+    def small_memory(model, prefixes, rows, caps, settings):
         sizes.append(len(rows))
         if len(rows) > 4:
             raise torch.OutOfMemoryError("no room")
-        return generate(model, prefixes, rows, settings)
+        return generate(model, prefixes, rows, caps, settings)
 
     expected = draw(model, k=3)
     monkeypatch.setattr(resample, "_generate", small_memory)
@@ -181,6 +208,7 @@ def test_the_model_comes_back_as_it_was(training):
 
 @pytest.mark.parametrize("name, changes", [
     ("prefixes", dict(prefixes=[[1], []])), ("k must", dict(k=0)), ("max_new_tokens", dict(max_new_tokens=0)),
+    ("max_new_tokens", dict(max_new_tokens=[1, 2])), ("max_new_tokens", dict(max_new_tokens=[1, 2, 3, 0])),
     ("temperature", dict(temperature=-1.0)), ("temperature", dict(temperature=float("nan"))),
     ("temperature", dict(temperature=float("inf"))),
     ("eos_token_id", dict(eos_token_id=[]))])

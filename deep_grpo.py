@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from loss import k3_kl, sequence_weights, weighted_objective
-from packing import attention_length, micro_batches, pack_rollout, score_rows
+from packing import attention_length, micro_batches, pack_or_split, score_rows
 from pivot import draw_pivot, fixed_ends, sentence_ends
 
 
@@ -133,17 +133,25 @@ def learn_recoverability(groups, recoverability) -> None:
     recoverability.fit()
 
 
-def pack_groups(model, groups):
-    """Packed Rows in the order of the groups: one per trajectory, or more where that is cheaper."""
-    a = attention_length(model)
-    return [row for g in groups for t in g.trajectories
-            for row in pack_rollout(g.prompt, t.response, t.pivot, t.branches, a)]
+def pack_groups(model, groups, micro_batch_tokens=None):
+    """Packed Rows in the order of the groups: one per trajectory, or more where that is cheaper.
+
+    The G responses of a question without branches (all of them with GRPO) are branches of the question itself.
+    """
+    a, limit = attention_length(model), micro_batch_tokens or math.inf
+    trees = []                                       # prompt, response, pivot, branches
+    for g in groups:
+        if any(t.branches for t in g.trajectories):
+            trees += [(g.prompt, t.response, t.pivot, t.branches) for t in g.trajectories]
+        else:
+            trees.append((g.prompt, g.trajectories[0].response, 0, [t.response for t in g.trajectories[1:]]))
+    return [row for tree in trees for row in pack_or_split(*tree, a, limit)]
 
 
 @torch.no_grad()
 def log_probabilities(model, groups, config, micro_batch_tokens=None) -> list[torch.Tensor]:
     """log pi of all loss tokens, in nats: a tensor per trajectory, [response | branch 1 | ... | branch K]."""
-    rows = pack_groups(model, groups)
+    rows = pack_groups(model, groups, micro_batch_tokens)
     logps = [None] * len(rows)
     for batch in micro_batches(rows, micro_batch_tokens):
         logp, _ = score_rows(model, [rows[i] for i in batch], config.temperature)
@@ -164,7 +172,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     loss tokens); trained_tokens (with A != 0), forwarded_tokens (of the packed rows), padding (share of what
     went through the model besides).
     """
-    rows = pack_groups(model, groups)
+    rows = pack_groups(model, groups, micro_batch_tokens)
     # (advantage, policy, kl, is it a root response?) of every sequence, then those of each row.
     flat = iter([(*w, float(s == 0)) for group in sequence_weights(groups, config)
                  for trajectory in group for s, w in enumerate(trajectory)])

@@ -151,7 +151,7 @@ def answer_batch(args, model, tokenizer, stop, name, questions, batch):
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
     room = [max(0, min(args.max_new_tokens, TOTAL_TOKENS - len(questions[i].prompt))) for i in batch]
-    tails = sample(model, [questions[i].prompt for i in batch], args.samples, max_new_tokens=max(1, *room),
+    tails = sample(model, [questions[i].prompt for i in batch], args.samples, max_new_tokens=[max(1, n) for n in room],
                    eos_token_id=stop, pad_token_id=pad, temperature=args.temperature)
     for i, space, own in zip(batch, room, tails):
         for j, ids in enumerate(own):

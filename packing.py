@@ -8,7 +8,7 @@ r"""One row per rollout with all of its branches: the prefix is computed once, n
 The first token of a branch is predicted by the last token before the pivot. Log-probabilities and gradients
 are those of K + 1 separate rows to float rounding; in a GSM8K step of the paper's sizes 290k tokens are
 computed instead of 776k. Attention in such a row costs the square of its whole length, which grows with K:
-where that is more than the shared prefix saves, `pack_rollout` makes separate rows.
+where that is more than the shared prefix saves, `pack_or_split` makes separate rows.
 
 Never leave out the mask of a row with branches (position ids that start again are otherwise read as packed
 documents, and the prefix is cut off without a warning), and never share the prefix through `past_key_values`
@@ -58,27 +58,30 @@ def pack(prompt, response, pivot=None, branches=()) -> Row:
 def attention_length(model) -> float:
     """A: the length of a row, in tokens, at which masked attention costs as much as all matrix products.
 
-    Per token and layer those are 2 P operations, P parameters; attention in a row of n tokens is 4 n d, d =
-    heads * head_dim (scores and values). 8.3k for Qwen2.5-0.5B, 26k for 7B, 1 to 3k for toys.
+    Per token and layer those are 2 P operations forward and 4 P backward, P parameters; attention in a row of
+    n tokens is 4 n d forward and 10 n d backward (scores are computed again), d = heads * head_dim. Equal at
+    n = 3 P / 7 d: 7.1k for Qwen2.5-0.5B, 28k for 7B, 1 to 3k for toys.
     """
     config, embeddings = model.config, model.get_input_embeddings()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     parameters = sum(p.numel() for p in model.base_model.parameters()) - embeddings.weight.numel()
-    return parameters / (2 * config.num_hidden_layers * config.num_attention_heads * head_dim)
+    return 3 * parameters / (7 * config.num_hidden_layers * config.num_attention_heads * head_dim)
 
 
-def pack_rollout(prompt, response, pivot, branches, a: float) -> list[Row]:
+def pack_or_split(prompt, response, pivot, branches, a: float, limit: float = float("inf")) -> list[Row]:
     """One packed Row or, where those cost less, 1 + K rows of one sequence each, in the same order.
 
     The rule: a masked row of n tokens costs n + n^2 / A, a causal one, half of which is never computed,
-    n + n^2 / 2A, in units of the matrix products of a token. a: A, the attention_length of the model.
+    n + n^2 / 2A, in units of the matrix products of a token. a: A, the attention_length of the model. A packed
+    row is also never longer than `limit` tokens: what a micro-batch holds is what memory holds.
     """
     row = pack(prompt, response, pivot, branches)
     if not branches:
         return [row]
     separate = [pack(prompt, response), *(pack(prompt + response[:pivot], y) for y in branches)]
     packed_cost = len(row.ids) + len(row.ids) ** 2 / a
-    return [row] if packed_cost <= sum(len(r.ids) + len(r.ids) ** 2 / (2 * a) for r in separate) else separate
+    separate_cost = sum(len(r.ids) + len(r.ids) ** 2 / (2 * a) for r in separate)
+    return [row] if packed_cost <= separate_cost and len(row.ids) <= limit else separate
 
 
 def tree_mask(segments: torch.Tensor, prefix_length: torch.Tensor) -> torch.Tensor:
@@ -147,7 +150,7 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
         logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         chosen = logp.gather(-1, target[:, None])[:, 0]
         with torch.no_grad():                        # after all that backward needs: it is not computed again
-            entropy = -torch.linalg.vecdot(logp.exp(), logp.clamp(min=torch.finfo(logp.dtype).min))
+            entropy = -torch.linalg.vecdot(logp.exp(), logp)
         return chosen, entropy
 
     # The last chunk is the first of the backward pass: to keep it takes no more memory than to compute it again.

@@ -45,8 +45,8 @@ def sample(model, prefixes: list[list[int]], k: int, *, max_new_tokens: int | li
                          f"{len(prefixes)} prefixes, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}")
-    settings = dict(eos_token_id=sorted(stop), pad_token_id=pad_token_id, use_cache=True,
-                    do_sample=temperature > 0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    settings = dict(eos_token_id=sorted(stop), pad_token_id=pad_token_id, do_sample=temperature > 0, top_k=0,
+                    top_p=1.0, repetition_penalty=1.0, use_cache=True, return_dict_in_generate=True)
     if temperature > 0:
         settings["temperature"] = float(temperature)
 
@@ -111,7 +111,7 @@ def _generate(model, prefixes, rows, caps, settings):
         if cache is not None:
             cache.batch_select_indices(index)        # at first (len(used), ...) -> (len(rows), ...)
         block = min(BLOCK, max(caps[rows[i]] - len(tails[i]) for i in alive))
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True,
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache,
                              generation_config=GenerationConfig(max_new_tokens=block, **settings))
         new, cache = out.sequences[:, ids.shape[1]:], out.past_key_values
         ids, mask = out.sequences, torch.cat([mask, torch.ones_like(new)], 1)

@@ -6,8 +6,8 @@ and all N * k rows of a step decode together. On a GPU a decode step costs about
 512.
 
 `generate` alone goes on with padding for every row that has ended, until the longest one does. So it is called
-for 16 tokens at a time, and rows that have ended leave the batch, and the cache, in between: 1.4 to 2.9 times
-the tokens per second on a CPU, as many as a decode loop of our own reached.
+for 16 tokens at a time, and rows that have ended leave the batch, and the cache, in between: 1.2 times the
+tokens per second on a CPU with lengths as on GSM8K, 2.2 with longer tails (results/speed-cpu.md).
 
 The sampled distribution is exactly softmax(logits / T), the policy that loss.py scores. Checkpoints carry a
 generation_config (Qwen2.5-Instruct: repetition_penalty 1.1, top_k 20, ...) whose values `generate` takes over

@@ -205,7 +205,7 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-ALWAYS, SELDOM = np.inf, 1e-9            # A in the rule of packing.pack_or_split: pack every rollout, pack none
+ALWAYS, NEVER = np.inf, np.nan           # A in the rule of packing.pack_or_split: pack all rollouts, none (nan <= nan)
 
 
 def with_length(a, run):
@@ -245,10 +245,10 @@ def update_shape(args, prompt, prefix, suffix, k, n):
         with_length(a, lambda: update_ours(model, groups, config, None, fits))
         model.zero_grad()
 
-    packed, separate, chosen = (tokens_through(model, groups, a) for a in (ALWAYS, SELDOM, attention_length(model)))
+    packed, separate, chosen = (tokens_through(model, groups, a) for a in (ALWAYS, NEVER, attention_length(model)))
     yield from side_by_side(
         args, f"update {prompt}+{prefix}:{suffix} K={k}" + (f", {layers} layers" if layers else ""),
-        {"packed": lambda: run(ALWAYS), "separate": lambda: run(SELDOM)},
+        {"packed": lambda: run(ALWAYS), "separate": lambda: run(NEVER)},
         {"packed": f"{packed} tokens; the rule takes {'packed' if chosen == packed else 'separate'}",
          "separate": f"{separate} tokens"})
 
@@ -515,8 +515,8 @@ def paper_update(args):
         for tokens in (8192, 16384, 32768):
             for record in side_by_side(args, f"update, {tokens} tokens" + ", gradient checkpointing" * checkpointing, {
                     "packed": lambda tokens=tokens: run(ALWAYS, tokens),
-                    "separate": lambda tokens=tokens: run(SELDOM, tokens)}):
-                through = tokens_through(model, groups, ALWAYS if record["variant"] == "packed" else SELDOM)
+                    "separate": lambda tokens=tokens: run(NEVER, tokens)}):
+                through = tokens_through(model, groups, ALWAYS if record["variant"] == "packed" else NEVER)
                 rate = 6 * (layers_size * through + head_size * loss_tokens) / record["seconds"]
                 yield record | {"work": f"{loss_tokens / record['seconds']:.0f} loss tokens/s, {through} tokens, "
                                         f"{100 * rate / PEAK:.1f} % of {PEAK / 1e12:.0f} TFLOP/s (without attention)"}

@@ -69,3 +69,13 @@ def test_a_row_that_does_not_exist_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["speed"])
     assert "'speed' is not one of update" in capsys.readouterr().err
+
+
+def test_all_rollouts_packed_or_none(model):
+    # Where branches are very short a packed row is cheaper at any A: "none" must mean none all the same.
+    groups = tiny_work(model, failed=1.0).groups()
+    sequences = [(g.prompt, t) for g in groups for t in g.trajectories]
+    packed = sum(len(x) + len(t.response) + sum(map(len, t.branches)) for x, t in sequences)
+    separate = sum(len(x) + len(t.response) + sum(len(x) + t.pivot + len(y) for y in t.branches) for x, t in sequences)
+    assert bench.tokens_through(model, groups, bench.ALWAYS) == packed
+    assert bench.tokens_through(model, groups, bench.NEVER) == separate

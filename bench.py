@@ -21,6 +21,7 @@ not count; memory is the peak above the start of a further run. `x` is time over
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import statistics
 import sys
@@ -92,10 +93,13 @@ class Work:
                 t.branch_rewards = [self.right() for _ in t.branches]
         return groups
 
+    def draw_random(self, model, prefixes, k, caps):
+        """Random tokens where nothing needs to be sampled."""
+        return [[self.ids(n) for _ in range(k)] for n in caps]
+
     def groups(self):
-        """The same with random tokens instead of sampled ones."""
-        draw = lambda model, prefixes, k, caps: [[self.ids(n) for _ in range(k)] for n in caps]   # noqa: E731
-        return self.branch(draw, self.rollouts(draw))
+        """Rollouts and branches of random tokens."""
+        return self.branch(self.draw_random, self.rollouts(self.draw_random))
 
 
 # Ours, and the same without tricks
@@ -121,10 +125,9 @@ def draw_plainly(model, prefixes, k, caps):
 
 
 def update_ours(model, groups, config, ref_model=None, tokens=4096):
-    """Forward and backward of deep_grpo.objective."""
+    """Forward and backward of deep_grpo.objective; returns the loss."""
     with precision(model):
-        loss, metrics = objective(model, groups, config, ref_model, None, tokens, backward=True)
-    return loss.item(), metrics
+        return objective(model, groups, config, ref_model, None, tokens, backward=True)[0].item()
 
 
 def update_plainly(model, groups, config, ref_model=None, tokens=4096):
@@ -146,7 +149,7 @@ def update_plainly(model, groups, config, ref_model=None, tokens=4096):
         loss = -weighted_objective(logp, old, ref, *weights)
         loss.backward()
         total += loss.item()
-    return total, {}
+    return total
 
 
 def all_logits(model, rows):
@@ -173,12 +176,16 @@ def peak_memory(run):
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")          # Linux: the peak counts from now on
-        status = lambda name: int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024  # noqa: E731
-        before = status("VmRSS:")
+        before = process_status("VmRSS:")
         run()
-        return status("VmHWM:") - before
+        return process_status("VmHWM:") - before
     except OSError:
         return None
+
+
+def process_status(name):
+    """A line of /proc/self/status, in megabytes."""
+    return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
 
 
 def side_by_side(args, row, variants, work=None):
@@ -201,6 +208,7 @@ def side_by_side(args, row, variants, work=None):
 
 
 def synchronize():
+    """Wait for the GPU, where there is one: without, a clock there shows when work was handed over."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -231,6 +239,7 @@ def update(args):
 
 
 def update_shape(args, prompt, prefix, suffix, k, n):
+    """The two lines of one of SHAPES."""
     layers = 2 if prompt == 1000 else None                     # the long one would take an hour on a CPU
     model, config = make_model(args.size, layers), Config(beta=0.0)
     ids, scale = Work(model, 1, 8, 8).ids, 10 if args.size == "test" else 1
@@ -257,10 +266,9 @@ def generation(args):
     """Branches of one pivot per prefix, in lengths as on GSM8K."""
     model = make_model(args.size)
     work = Work(model, args.questions, args.mean, args.cap, failed=1.0)
-    groups = work.rollouts(lambda model, prefixes, k, caps: [[work.ids(n) for _ in range(k)] for n in caps])
+    groups = work.rollouts(work.draw_random)
     prefixes = [g.prompt + t.response[:t.pivot] for g in groups for t in g.trajectories]
     caps = [len(t.response) - t.pivot for g in groups for t in g.trajectories]
-    n_tokens = f"{sum(caps) * work.K} tokens"
 
     def one_call():
         with mock.patch.object(resample, "BLOCK", 10**6):
@@ -271,8 +279,8 @@ def generation(args):
         "prefill per branch, blocks of 16": lambda: draw_ours(
             model, [p for p in prefixes for _ in range(work.K)], 1, [c for c in caps for _ in range(work.K)]),
         "prefill per prefix, one call": one_call,
-        "plain generate": lambda: draw_plainly(model, prefixes, work.K, caps)}, dict.fromkeys([
-            "prefill per prefix, blocks of 16"], n_tokens))
+        "plain generate": lambda: draw_plainly(model, prefixes, work.K, caps)},
+        {"prefill per prefix, blocks of 16": f"{sum(caps) * work.K} tokens"})
 
 
 def passes(args):
@@ -341,6 +349,7 @@ def growth(args):
 
 
 def sweep(args, name, settings):
+    """A step by each of the settings, which are changes to Work or a size of the model."""
     base = dict(questions=max(1, args.questions // 2), mean=args.mean, cap=args.cap)
     models = {size: make_model(size) for size in {change.get("size", args.size) for change in settings}}
 
@@ -367,27 +376,22 @@ def trl(args):
     Equal, too: T = 1, top_k 0, top_p 1, one update per batch, AdamW, no gradient checkpointing, sequence means
     (loss_type "grpo"), an entropy metric. Not equal: TRL's step includes tokenisation and its logging.
     """
-    try:
-        from datasets import Dataset
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError:
+    if importlib.util.find_spec("trl") is None:
         print("row trl left out: pip install trl==1.16.0", file=sys.stderr)
         return
     n, prompt, cap, rows = {"0.5b": (64, 100, 256, 32), "test": (2, 10, 8, 8)}.get(args.size, (4, 100, 96, 8))
     model, ref_model = make_model(args.size), make_model(args.size)
-    words = {f"w{i}": i for i in range(model.config.vocab_size)}
     ids = Work(model, 1, 8, 8).ids
     prompts = [ids(prompt) for _ in range(n)]
-    ours = {"generation": [], "update": []}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     config = Config(branches=0, max_new_tokens=cap)
+    clock = {name: {"generation": [], "update": []} for name in ("this repository", "TRL")}
 
     def our_step():
-        start = time.perf_counter()
+        ours, start = clock["this repository"], time.perf_counter()
         with precision(model):
             tails = resample.sample(model, prompts, 8, max_new_tokens=cap, eos_token_id=1, pad_token_id=0)
+        synchronize()
         ours["generation"].append(time.perf_counter() - start)
         groups = [Group(p, [Trajectory(y, float(j % 2)) for j, y in enumerate(ys)]) for p, ys in zip(prompts, tails)]
         with precision(model):
@@ -396,48 +400,55 @@ def trl(args):
         ours["update"].append(time.perf_counter() - start - ours["generation"][-1])
         args.bar.update()
 
+    train_with_trl(model, prompts, config, rows, args.repeats + 1, clock["TRL"], our_step)
+    for part in ("generation", "update"):
+        medians = {name: statistics.median(times[part][1:]) for name, times in clock.items()}
+        for name, times in clock.items():
+            yield {"row": f"GRPO {part}, {n} x 8 x {prompt}+{cap}", "variant": name, "seconds": medians[name],
+                   "x": medians[name] / medians["this repository"], "runs": times[part][1:], "peak_mb": None,
+                   "work": ""}
+
+
+def train_with_trl(model, prompts, config, rows, steps, times, between):
+    """GRPOTrainer on the prompts, `rows` in a micro-batch; fills times, and calls between() after each step."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from trl import GRPOConfig, GRPOTrainer
+
     class Timed(GRPOTrainer):
-        def _generate(self, *a, **k):
+        def _generate(self, *args, **kwargs):
             start = time.perf_counter()
-            out = super()._generate(*a, **k)
+            out = super()._generate(*args, **kwargs)
             synchronize()
-            theirs["generation"].append(time.perf_counter() - start)
+            times["generation"].append(time.perf_counter() - start)
             return out
 
-    class Alternate(TrainerCallback):
-        def on_step_begin(self, *a, **k):
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
             self.start = time.perf_counter()
 
-        def on_step_end(self, *a, **k):                        # after the optimizer
+        def on_step_end(self, *args, **kwargs):                # after the optimizer
             synchronize()
-            theirs["update"].append(time.perf_counter() - self.start - theirs["generation"][-1])
-            our_step()
+            times["update"].append(time.perf_counter() - self.start - times["generation"][-1])
+            between()
 
-    theirs = {"generation": [], "update": []}
-    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(model.config.vocab_size)}, unk_token="w0"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="w1", pad_token="w0", padding_side="left")
+    data = [{"prompt": " ".join(f"w{i}" for i in p)} for p in prompts] * steps
     gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         settings = GRPOConfig(
             output_dir=folder, model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"}, bf16=gpu,
-            use_cpu=not gpu, per_device_train_batch_size=rows, gradient_accumulation_steps=n * 8 // rows,
-            num_generations=8, max_completion_length=cap,
-            beta=config.beta, loss_type="grpo", learning_rate=1e-6, lr_scheduler_type="constant",
-            max_steps=args.repeats + 1, gradient_checkpointing=False, report_to="none",
-            save_strategy="no", disable_tqdm=True, logging_steps=10**6, shuffle_dataset=False)
-        data = [{"prompt": " ".join(f"w{i}" for i in p)} for p in prompts] * (args.repeats + 1)
-        trainer = Timed(folder, args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
-                        callbacks=[Alternate()],
-                        reward_funcs=lambda completions, **_: [float(j % 2) for j in range(len(completions))])
-        trainer.train()
-    for part in ("generation", "update"):
-        medians = [statistics.median(t[part][1:]) for t in (ours, theirs)]
-        for name, seconds, runs in zip(("this repository", "TRL"), medians, (ours[part], theirs[part])):
-            yield {"row": f"GRPO {part}, {n} x 8 x {prompt}+{cap}", "variant": name, "x": seconds / medians[0],
-                   "seconds": seconds, "runs": runs[1:], "peak_mb": None, "work": ""}
+            use_cpu=not gpu, per_device_train_batch_size=rows, gradient_accumulation_steps=len(prompts) * 8 // rows,
+            num_generations=8, max_completion_length=config.max_new_tokens, beta=config.beta, loss_type="grpo",
+            learning_rate=1e-6, lr_scheduler_type="constant", max_steps=steps, gradient_checkpointing=False,
+            report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10**6, shuffle_dataset=False)
+        Timed(folder, args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
+              callbacks=[Clock()], reward_funcs=lambda completions, **_: [float(j % 2) for j in range(len(completions))]
+              ).train()
 
 
 def decode_static(model, ids, n):
@@ -551,6 +562,7 @@ def paper_whole(args):
 
 
 def paper_step(args):
+    """The questions and lengths of GSM8K in the paper's step; few and short for a test."""
     small = args.size == "test"
     return dict(questions=2, mean=12, cap=16) if small else dict(questions=64, mean=220, cap=512)
 

@@ -76,12 +76,12 @@ def pack_or_split(prompt, response, pivot, branches, a: float, limit: float = fl
     row is also never longer than `limit` tokens: what a micro-batch holds is what memory holds.
     """
     row = pack(prompt, response, pivot, branches)
-    if not branches:
+    n = len(row.ids)
+    separate = [len(prompt) + len(response), *(row.prefix_length + len(y) for y in branches)]
+    cheaper = n + n ** 2 / a <= sum(m + m ** 2 / (2 * a) for m in separate)
+    if not branches or cheaper and n <= limit:
         return [row]
-    separate = [pack(prompt, response), *(pack(prompt + response[:pivot], y) for y in branches)]
-    packed_cost = len(row.ids) + len(row.ids) ** 2 / a
-    separate_cost = sum(len(r.ids) + len(r.ids) ** 2 / (2 * a) for r in separate)
-    return [row] if packed_cost <= separate_cost and len(row.ids) <= limit else separate
+    return [pack(prompt, response), *(pack(prompt + response[:pivot], y) for y in branches)]
 
 
 def tree_mask(segments: torch.Tensor, prefix_length: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,11 @@ r"""Sampling: G rollouts from a question, K branches from a pivot, by one functi
 
 Dense resampling (arXiv 2602.14169, section on pivot-driven resampling) draws all K continuations from one
 state, so the state is computed once: every prefix is prefilled once, its key/value cache is repeated k times,
-and all N * k rows of a step decode together. On a GPU a decode step costs about the same for 8 rows as for
-512.
+and all N * k rows of a step decode together: on a GPU a decode step costs about the same for 8 rows as for 512.
 
 `generate` alone goes on with padding for every row that has ended, until the longest one does. So it is called
 for 16 tokens at a time, and rows that have ended leave the batch, and the cache, in between: 1.2 times the
-tokens per second on a CPU with lengths as on GSM8K, 2.2 with longer tails (results/speed-cpu.md).
+tokens per second on a CPU with lengths as on GSM8K (`python bench.py generation`), more with longer tails.
 
 The sampled distribution is exactly softmax(logits / T), the policy that loss.py scores. Checkpoints carry a
 generation_config (Qwen2.5-Instruct: repetition_penalty 1.1, top_k 20, ...) whose values `generate` takes over

@@ -135,7 +135,7 @@ def test_decoding_ends_once_every_row_has_reached_any_of_the_stop_ids():
 
 
 def test_rows_that_have_ended_leave_the_batch(monkeypatch):
-    # `generate` alone feeds padding to every finished row until the longest has ended: here 100 of 160 tokens.
+    # `generate` alone feeds padding to every finished row until the longest has ended.
     monkeypatch.setattr(resample, "BLOCK", 4)
     model, sizes = make_model(2), []
     model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)

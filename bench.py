@@ -44,7 +44,7 @@ from packing import attention_length, micro_batches, pack, score_rows
 from train_gsm8k import precision
 
 # Qwen2.5's proportions. "0.5b" are its own; the vocabulary of the smaller ones is trimmed to 8k.
-SIZES = {"test": (2, 32, 4, 1, 96, 64), "5m": (3, 256, 4, 1, 1392, 8192), "12m": (8, 256, 4, 1, 1392, 8192),
+SIZES = {"test": (1, 32, 4, 1, 96, 64), "5m": (3, 256, 4, 1, 1392, 8192), "12m": (8, 256, 4, 1, 1392, 8192),
          "18m": (8, 320, 5, 1, 1736, 8192), "0.5b": (24, 896, 14, 2, 4864, 151936)}
 PEAK = 790e12                            # bf16 operations per second measured on one H200
 
@@ -168,6 +168,7 @@ def all_logits(model, rows):
 def peak_memory(run):
     """Megabytes above the start at the worst moment of run(); None where the system does not tell."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -190,7 +191,6 @@ def process_status(name):
 
 def side_by_side(args, row, variants, work=None):
     """One row of the table: {variant: function} -> medians of alternating runs. work: {variant: text}."""
-    gc.collect()                                               # of the row before
     seconds = {name: [] for name in variants}
     for repeat in range(args.repeats + 1):
         for name, run in variants.items():
@@ -353,18 +353,17 @@ def sweep(args, name, settings):
     base = dict(questions=max(1, args.questions // 2), mean=args.mean, cap=args.cap)
     models = {size: make_model(size) for size in {change.get("size", args.size) for change in settings}}
 
-    def run(size=args.size, **changes):
-        work = Work(models[size], **base | changes)
-        groups = work.branch(draw_ours, work.rollouts(draw_ours))
-        update_ours(models[size], groups, Config(beta=0.0))
-        models[size].zero_grad()
-        return models[size], groups
+    def run(model, work):
+        update_ours(model, work.branch(draw_ours, work.rollouts(draw_ours)), Config(beta=0.0))
+        model.zero_grad()
 
     variants, texts = {}, {}
     for change in settings:
         label = ", ".join(f"{key}={value}" for key, value in change.items())
-        variants[label] = lambda change=change: run(**change) and None
-        model, groups = run(**change)
+        changes = base | change
+        model = models[changes.pop("size", args.size)]
+        variants[label] = lambda model=model, changes=changes: run(model, Work(model, **changes))
+        groups = Work(model, **changes).groups()
         generated = sum(len(y) for g in groups for t in g.trajectories for y in (t.response, *t.branches))
         texts[label] = f"{generated} generated, {tokens_through(model, groups, attention_length(model))} in the update"
     yield from side_by_side(args, f"step as {name} grows", variants, texts)

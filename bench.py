@@ -41,6 +41,7 @@ import resample
 from deep_grpo import Config, Group, Trajectory, log_probabilities, objective
 from loss import sequence_weights, weighted_objective
 from packing import attention_length, micro_batches, pack, score_rows
+from presets import OneLineParser
 from train_gsm8k import precision
 
 # Qwen2.5's proportions. "0.5b" are its own; the vocabulary of the smaller ones is trimmed to 8k.
@@ -572,7 +573,7 @@ GPU_ROWS = {row.__name__: row for row in (decode, paper_update, paper_whole, trl
 
 def main(argv=None) -> int:
     """The rows asked for, as a Markdown table; --json keeps every run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS | GPU_ROWS)}; default: all of the "
                         "first seven")
     parser.add_argument("--gpu", action="store_true", help="the rows of the paper's step, Qwen2.5-0.5B's shapes")
@@ -584,6 +585,10 @@ def main(argv=None) -> int:
     for name in rows:
         if name not in ROWS | GPU_ROWS:
             parser.error(f"argument ROW: {name!r} is not one of {', '.join(ROWS | GPU_ROWS)}")
+    if args.repeats < 1:
+        parser.error(f"argument --repeats: must be at least 1, got {args.repeats}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"argument --json: there is no folder {args.json.parent}")
     cuda = torch.cuda.is_available()
     args.size = args.size or ("0.5b" if cuda or args.gpu else "12m")
     args.questions, args.mean, args.cap = {"0.5b": (64, 220, 512), "test": (2, 12, 16)}.get(args.size, (2, 110, 256))

@@ -65,10 +65,14 @@ def test_every_row_runs_and_json_keeps_it(argv, rows, tmp_path, capsys):
     assert kept["torch"] == torch.__version__
 
 
-def test_a_row_that_does_not_exist_is_named(capsys):
+@pytest.mark.parametrize("argv, said", [
+    (["speed"], "'speed' is not one of update"), (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
+    (["--json", "nowhere/x.json"], "no folder nowhere"), (["--size", "huge"], "invalid choice: 'huge'")])
+def test_bad_input_is_one_line_before_anything_runs(argv, said, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(["speed"])
-    assert "'speed' is not one of update" in capsys.readouterr().err
+        bench.main(argv)
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and not out
 
 
 def test_all_rollouts_packed_or_none(model):

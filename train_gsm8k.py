@@ -109,6 +109,7 @@ def prepare(args) -> Run:
     ref_model = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+        model.train()                                # or transformers checkpoints nothing; dropout: see load_model
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     run = Run(args, config, model, ref_model, tokenizer, stop_ids(tokenizer, model), questions, eval_questions,
               val_questions, len(skipped) + len(eval_skipped), optimizer, Recoverability(),
@@ -149,6 +150,11 @@ def load_model(name, dtype=torch.float32):
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r} is neither a local folder with a model nor could it be loaded from the "
                          f"hub: {reason}") from error
+    for module in model.modules():                   # dropout would score another policy than the one sampled
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     return model, tokenizer
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 import tiny
 import train_gsm8k
+from deep_grpo import Group, Trajectory, update
 from grading import grade_gsm8k
 from recoverability import Recoverability
 from tasks import GSM8K_INSTRUCTION, chat_prompt
@@ -125,6 +126,21 @@ def test_an_unfinished_response_earns_nothing(tmp_path):
     assert run.reward(question, [*right, run.tokenizer.eos_token_id]) == 1.0
     assert run.reward(question, right) == 0.0
     assert run.reward(question._replace(gold="43"), [*right, run.tokenizer.eos_token_id]) == 0.0
+
+
+@pytest.mark.parametrize("flags, times", [([], 1), (["--gradient-checkpointing"], 2)])
+def test_gradient_checkpointing_computes_each_layer_again(flags, times, tmp_path):
+    """The flag once did nothing: transformers checkpoints in training mode only, and the model was in eval mode."""
+    run = train_gsm8k.prepare(train_gsm8k.parse_args([*FAST, *flags, "--beta", "0", "--out", str(tmp_path / "run")]))
+    assert all(m.p == 0 for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
+    forwards, batches = [], []
+    run.model.base_model.register_forward_hook(lambda *_: batches.append(1))
+    run.model.base_model.layers[1].self_attn.register_forward_hook(lambda *_: forwards.append(1))
+    groups = [Group([3, 4], [Trajectory([5, 6], 1.0), Trajectory([6, 7, 8], 0.0)])]
+    run.draw([[3, 4]], 2, max_new_tokens=4)          # sampling leaves the mode as it was
+    forwards.clear(), batches.clear()
+    update(run.model, run.optimizer, groups, run.config, micro_batch_tokens=5)
+    assert len(forwards) == times * len(batches) > 0
 
 
 def test_grpo_is_the_same_code_without_branches(tmp_path):

@@ -140,14 +140,17 @@ def assert_same(run, whole):
 MOMENTS = random.Random(0)
 KILLS = ([["call", MOMENTS.randint(1, 90)] for _ in range(6)] + [["log", MOMENTS.randint(1, 20)] for _ in range(4)]
          + [["weights", MOMENTS.randint(1, 6)] for _ in range(3)]
-         + [["time", round(MOMENTS.uniform(0, 1.5), 2)] for _ in range(7)])
+         + [["time", MOMENTS.uniform(0, 0.8)] for _ in range(7)])      # of the time that the whole run takes
 
 
 def test_killed_at_twenty_random_moments_it_ends_as_if_it_had_not_been(train, whole, tmp_path):
     """Ten runs are killed, resumed, killed again, and resumed: in the writing of checkpoints and logs, and anywhere."""
-    MOMENTS.shuffle(KILLS)
+    clock = [json.loads(line) for line in (whole / "timing.jsonl").read_text().splitlines()]
+    seconds = sum(value for line in clock for name, value in line.items() if name.startswith("seconds_"))
+    kills = [[kind, n * seconds if kind == "time" else n] for kind, n in KILLS]
+    MOMENTS.shuffle(kills)
     deaths = 0
-    for i, (first, second) in enumerate(zip(KILLS[::2], KILLS[1::2])):
+    for i, (first, second) in enumerate(zip(kills[::2], kills[1::2])):
         out = tmp_path / str(i)
         begin = [*RUN, "--out", out]
         for what in (first, second, None):

@@ -15,6 +15,10 @@ import re
 import shutil
 from pathlib import Path
 
+import torch.distributed.checkpoint as dcp
+
+from ranks import first
+
 LOGS = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")
 
 
@@ -50,27 +54,55 @@ def find_checkpoints(run_dir) -> list[tuple[int, Path]]:
     return sorted((int(path.name[5:]), path) for path in folders if re.fullmatch(r"step_\d+", path.name))
 
 
-def save_checkpoint(run_dir, step, write, best_step=None) -> None:
+def save_checkpoint(run_dir, step, write, best_step=None, shards=None) -> None:
     """Make checkpoints/step_N: write(folder) fills a folder beside it, which is then renamed; old ones are removed.
 
-    OSError when writing fails, a full disk for example; the checkpoints that were there are then there still.
+    With several ranks (who must see one disk) rank 0 writes; shards, a state dict of which each rank holds a part,
+    go into optimizer/, where each rank writes its own. OSError when writing fails, a full disk for example; the
+    checkpoints that were there are then there still.
     """
     folder = Path(run_dir) / "checkpoints" / f"step_{step}"
-    if folder.exists():
-        return
     beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)                    # of a process that was killed here
-    try:
+
+    def attempt(action):
+        try:
+            action()
+        except Exception as error:                               # safetensors and torch have their own types
+            shutil.rmtree(beside, ignore_errors=True)            # its room may be needed
+            raise OSError(f"the checkpoint {folder} could not be written: {error}") from error
+
+    def begin():
+        shutil.rmtree(beside, ignore_errors=True)                # of a process that was killed here
         beside.mkdir(parents=True)
         write(beside)
-        for path in [*beside.iterdir(), *(Path(run_dir) / name for name in LOGS)]:
+
+    def complete():
+        for path in [*beside.rglob("*"), *(Path(run_dir) / name for name in LOGS)]:
             if path.is_file():
                 _to_disk(path)
-    except Exception as error:                                   # safetensors and torch have their own types
-        shutil.rmtree(beside, ignore_errors=True)                # its room may be needed
-        raise OSError(f"the checkpoint {folder} could not be written: {error}") from error
-    os.replace(beside, folder)
-    _remove_old(run_dir, best_step)
+
+    def rename():
+        os.replace(beside, folder)
+        _remove_old(run_dir, best_step)
+
+    if first(folder.exists):
+        return
+    first(lambda: attempt(begin))
+    if shards is not None:
+        attempt(lambda: dcp.save(shards, checkpoint_id=beside / "optimizer"))                # of all ranks together
+    first(lambda: attempt(complete))
+    first(rename)
+
+
+def read_shards(folder, shards) -> None:
+    """Fill `shards`, a state dict as save_checkpoint took it, on this number of ranks or any other.
+
+    ValueError when that cannot be read, or is not there.
+    """
+    try:
+        dcp.load(shards, checkpoint_id=Path(folder) / "optimizer")
+    except Exception as error:                                   # on all ranks alike
+        raise ValueError(f"no optimizer state in it: {repr(error).splitlines()[0]}") from error
 
 
 def _remove_old(run_dir, best_step):

@@ -22,10 +22,14 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from loss import k3_kl, sequence_weights, weighted_objective
-from packing import attention_length, micro_batches, pack_or_split, score_rows
+from packing import attention_length, micro_batches, pack, pack_or_split, score_rows
 from pivot import draw_pivot, fixed_ends, sentence_ends
+from ranks import as_forward, gather, rank, world_size
+
+IDLE = pack([0], [0])                                # a row of weight 0, for a rank without rows (ranks.py)
 
 
 @dataclass
@@ -84,11 +88,12 @@ class Config:
 
 
 def roll_out(draw, prompts, reward, config) -> list[Group]:
-    """Line 1. draw(prefixes, k, max_new_tokens=...) is resample.sample with its model filled in;
-    reward(x, response) grades a response (token ids) to the question with index x in prompts."""
+    """Line 1. draw(prefixes, k, max_new_tokens=...) is resample.sample with its model filled in; reward grades
+    a list of (x, response), x the index of the question in prompts, response token ids."""
     responses = draw(prompts, config.group_size, max_new_tokens=config.max_new_tokens)
-    return [Group(prompt, [Trajectory(y, reward(x, y)) for y in responses[x]])
-            for x, prompt in enumerate(prompts)]
+    rewards = iter(reward([(x, y) for x, drawn in enumerate(responses) for y in drawn]))
+    return [Group(prompt, [Trajectory(y, next(rewards)) for y in drawn])
+            for prompt, drawn in zip(prompts, responses)]
 
 
 def choose_pivots(groups, config, recoverability, decode, rng) -> list[Group]:
@@ -108,22 +113,21 @@ def choose_pivots(groups, config, recoverability, decode, rng) -> list[Group]:
 
 
 def resample(draw, groups, reward, config) -> list[Group]:
-    """Line 3: the same groups with K branches on every trajectory that has a pivot, all drawn in one call."""
-    pivoted = [(g, t) for g in groups for t in g.trajectories if t.pivot is not None]
+    """Line 3: the same groups with K branches on every trajectory that has a pivot, all drawn in one call.
+
+    draw is also told how long a branch may become, by which it can divide the work: as the rest that failed.
+    """
+    pivoted = [(x, g, t) for x, g in enumerate(groups) for t in g.trajectories if t.pivot is not None]
     if not pivoted or not config.branches:
         return groups
-    room = [config.max_new_tokens - t.pivot for _, t in pivoted]        # cut there: did not end, has reward 0
-    prefixes = [g.prompt + t.response[:t.pivot] for g, t in pivoted]
-    drawn = iter(draw(prefixes, config.branches, max_new_tokens=room))
-
-    def with_branches(x, t):
-        if t.pivot is None:
-            return t
-        branches = next(drawn)
-        rewards = [reward(x, t.response[:t.pivot] + y) for y in branches]
-        return replace(t, branches=branches, branch_rewards=rewards)
-
-    return [Group(g.prompt, [with_branches(x, t) for t in g.trajectories]) for x, g in enumerate(groups)]
+    drawn = draw([g.prompt + t.response[:t.pivot] for _, g, t in pivoted], config.branches,
+                 max_new_tokens=[config.max_new_tokens - t.pivot for *_, t in pivoted],    # cut there: reward 0
+                 expected_tokens=[len(t.response) - t.pivot for *_, t in pivoted])
+    rewards = iter(reward([(x, t.response[:t.pivot] + y)
+                           for (x, _, t), branches in zip(pivoted, drawn) for y in branches]))
+    branched = iter([replace(t, branches=branches, branch_rewards=[next(rewards) for _ in branches])
+                     for (*_, t), branches in zip(pivoted, drawn)])
+    return [Group(g.prompt, [t if t.pivot is None else next(branched) for t in g.trajectories]) for g in groups]
 
 
 def learn_recoverability(groups, recoverability) -> None:
@@ -152,13 +156,15 @@ def pack_groups(model, groups, micro_batch_tokens=None):
 def log_probabilities(model, groups, config, micro_batch_tokens=None) -> list[torch.Tensor]:
     """log pi of all loss tokens, in nats: a tensor per trajectory, [response | branch 1 | ... | branch K]."""
     rows = pack_groups(model, groups, micro_batch_tokens)
-    logps = [None] * len(rows)
-    for batch in micro_batches(rows, micro_batch_tokens):
-        logp, _ = score_rows(model, [rows[i] for i in batch], config.temperature)
-        for i, part in zip(batch, logp.split([len(rows[i].targets) for i in batch])):
-            logps[i] = part
+    batches, rows, logps = micro_batches(rows, micro_batch_tokens, world_size()), [*rows, IDLE], {}
+    for batch in batches[rank()::world_size()]:
+        batch = batch or [len(rows) - 1]
+        logp, _ = as_forward(model, score_rows)([rows[i] for i in batch], config.temperature)
+        logps.update(zip(batch, logp.cpu().split([len(rows[i].targets) for i in batch])))
+    for others in gather(lambda: logps):
+        logps |= others
     sizes = [sum(map(len, [t.response, *t.branches])) for g in groups for t in g.trajectories]
-    return list(torch.cat(logps).split(sizes))
+    return list(torch.cat([logps[i] for i in range(len(rows) - 1)]).split(sizes))
 
 
 def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch_tokens=None, backward=False):
@@ -170,23 +176,29 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     time, and the returned loss is detached.
     metrics, over tokens of root responses unless said: entropy, kl (k3), both in nats; clip_fraction (all
     loss tokens); trained_tokens (with A != 0), forwarded_tokens (of the packed rows), padding (share of what
-    went through the model besides).
+    went through the model besides), imbalance (of the ranks' micro-batches, most tokens over mean).
+    With several ranks (ranks.py) all have the same groups, each does a part of the micro-batches, and the
+    results are those of the whole: loss and metrics summed here, detached, gradients by FSDP.
     """
     rows = pack_groups(model, groups, micro_batch_tokens)
     # (advantage, policy, kl, is it a root response?) of every sequence, then those of each row.
     flat = iter([(*w, float(s == 0)) for group in sequence_weights(groups, config)
                  for trajectory in group for s, w in enumerate(trajectory)])
     weights = [[next(flat) for _ in row.lengths] for row in rows]
+    batches = micro_batches(rows, micro_batch_tokens, world_size())
+    sequences = [(n, *w) for row, ws in zip(rows, weights) for n, w in zip(row.lengths, ws)]
+    metrics = batch_metrics(rows, batches)
     if old_logps is not None:
-        old_logps = torch.cat(old_logps).split([len(row.targets) for row in rows])
-    batches = micro_batches(rows, micro_batch_tokens)
+        old_logps = [*torch.cat(old_logps).split([len(row.targets) for row in rows]), torch.zeros(1)]
+    rows, weights = [*rows, IDLE], [*weights, [(0.0, 0.0, 0.0, 0.0)]]
     total, sums = 0.0, {"entropy": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-    for batch in batches:
+    for batch in batches[rank()::world_size()]:
+        batch = batch or [len(rows) - 1]             # nothing left for this rank: it joins in the collectives
         part, ref = [rows[i] for i in batch], None
         if ref_model is not None and config.beta > 0:
             with torch.no_grad():                    # first: its logits need room that is free only now
-                ref, _ = score_rows(ref_model, part, config.temperature)
-        logp, entropy = score_rows(model, part, config.temperature)                      # (N,) loss tokens
+                ref, _ = as_forward(ref_model, score_rows)(part, config.temperature)
+        logp, entropy = as_forward(model, score_rows)(part, config.temperature)          # (N,) loss tokens
         repeats = torch.tensor([n for row in part for n in row.lengths], device=logp.device)
         columns = zip(*(w for i in batch for w in weights[i]))
         advantage, policy, kl, main = (logp.new_tensor(c).repeat_interleave(repeats) for c in columns)
@@ -203,14 +215,23 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
             sums["entropy"] += (entropy * main).sum().item()
             sums["clip_fraction"] += clipped.sum().item()
             sums["kl"] += (k3_kl(logp, ref) * main).sum().item() if ref is not None else 0.0
-    sequences = [(n, *w) for row, ws in zip(rows, weights) for n, w in zip(row.lengths, ws)]
+    if world_size() > 1:
+        everyone = gather(lambda: (total.item(), sums))
+        total = total.new_tensor(sum(part for part, _ in everyone))
+        sums = {name: sum(part[name] for _, part in everyone) for name in sums}
     n_main = sum(n for n, *_, main in sequences if main)
-    forwarded = sum(len(row.ids) for row in rows)
-    padded = sum(len(batch) * len(rows[batch[0]].ids) for batch in batches)              # longest first
     return total, {"entropy": sums["entropy"] / n_main, "kl": sums["kl"] / n_main,
                    "clip_fraction": sums["clip_fraction"] / sum(n for n, *_ in sequences),
-                   "trained_tokens": sum(n for n, advantage, *_ in sequences if advantage != 0),
-                   "forwarded_tokens": forwarded, "padding": 1 - forwarded / padded}
+                   "trained_tokens": sum(n for n, advantage, *_ in sequences if advantage != 0), **metrics}
+
+
+def batch_metrics(rows, batches) -> dict:
+    """forwarded_tokens, padding and imbalance of objective(): what the micro-batches cost."""
+    forwarded = sum(len(row.ids) for row in rows)
+    loads = [len(batch) * len(rows[batch[0]].ids) if batch else 0 for batch in batches]      # longest first
+    rounds = [loads[i:i + world_size()] for i in range(0, len(loads), world_size())]         # one batch per rank
+    return {"forwarded_tokens": forwarded, "padding": 1 - forwarded / sum(loads),
+            "imbalance": sum(map(max, rounds)) * world_size() / sum(loads)}
 
 
 def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None) -> dict:
@@ -225,6 +246,7 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
         loss, metrics = objective(model, groups, config, ref_model, old_logps, micro_batch_tokens,
                                   backward=True)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm                 # sharded: of all ranks
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         optimizer.step()

@@ -16,6 +16,7 @@ instead (gradient checkpointing drops the cache).
 
     python packing.py        # draws the tree mask of a small row
 """
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -96,18 +97,32 @@ def tree_mask(segments: torch.Tensor, prefix_length: torch.Tensor) -> torch.Tens
     return (causal & (own | shared))[:, None]
 
 
-def micro_batches(rows: list[Row], tokens: int | None) -> list[list[int]]:
-    """Indices of rows, longest first, in batches of at most `tokens` padded tokens (None: one batch).
+def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[list[int]]:
+    """Indices of rows, longest first, in batches of at most `tokens` padded tokens (None: one batch per rank).
 
-    A row is never cut: one that is longer than `tokens` is a batch of its own.
+    A row is never cut: one that is longer than `tokens` is a batch of its own. With several ranks, of which each
+    takes every ranks-th batch, their number is a multiple of `ranks`, and the batches are as even as that allows;
+    those at the end are empty where there are fewer rows than batches.
     """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
-        longest = len(rows[batches[-1][0]].ids) if batches else 0
-        if batches and (tokens is None or longest * (len(batches[-1]) + 1) <= tokens):
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+    longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+
+    def cut(limit):
+        batches: list[list[int]] = []
+        for i in longest_first:
+            longest = len(rows[batches[-1][0]].ids) if batches else 0
+            if batches and longest * (len(batches[-1]) + 1) <= limit:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    limit = sum(len(row.ids) for row in rows) * len(rows) if tokens is None else tokens      # more than all of them
+    batches = cut(limit)
+    if ranks > 1:
+        wanted = -(-len(batches) // ranks) * ranks
+        # The least limit that needs no more batches than these: it spreads the rows evenly over them.
+        batches = cut(bisect_left(range(limit), True, key=lambda limit: len(cut(limit)) <= wanted))
+        batches += [[] for _ in range(wanted - len(batches))]
     return batches
 
 
@@ -148,9 +163,10 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
         logits = head(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                   # (n, V)
         logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        del logits                                   # 4 V bytes per token, at the peak of memory
         chosen = logp.gather(-1, target[:, None])[:, 0]
         with torch.no_grad():                        # after all that backward needs: it is not computed again
-            entropy = -torch.linalg.vecdot(logp.exp(), logp)
+            entropy = -(logp.exp() * logp).sum(-1)   # (vecdot is a bf16 operation under autocast)
         return chosen, entropy
 
     # The last chunk is the first of the backward pass: to keep it takes no more memory than to compute it again.

@@ -27,7 +27,7 @@ PRESETS = {
     "gsm8k": dict(AUTHORS, steps=1000, max_prompt_tokens=512, max_new_tokens=512, data="gsm8k_train",
                   eval_data="gsm8k", eval_rows=1319, model="Qwen/Qwen2.5-0.5B-Instruct"),
     "math-1.5b": dict(MATH, model="Qwen/Qwen2.5-Math-1.5B"),
-    "math-7b": dict(MATH, model="Qwen/Qwen2.5-Math-7B"),
+    "math-7b": dict(MATH, model="Qwen/Qwen2.5-Math-7B", gradient_checkpointing=True),
 }
 
 
@@ -81,7 +81,10 @@ def parse_args(argv=None, description=None):
     optim.add_argument("--lr", type=float, help="learning rate, constant")
     optim.add_argument("--max-grad-norm", type=float)
     optim.add_argument("--micro-batch-tokens", type=int, help="padded, per forward pass of the update")
-    optim.add_argument("--gradient-checkpointing", action="store_true")
+    optim.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                       help="compute activations twice instead of keeping them")
+    optim.add_argument("--offload-optimizer", action="store_true",
+                       help="torchrun only: weights, gradients and moments in host memory")
     args = parser.parse_args(argv)
     if args.resume is not None:
         restore_settings(parser, args)
@@ -99,14 +102,12 @@ def fill_settings(parser, args):
         why = ("a GPU is here; --preset tiny is the embedded task" if gpu
                else "no GPU is here; --preset gsm8k is the full run")
     print(f"preset {args.preset}: {why}")
-    if args.preset == "math-7b":
-        parser.error("argument --preset: math-7b needs more than one GPU, and this program does not shard a model yet")
     if args.method == "grpo" and args.branches not in (None, 0):
         parser.error(f"argument --branches: --method grpo is K = 0, got {args.branches}")
     if args.method == "deep_grpo" and args.branches == 0:
         parser.error("argument --branches: K = 0 is GRPO, ask for it with --method grpo")
     defaults = {f.name: f.default for f in fields(Config)}
-    defaults |= dict(budget_tokens=None, save_every=0, eval_data=None, val_rows=0)
+    defaults |= dict(budget_tokens=None, save_every=0, eval_data=None, val_rows=0, gradient_checkpointing=False)
     if args.method == "grpo":
         defaults["branches"] = 0
     for name, value in (defaults | PRESETS[args.preset]).items():

@@ -21,24 +21,26 @@ from transformers import DynamicCache, GenerationConfig
 BLOCK = 16                               # tokens between two looks at which rows have ended
 
 
-def sample(model, prefixes: list[list[int]], k: int, *, max_new_tokens: int | list[int],
+def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_tokens: int | list[int],
            eos_token_id: int | list[int], pad_token_id: int, temperature: float = 1.0) -> list[list[list[int]]]:
     """Draw k continuations of each prefix from softmax(logits / temperature); temperature 0 is greedy.
 
-    prefixes: N lists of token ids, of any lengths. max_new_tokens: one cap, or one for each prefix. Returns
+    prefixes: N lists of token ids, of any lengths. k, max_new_tokens: one number, or one for each prefix. Returns
     [N][k] lists of new token ids: the stop id is kept when one was reached, and nothing follows it; without
     it, the list is as long as its cap. Randomness is torch's global generator. When a GPU runs out of memory
     the rows are split in halves, with a warning. The model comes back in the mode it was in.
     """
     stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    counts = [k] * len(prefixes) if isinstance(k, int) else list(k)
     caps = [max_new_tokens] * len(prefixes) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if not stop:
         raise ValueError("eos_token_id must name at least one stop id, got an empty list")
     if any(len(prefix) == 0 for prefix in prefixes):
         empty = [len(prefix) for prefix in prefixes].index(0)
         raise ValueError(f"prefixes must not be empty, got one at index {empty}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1 continuation per prefix, got {k}")
+    if len(counts) != len(prefixes) or any(count < 1 for count in counts):
+        raise ValueError("k must be at least 1 continuation, and one number or one for each of the "
+                         f"{len(prefixes)} prefixes, got {k}")
     if len(caps) != len(prefixes) or any(cap < 1 for cap in caps):
         raise ValueError("max_new_tokens must be at least 1, and one number or one for each of the "
                          f"{len(prefixes)} prefixes, got {max_new_tokens}")
@@ -53,12 +55,12 @@ def sample(model, prefixes: list[list[int]], k: int, *, max_new_tokens: int | li
     model.eval()                                     # no dropout; checkpointing would switch the cache off
     model.generation_config = GenerationConfig()     # nothing to inherit: see the module's docstring
     try:
-        rows = [n for n in range(len(prefixes)) for _ in range(k)]
-        tails = _continue_rows(model, prefixes, rows, caps, settings)
+        rows = [n for n, count in enumerate(counts) for _ in range(count)]
+        tails = iter(_continue_rows(model, prefixes, rows, caps, settings))
     finally:
         model.generation_config = own_config
         model.train(was_training)
-    return [tails[n * k:(n + 1) * k] for n in range(len(prefixes))]
+    return [[next(tails) for _ in range(count)] for count in counts]
 
 
 def _continue_rows(model, prefixes, rows, caps, settings):
@@ -110,7 +112,7 @@ def _generate(model, prefixes, rows, caps, settings):
         if cache is not None:
             cache.batch_select_indices(index)        # at first (len(used), ...) -> (len(rows), ...)
         block = min(BLOCK, max(caps[rows[i]] - len(tails[i]) for i in alive))
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache,
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, synced_gpus=False,
                              generation_config=GenerationConfig(max_new_tokens=block, **settings))
         new, cache = out.sequences[:, ids.shape[1]:], out.past_key_values
         ids, mask = out.sequences, torch.cat([mask, torch.ones_like(new)], 1)

@@ -4,10 +4,12 @@ r"""Train DEEP-GRPO, or GRPO, on GSM8K or on the embedded task: one command, one
     python train_gsm8k.py --preset gsm8k                   # Qwen2.5-0.5B-Instruct, the authors' numbers
     python train_gsm8k.py --preset gsm8k --method grpo     # the baseline: the same code with K = 0
     python train_gsm8k.py --model FOLDER --data FILE.jsonl # your own: question, and answer ending in #### n
+    torchrun --nproc-per-node 8 train_gsm8k.py --preset math-7b        # the same over 8 GPUs, sharded (ranks.py)
+    python train_gsm8k.py --preset math-7b --dry-run --gpus 8          # what that takes of each GPU's memory
 
 The run directory holds config.json (all settings, versions, git revision), metrics.jsonl (a line per step),
 timing.jsonl (what the step cost), samples.jsonl (rollouts and branches as text), checkpoints/step_N (a Hugging
-Face model folder plus trainer.pt: the newest and the best) and run.png. A run that was interrupted, or killed,
+Face model folder plus trainer.pt, under torchrun also optimizer/: the newest and the best) and run.png. A run that was interrupted, or killed,
 goes on with --resume and ends as if it had not been.
 Exit codes: 0 done (or --max-hours are over), 2 bad input (one line on stderr), 1 anything else.
 """
@@ -20,21 +22,44 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from checkpoint import append_lines, cut_logs, find_checkpoints, save_checkpoint, write_whole
+from checkpoint import append_lines, cut_logs, find_checkpoints, read_shards, save_checkpoint, write_whole
 from deep_grpo import Config, choose_pivots, learn_recoverability, resample, roll_out, summarize, update
 from grading import grade_gsm8k, grade_math
 from plot import plot_run
 from presets import parse_args
+from ranks import (
+    device,
+    distributed,
+    fill,
+    first,
+    gather,
+    gathered,
+    imbalance,
+    rank,
+    shard,
+    share,
+    start,
+    world_size,
+)
 from recoverability import Recoverability
 from resample import sample
 from tasks import SETS, load_rows, load_set, make_questions, split_validation, stop_ids
@@ -60,14 +85,29 @@ class Run:
     generated_total: int = 0
     best_step: int | None = None
     best_accuracy: float = -1.0
+    imbalance: float = 1.0                           # of the last draw: generated tokens, most loaded rank over mean
 
-    def draw(self, prefixes, k, *, max_new_tokens, temperature=None):
-        """resample.sample from the present policy, at the run's temperature unless another is given."""
+    def draw(self, prefixes, k, *, max_new_tokens, expected_tokens=None, temperature=None):
+        """resample.sample from the present policy, at the run's temperature unless another is given.
+
+        Dealt out to the ranks by expected_tokens, how long a continuation of each prefix may become (None: equal).
+        """
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop[0]
-        with precision(self.model):
-            return sample(self.model, prefixes, k, max_new_tokens=max_new_tokens, eos_token_id=self.stop,
-                          pad_token_id=pad,
-                          temperature=self.config.temperature if temperature is None else temperature)
+        rows = [n for n in range(len(prefixes)) for _ in range(k)]
+        caps = [max_new_tokens] * len(prefixes) if isinstance(max_new_tokens, int) else max_new_tokens
+        costs = [expected_tokens[n] for n in rows] if expected_tokens else None
+
+        def draw_part(part):
+            counts = Counter(part)                   # a prefix may be dealt out to two ranks
+            with precision(self.model):
+                tails = sample(self.model, [prefixes[n] for n in counts], [*counts.values()],
+                               max_new_tokens=[caps[n] for n in counts], eos_token_id=self.stop, pad_token_id=pad,
+                               temperature=self.config.temperature if temperature is None else temperature)
+            return [y for drawn in tails for y in drawn]
+
+        drawn = share(rows, draw_part, costs)
+        self.imbalance = imbalance([len(y) for y in drawn], costs)
+        return [drawn[i:i + k] for i in range(0, len(drawn), k)]
 
     def text(self, ids):
         """Token ids as text, without special tokens."""
@@ -78,45 +118,84 @@ class Run:
         grade = grade_math if question.math else grade_gsm8k
         return float(response[-1] in self.stop and grade(self.text(response), question.gold))
 
+    def rewards(self, pairs):
+        """The rewards of (question, response) pairs; each is graded on one rank only."""
+        return share(pairs, lambda part: [self.reward(*pair) for pair in part])
+
 
 def precision(model):
-    """fp32 on a CPU; on a GPU bf16 compute with the fp32 master weights that the model was loaded with."""
-    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda")
+    """fp32 on a CPU; on a GPU bf16 compute with fp32 master weights: by autocast, or as FSDP was told (ranks.py)."""
+    kind = model.device.type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda" and not isinstance(model, FSDPModule))
 
 
 def prepare(args) -> Run:
-    """Load and check everything; nothing is written before that. ValueError or OSError on bad input."""
-    if args.resume is None and (args.out.is_file() or (args.out / "config.json").exists()):
-        raise ValueError(f"{args.out} already holds a run (or is a file): choose another --out, "
-                         f"or --resume {args.out}")
+    """Load and check everything; nothing is written before that. ValueError or OSError on bad input.
+
+    Rank 0 loads, the others get it from there.
+    """
     config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
     random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    rows, eval_rows, val_rows = load_questions(args)
-    model, tokenizer = load_model(args.model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    made = [make_questions(r, tokenizer, args.max_prompt_tokens, args.template) for r in (rows, eval_rows, val_rows)]
+    seed_rank(args.seed)
+    weights = []                                     # the model, on rank 0
+
+    def load():
+        if args.resume is None and (args.out.is_file() or (args.out / "config.json").exists()):
+            raise ValueError(f"{args.out} already holds a run (or is a file): choose another --out, "
+                             f"or --resume {args.out}")
+        rows = load_questions(args)
+        model, tokenizer = load_model(args.model)
+        weights.append(model)
+        return encode_questions(args, rows, tokenizer), tokenizer, stop_ids(tokenizer, model), model.config
+
+    (questions, eval_questions, val_questions, skipped), tokenizer, stop, model_config = first(load)
+    model = place(weights, model_config, args.offload_optimizer)
+    ref_model = place(weights, model_config, frozen=True) if config.beta > 0 else None
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()                                # or transformers checkpoints nothing; dropout: see load_model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    run = Run(args, config, model, ref_model, tokenizer, stop, questions, eval_questions, val_questions, skipped,
+              optimizer, Recoverability(), np.random.default_rng(args.seed))
+    if args.resume is not None:
+        load_checkpoint(run)
+    return run
+
+
+def seed_rank(seed, step=0):
+    """torch's generators, which sampling draws from: the seed itself on rank 0, and no two ranks draw the same."""
+    own = seed if rank() == 0 and step == 0 else random.Random(f"{seed} {rank()} {step}").getrandbits(32)
+    torch.manual_seed(own)
+
+
+def encode_questions(args, rows, tokenizer):
+    """(training, evaluation, validation questions, number of rows skipped for their length), from such rows."""
+    made = [make_questions(r, tokenizer, args.max_prompt_tokens, args.template) for r in rows]
     (questions, skipped), (eval_questions, eval_skipped), (val_questions, val_skipped) = made
     eval_skipped += val_skipped
     for row in (skipped + eval_skipped)[:5]:
         text = row.get("question", row.get("problem"))
         print(f"skipped, longer than {args.max_prompt_tokens} prompt tokens: {text[:60]!r} ...")
     if skipped or eval_skipped:
-        print(f"skipped {len(skipped)} of {len(rows)} training and "
-              f"{len(eval_skipped)} of {len(eval_rows) + len(val_rows)} evaluation questions")
+        print(f"skipped {len(skipped)} of {len(rows[0])} training and "
+              f"{len(eval_skipped)} of {len(rows[1]) + len(rows[2])} evaluation questions")
     if not questions or (args.eval_every and not eval_questions):
         raise ValueError(f"no question is left: all are longer than --max-prompt-tokens {args.max_prompt_tokens}")
-    ref_model = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()                                # or transformers checkpoints nothing; dropout: see load_model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    run = Run(args, config, model, ref_model, tokenizer, stop_ids(tokenizer, model), questions, eval_questions,
-              val_questions, len(skipped) + len(eval_skipped), optimizer, Recoverability(),
-              np.random.default_rng(args.seed))
-    if args.resume is not None:
-        load_checkpoint(run)
-    return run
+    return questions, eval_questions, val_questions, len(skipped) + len(eval_skipped)
+
+
+def place(weights, config, offload=False, frozen=False):
+    """A model with the weights of rank 0's ([model] there, [] elsewhere) on this process's device.
+
+    Under torchrun sharded over all ranks. frozen: the reference, a copy without gradients.
+    """
+    if not distributed():
+        model = copy.deepcopy(weights[0]) if frozen else weights[0]
+        return model.to(device()).eval().requires_grad_(not frozen)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    shard(model.requires_grad_(not frozen), torch.bfloat16 if device().type == "cuda" else None, offload)
+    return fill(model, weights[0] if weights else None, offload).eval()
 
 
 def load_questions(args):
@@ -180,24 +259,31 @@ def train_step(run) -> tuple[dict, dict, list, list]:
         return result
 
     batch = batch_at(run, run.step + 1)
+    timing = {}
 
-    def reward(x, response):
-        return timed("score", run.reward, batch[x], response)
+    def reward(pairs):
+        return timed("score", run.rewards, [(batch[x], response) for x, response in pairs])
 
-    groups = timed("rollout", roll_out, run.draw, [q.prompt for q in batch], reward, run.config)
-    if run.config.branches:
-        groups = timed("resample", choose_pivots, groups, run.config, run.recoverability, run.text,
-                       run.pivot_rng)
-        groups = timed("resample", resample, run.draw, groups, reward, run.config)
-        learn_recoverability(groups, run.recoverability)
+    with gathered(run.model):
+        groups = timed("rollout", roll_out, run.draw, [q.prompt for q in batch], reward, run.config)
+        timing["imbalance_rollout"] = run.imbalance
+        if run.config.branches:
+            # One rank draws the pivots for all: a difference in a last digit would be another step on each.
+            groups = timed("resample", first, lambda: choose_pivots(groups, run.config, run.recoverability, run.text,
+                                                                    run.pivot_rng))
+            groups = timed("resample", resample, run.draw, groups, reward, run.config)
+            timing["imbalance_resample"] = run.imbalance
+            learn_recoverability(groups, run.recoverability)
     with precision(run.model):
         learned = timed("update", update, run.model, run.optimizer, groups, run.config, run.ref_model,
                         run.args.micro_batch_tokens)
+    timing |= {"imbalance_update": learned.pop("imbalance"), "padding": learned.pop("padding")}
     metrics = summarize(groups, run.stop) | learned | {"w": run.recoverability.w, "b": run.recoverability.b}
-    timing = {f"seconds_{name}": seconds for name, seconds in clock.items()}
+    timing |= {f"seconds_{name}": seconds for name, seconds in clock.items()}
     timing["tokens_per_second"] = metrics["generated_tokens"] / sum(clock.values())
-    timing["peak_memory_gb"] = (torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available()
-                                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    peak = (torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    timing["peak_memory_gb"] = max(gather(lambda: peak))
     run.step += 1
     run.generated_total += metrics["generated_tokens"]
     return metrics | {"generated_total": run.generated_total}, timing, batch, groups
@@ -208,9 +294,10 @@ def evaluate(run) -> tuple[dict, dict]:
     start, metrics = time.perf_counter(), {}
     for name, questions in (("eval_accuracy", run.eval_questions), ("val_accuracy", run.val_questions)):
         if questions:
-            prompts = [q.prompt for q in questions]
-            answers = run.draw(prompts, 1, max_new_tokens=run.config.max_new_tokens, temperature=0)
-            metrics[name] = sum(run.reward(q, y) for q, (y,) in zip(questions, answers)) / len(questions)
+            with gathered(run.model):
+                answers = run.draw([q.prompt for q in questions], 1, max_new_tokens=run.config.max_new_tokens,
+                                   temperature=0)
+            metrics[name] = sum(run.rewards([(q, y) for q, (y,) in zip(questions, answers)])) / len(questions)
     accuracy = metrics[selection(run)]
     if run.step and accuracy > run.best_accuracy:
         run.best_step, run.best_accuracy = run.step, accuracy
@@ -235,47 +322,81 @@ def sample_lines(run, batch, groups):
 
 def moving_parts(run):
     """What a resumed run needs beside weights and optimizer, as of now."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"step": run.step, "generated_total": run.generated_total,
             "best_step": run.best_step, "best_accuracy": run.best_accuracy,
             "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
-            "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all()}
+            "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
 
 
 def save(run, parts):
-    """checkpoints/step_N: model and tokenizer in Hugging Face format, and trainer.pt: optimizer, moving parts."""
-    def write(folder):
-        run.model.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
-        torch.save({"optimizer": run.optimizer.state_dict(), **parts}, folder / "trainer.pt")
+    """checkpoints/step_N: model and tokenizer in Hugging Face format, trainer.pt: moving parts (random states of all
+    ranks) and optimizer; the optimizer of a sharded run is in optimizer/, which all ranks write side by side."""
+    parts = parts | {name: gather(lambda: parts[name]) for name in ("torch_rng", "cuda_rng")}
+    optimizer = get_optimizer_state_dict(run.model, run.optimizer)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True) if distributed() else None
+    weights = get_model_state_dict(run.model, options=whole)             # of a sharded model: on rank 0
 
-    save_checkpoint(run.args.out, parts["step"], write, parts["best_step"])
+    def write(folder):
+        run.model.save_pretrained(folder, state_dict=weights)
+        run.tokenizer.save_pretrained(folder)
+        torch.save(parts if distributed() else {"optimizer": optimizer, **parts}, folder / "trainer.pt")
+
+    save_checkpoint(run.args.out, parts["step"], write, parts["best_step"], optimizer if distributed() else None)
 
 
 def load_checkpoint(run):
-    """Put the run back to its newest checkpoint; later lines of its logs are dropped, and written again."""
-    found = find_checkpoints(run.args.out)
+    """Put the run back to its newest checkpoint; later lines of its logs are dropped, and written again.
+
+    A checkpoint of one process or of any number of ranks, whatever this is.
+    """
+    found = first(lambda: find_checkpoints(run.args.out))
     if found:
-        step, folder = found[-1]
+        folder = found[-1][1]
         try:
-            parts = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=False)
-            run.model.load_state_dict(load_model(str(folder))[0].state_dict())
-            run.optimizer.load_state_dict(parts["optimizer"])
-        except Exception as error:
+            parts = read_checkpoint(run, folder)
+        except ValueError as error:
             older = f"the one before, {found[-2][1].name}" if len(found) > 1 else "the beginning"
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise ValueError(f"the checkpoint {folder} cannot be read ({reason}); "
+            raise ValueError(f"the checkpoint {folder} cannot be read ({error}); "
                              f"remove it to go on from {older}") from error
         for name in ("step", "generated_total", "best_step", "best_accuracy"):
             setattr(run, name, parts[name])
         run.recoverability.load_state_dict(parts["recoverability"])
         run.pivot_rng.bit_generator.state = parts["pivot_rng"]
         random.setstate(parts["random_rng"])
-        torch.set_rng_state(parts["torch_rng"])
-        if parts["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(parts["cuda_rng"])
+        if rank() < len(parts["torch_rng"]):
+            torch.set_rng_state(parts["torch_rng"][rank()])
+            if parts["cuda_rng"][rank()] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(parts["cuda_rng"][rank()])
+        else:                                            # there were fewer ranks
+            seed_rank(run.args.seed, run.step)
     print(f"going on after step {run.step}" if found else "there is no checkpoint yet: the run begins again")
-    cut_logs(run.args.out, run.step if found else -1)
+    first(lambda: cut_logs(run.args.out, run.step if found else -1))
+
+
+def read_checkpoint(run, folder):
+    """Weights and optimizer of a checkpoint into the run; returns its moving parts. ValueError when it is damaged."""
+    weights, moments = {}, {}                            # whole, and on rank 0 only
+
+    def load():
+        try:
+            parts = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=False)
+            weights.update(load_model(str(folder))[0].state_dict())
+            moments.update(parts.pop("optimizer", {}))
+        except Exception as error:                       # many types; the person needs one line
+            raise ValueError((str(error).splitlines() or [repr(error)])[0]) from error
+        return parts, bool(moments)
+
+    parts, by_one_process = first(load)
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed())
+    set_model_state_dict(run.model, weights, options=whole)
+    if by_one_process:
+        set_optimizer_state_dict(run.model, run.optimizer, moments, options=whole)
+    else:
+        moments = get_optimizer_state_dict(run.model, run.optimizer)
+        read_shards(folder, moments)
+        set_optimizer_state_dict(run.model, run.optimizer, moments)
+    return parts
 
 
 def write_config(run):
@@ -283,17 +404,17 @@ def write_config(run):
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.args).items()
                 if k not in ("resume", "max_hours")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "transformers": transformers.__version__, "numpy": np.__version__}
     about = {"settings": settings, "training_questions": len(run.questions),
              "evaluation_questions": len(run.eval_questions), "validation_questions": len(run.val_questions),
              "skipped_questions": run.skipped, "parameters": sum(p.numel() for p in run.model.parameters()),
-             "device": device, "versions": versions, "git_revision": revision.stdout.strip() or None}
+             "device": hardware, "ranks": world_size(), "versions": versions, "git_revision": revision.stdout.strip() or None}
     write_whole(run.args.out / "config.json", json.dumps(about, indent=2) + "\n")
     print(" ".join(f"{name}={value}" for name, value in settings.items()))
     print(f"{len(run.questions)} training and {len(run.eval_questions)} evaluation questions, "
-          f"{about['parameters'] / 1e6:.1f} M parameters, {device}; writing to {run.args.out}")
+          f"{about['parameters'] / 1e6:.1f} M parameters, {world_size()} x {hardware}; writing to {run.args.out}")
 
 
 def finished(run):
@@ -309,14 +430,19 @@ def log(run, metrics, timing, samples=()):
 
 
 def stop_after_this_step(signals) -> list:
-    """From now on Ctrl-C and SIGTERM put their name into the returned list; a second one ends the process."""
+    """From now on Ctrl-C and SIGTERM put their name into the returned list; a second one ends the process.
+
+    (Under torchrun it does not: torchrun passes on to all ranks what they may have had already, and ends them itself.)
+    """
     received = []
 
     def note(number, frame):
         received.append(signal.Signals(number).name)
-        print(f"\n{received[0]}: ending after this step; once more to end at once", file=sys.stderr)
+        if rank() == 0:
+            print(f"\n{received[0]}: ending after this step"
+                  + ("" if distributed() else "; once more to end at once"), file=sys.stderr)
         for number in signals:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if distributed() else signal.SIG_DFL)
 
     for number in signals:
         signal.signal(number, note)
@@ -330,10 +456,11 @@ def train(run) -> int:
     shown = {}
     if run.step == 0 and args.eval_every:
         metrics, timing = evaluate(run)
-        log(run, {"generated_total": 0, **metrics}, timing)
+        first(lambda: log(run, {"generated_total": 0, **metrics}, timing))
         shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
-    with tqdm(total=args.steps, initial=run.step, desc=args.method, unit="step") as bar:
-        while not finished(run) and not received and not out_of_time(args, start, longest):
+    why = None                                           # what ended the run before its last step
+    with tqdm(total=args.steps, initial=run.step, desc=args.method, unit="step", disable=rank() > 0) as bar:
+        while not finished(run) and not (why := ended_by(args, received, start, longest)):
             began, before = time.perf_counter(), moving_parts(run)
             try:
                 metrics, timing, batch, groups = train_step(run)
@@ -347,41 +474,41 @@ def train(run) -> int:
                 metrics, timing = metrics | accuracy, timing | seconds
                 samples = sample_lines(run, batch, groups)
                 shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
-            log(run, metrics, timing, samples)
+            first(lambda: log(run, metrics, timing, samples))
             bar.set_postfix(shown)
             bar.update()
             if run.best_step == run.step or args.save_every and run.step % args.save_every == 0 or finished(run):
                 save(run, moving_parts(run))
             longest = max(longest, time.perf_counter() - began)
-    return conclude(run, received)
+    return conclude(run, why)
+
+
+def ended_by(args, received, start, longest):
+    """The signal that any rank has received, or "--max-hours", if a step as long as the longest would end after them."""
+    late = args.max_hours is not None and time.perf_counter() - start + longest > 3600 * args.max_hours
+    everyone = gather(lambda: received[:1] + ([f"--max-hours {args.max_hours:g}"] if late else []))
+    return next((why for reasons in everyone for why in reasons), None)
 
 
 def blown_up(run, before, error) -> int:
     """A loss or gradient that is not finite: keep the last good state, say where it is. Returns the exit code."""
     if run.step and "gradient" in str(error):            # the weights are still those of the last good update
         save(run, before)
-    print(f"error: stopped at step {run.step + 1}: {error}. "
-          f"The last good state is in {run.args.out / 'checkpoints'} "
-          "(none there: the starting model); try a smaller --lr", file=sys.stderr)
-    return 1
+    return fail(f"stopped at step {run.step + 1}: {error}. "
+                f"The last good state is in {run.args.out / 'checkpoints'} "
+                "(none there: the starting model); try a smaller --lr", 1)
 
 
-def out_of_time(args, start, longest):
-    """Would a step as long as the longest so far end after --max-hours?"""
-    return args.max_hours is not None and time.perf_counter() - start + longest > 3600 * args.max_hours
-
-
-def conclude(run, received) -> int:
+def conclude(run, why) -> int:
     """The last checkpoint, the figure, and where everything is. Returns the exit code."""
     args = run.args
     if not finished(run):
         if run.step:
             save(run, moving_parts(run))
-        why = received[0] if received else f"--max-hours {args.max_hours:g}"
         print(f"{why}: ended after step {run.step} of {args.steps}, everything is saved; "
               f"go on with: python train_gsm8k.py --resume {args.out}")
-        return 1 if received else 0
-    plot_run(args.out)
+        return 0 if why.startswith("--") else 1
+    first(lambda: plot_run(args.out))
     print(f"done after {run.step} steps and {run.generated_total} generated tokens; the model is in "
           f"{args.out / 'checkpoints' / f'step_{run.step}'}, the figure in {args.out / 'run.png'}")
     if run.best_step is not None:
@@ -390,25 +517,29 @@ def conclude(run, received) -> int:
     return 0
 
 
+def fail(message, code) -> int:
+    """One line on stderr, from rank 0; no rank goes on, or ends, before it is there. Returns the exit code."""
+    first(lambda: print(f"error: {' '.join(str(message).split())}", file=sys.stderr))
+    return code
+
+
 def main(argv=None) -> int:
     """Parse, prepare, train."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()          # of loading and saving: a line per checkpoint otherwise
-    args = parse_args(argv, __doc__)
+    start()
+    args = first(lambda: parse_args(argv, __doc__))
     try:
         run = prepare(args)
-        args.out.mkdir(parents=True, exist_ok=True)
+        first(lambda: args.out.mkdir(parents=True, exist_ok=True))
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     try:
         if args.resume is None:
-            write_config(run)
+            first(lambda: write_config(run))
         return train(run)
     except OSError as error:                             # a full disk, above all
-        print(f"error: {' '.join(str(error).split())}. What was saved is still there: make room, then "
-              f"--resume {args.out}", file=sys.stderr)
-        return 1
+        return fail(f"{error}. What was saved is still there: make room, then --resume {args.out}", 1)
 
 
 if __name__ == "__main__":

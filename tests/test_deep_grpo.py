@@ -303,7 +303,7 @@ def test_roll_out_scores_every_response_with_its_own_question():
         asked.append((prefixes, k, max_new_tokens))
         return [[[10 * x + i, EOS] for i in range(k)] for x in range(len(prefixes))]
 
-    groups = roll_out(draw, [[3, 4], [5]], lambda x, y: float(x == 1 and y == [11, EOS]),
+    groups = roll_out(draw, [[3, 4], [5]], lambda pairs: [float(x == 1 and y == [11, EOS]) for x, y in pairs],
                       Config(group_size=3, max_new_tokens=20))
     assert asked == [([[3, 4], [5]], 3, 20)]
     assert [[(t.response, t.reward) for t in g.trajectories] for g in groups] == [
@@ -339,16 +339,17 @@ def test_resample_continues_the_exact_prefix_within_the_room_that_is_left():
     groups[0].trajectories[0] = replace(groups[0].trajectories[0], pivot=4, ratio=0.75)
     groups[1].trajectories[0] = replace(groups[1].trajectories[0], pivot=3, ratio=0.5)
 
-    def draw(prefixes, k, *, max_new_tokens):
-        asked.append((prefixes, k, max_new_tokens))
+    def draw(prefixes, k, *, max_new_tokens, expected_tokens):
+        asked.append((prefixes, k, max_new_tokens, expected_tokens))
         return [[[7] * 6, [6, EOS]], [[7] * 6 + [EOS], [9, EOS]]]
 
-    def reward(x, response):
-        graded.append((x, response))
-        return float(response[-2:] == [6, EOS])
+    def reward(pairs):
+        graded.extend(pairs)
+        return [float(response[-2:] == [6, EOS]) for _, response in pairs]
 
     branched = resample(draw, groups, reward, Config(branches=2, max_new_tokens=10))
-    assert asked == [([[3, 5, 2, 6, 2], [4, 8, 9, 2]], 2, [6, 7])]      # one call; 10 less what each pivot keeps
+    # One call; 10 less what each pivot keeps; the rest of each failed response, 6 - 4 and 6 - 3 tokens.
+    assert asked == [([[3, 5, 2, 6, 2], [4, 8, 9, 2]], 2, [6, 7], [2, 3])]
     deep, shallow = branched[0].trajectories[0], branched[1].trajectories[0]
     assert deep.branches == [[7] * 6, [6, EOS]]
     assert deep.branch_rewards == [0.0, 1.0]

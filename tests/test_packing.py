@@ -130,9 +130,11 @@ def test_float32_agrees_within_its_rounding():
 
 def test_bfloat16_logits_are_scored_in_float32():
     # A log-probability in bfloat16 has two or three digits, too few for ratios within [0.8, 1.2].
-    logps, entropies = score_rows(make_model(dtype=torch.bfloat16), [pack(*ROLLOUTS[2])])
-    assert logps.dtype == entropies.dtype == torch.float32
-    assert (logps.bfloat16() != logps).any()
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            scores = score_rows(make_model(dtype=dtype), [pack(*ROLLOUTS[2])])
+        for score in scores:
+            assert score.dtype == torch.float32 and (score.bfloat16() != score).any()
 
 
 def test_the_mask_is_what_keeps_branches_apart():
@@ -151,6 +153,17 @@ def test_micro_batches_fill_up_to_the_tokens_longest_first():
     assert sorted(micro_batches(rows, None)[0]) == [0, 1, 2, 3, 4, 5]
     rows = [pack([1], [2] * 5), pack([1] * 8, [2])]                      # prompts count, too
     assert micro_batches(rows, 18) == [[1, 0]] and micro_batches(rows, 17) == [[1], [0]]
+
+
+def test_micro_batches_of_several_ranks_are_even():
+    rows = [pack([1], [2] * (n - 1)) for n in (3, 10, 5, 4, 10, 2)]
+    assert micro_batches(rows, 20, ranks=2) == [[1, 4], [2, 3, 0, 5]]
+    assert micro_batches(rows, 20, ranks=3) == [[1, 4], [2, 3, 0, 5], []]           # no three are all below 20
+    assert micro_batches(rows, None, ranks=2) == [[1, 4], [2, 3, 0, 5]]             # 20 each, where one batch has 60
+    assert micro_batches(rows, 10, ranks=3) == [[1], [4], [2], [3], [0], [5]]       # 10 + 4 instead of 10 + 6
+    assert micro_batches(rows, 15, ranks=2) == [[1], [4], [2, 3], [0, 5]]           # 10 + 10 instead of 10 + 15
+    assert micro_batches(rows[:1], 10, ranks=3) == [[0], [], []]
+    assert micro_batches(rows, 1, ranks=4) == [[1], [4], [2], [3], [0], [5], [], []]
 
 
 @pytest.mark.parametrize("tokens", [4096, 8192, 16384])

@@ -40,9 +40,9 @@ import deep_grpo
 import resample
 from deep_grpo import Config, Group, Trajectory, log_probabilities, objective
 from loss import sequence_weights, weighted_objective
+from model import precision
 from packing import attention_length, micro_batches, pack, score_rows
 from presets import OneLineParser
-from train_gsm8k import precision
 
 # Qwen2.5's proportions. "0.5b" are its own; the vocabulary of the smaller ones is trimmed to 8k.
 SIZES = {"test": (1, 32, 4, 1, 96, 64), "5m": (3, 256, 4, 1, 1392, 8192), "12m": (8, 256, 4, 1, 1392, 8192),

@@ -11,13 +11,23 @@ and the same, also the one before, so that there is always another to go on from
 """
 import json
 import os
+import random
 import re
 import shutil
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from ranks import first
+from model import load_model
+from ranks import distributed, first, gather, rank, seed_rank
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")
 
@@ -94,17 +104,6 @@ def save_checkpoint(run_dir, step, write, best_step=None, shards=None) -> None:
     first(rename)
 
 
-def read_shards(folder, shards) -> None:
-    """Fill `shards`, a state dict as save_checkpoint took it, on this number of ranks or any other.
-
-    ValueError when that cannot be read, or is not there.
-    """
-    try:
-        dcp.load(shards, checkpoint_id=Path(folder) / "optimizer")
-    except Exception as error:                                   # on all ranks alike
-        raise ValueError(f"no optimizer state in it: {repr(error).splitlines()[0]}") from error
-
-
 def _remove_old(run_dir, best_step):
     """Keep the newest checkpoint and the best, or, where these are the same, the newest two."""
     found = find_checkpoints(run_dir)
@@ -125,3 +124,85 @@ def _to_disk(path):
     """Return when the operating system has written the file, not only promised to."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+# ---- the state of a run (train_gsm8k.Run) ----
+
+def moving_parts(run) -> dict:
+    """What a resumed run needs beside weights and optimizer, as of now."""
+    return {"step": run.step, "generated_total": run.generated_total,
+            "best_step": run.best_step, "best_accuracy": run.best_accuracy,
+            "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
+            "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def save_run(run, parts) -> None:
+    """checkpoints/step_N: model and tokenizer in Hugging Face format, and trainer.pt: moving parts (of the random
+    states those of all ranks) and optimizer. That of a sharded run is in optimizer/, written by all ranks."""
+    parts = parts | {name: gather(lambda name=name: parts[name]) for name in ("torch_rng", "cuda_rng")}
+    optimizer = get_optimizer_state_dict(run.model, run.optimizer)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True) if distributed() else None
+    weights = get_model_state_dict(run.model, options=whole)             # of a sharded model: on rank 0
+
+    def write(folder):
+        run.model.save_pretrained(folder, state_dict=weights)
+        run.tokenizer.save_pretrained(folder)
+        torch.save(parts if distributed() else {"optimizer": optimizer, **parts}, folder / "trainer.pt")
+
+    save_checkpoint(run.args.out, parts["step"], write, parts["best_step"], optimizer if distributed() else None)
+
+
+def load_run(run) -> int:
+    """Put the run back to its newest checkpoint, of this number of ranks or any other. Returns its step, 0 if there
+    is none. ValueError when it is damaged."""
+    found = first(lambda: find_checkpoints(run.args.out))
+    if not found:
+        return 0
+    folder = found[-1][1]
+    try:
+        parts = _read(run, folder)
+    except ValueError as error:
+        older = f"the one before, {found[-2][1].name}" if len(found) > 1 else "the beginning"
+        raise ValueError(f"the checkpoint {folder} cannot be read ({error}); "
+                         f"remove it to go on from {older}") from error
+    for name in ("step", "generated_total", "best_step", "best_accuracy"):
+        setattr(run, name, parts[name])
+    run.recoverability.load_state_dict(parts["recoverability"])
+    run.pivot_rng.bit_generator.state = parts["pivot_rng"]
+    random.setstate(parts["random_rng"])
+    if rank() < len(parts["torch_rng"]):
+        torch.set_rng_state(parts["torch_rng"][rank()])
+        if parts["cuda_rng"][rank()] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(parts["cuda_rng"][rank()])
+    else:                                                # there were fewer ranks
+        seed_rank(run.args.seed, run.step)
+    return run.step
+
+
+def _read(run, folder):
+    """Weights and optimizer of a checkpoint into the run; returns its moving parts."""
+    weights, moments = {}, {}                            # whole, and on rank 0 only
+
+    def load():
+        try:
+            parts = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=False)
+            weights.update(load_model(str(folder))[0].state_dict())
+            moments.update(parts.pop("optimizer", {}))
+        except Exception as error:                       # many types; the person needs one line
+            raise ValueError((str(error).splitlines() or [repr(error)])[0]) from error
+        return parts, bool(moments)
+
+    parts, by_one_process = first(load)
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed())
+    set_model_state_dict(run.model, weights, options=whole)
+    if by_one_process:
+        set_optimizer_state_dict(run.model, run.optimizer, moments, options=whole)
+        return parts
+    moments = get_optimizer_state_dict(run.model, run.optimizer)
+    try:
+        dcp.load(moments, checkpoint_id=folder / "optimizer")
+    except Exception as error:                           # on all ranks alike
+        raise ValueError(f"no optimizer state in it: {repr(error).splitlines()[0]}") from error
+    set_optimizer_state_dict(run.model, run.optimizer, moments)
+    return parts

@@ -25,9 +25,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from loss import k3_kl, sequence_weights, weighted_objective
+from model import as_forward
 from packing import attention_length, micro_batches, pack, pack_or_split, score_rows
 from pivot import draw_pivot, fixed_ends, sentence_ends
-from ranks import as_forward, gather, rank, world_size
+from ranks import gather, rank, world_size
 
 IDLE = pack([0], [0])                                # a row of weight 0, for a rank without rows (ranks.py)
 
@@ -161,8 +162,7 @@ def log_probabilities(model, groups, config, micro_batch_tokens=None) -> list[to
         batch = batch or [len(rows) - 1]
         logp, _ = as_forward(model, score_rows)([rows[i] for i in batch], config.temperature)
         logps.update(zip(batch, logp.cpu().split([len(rows[i].targets) for i in batch])))
-    for others in gather(lambda: logps):
-        logps |= others
+    logps = {i: logp for part in gather(lambda: logps) for i, logp in part.items()}
     sizes = [sum(map(len, [t.response, *t.branches])) for g in groups for t in g.trajectories]
     return list(torch.cat([logps[i] for i in range(len(rows) - 1)]).split(sizes))
 

@@ -5,6 +5,7 @@ r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with i
     python eval_math.py --model sail/Qwen2.5-Math-7B-Oat-Zero --template qwen_math --sets math500 \
                         --samples 8 --temperature 0.6
     python eval_math.py --model assets/tiny --sets tiny --max-new-tokens 96      # embedded task, no download
+    torchrun --nproc-per-node 8 eval_math.py ...     # the same answers, each GPU does every 8th batch
 
 Protocol of the MATH table (that of Dr. GRPO): greedy, at most 3,000 new tokens, 4,096 with the prompt, the
 last \boxed{} counts, unfinished answers are graded like all others. On GSM8K an unfinished answer is wrong,
@@ -28,8 +29,10 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,10 +42,11 @@ from tqdm import tqdm
 import tiny
 from checkpoint import write_whole
 from grading import grade_gsm8k, grade_last_number, grade_math
+from model import load_model
 from presets import OneLineParser
+from ranks import device, end, fail, first, gather, rank, start, world_size
 from resample import sample
 from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
-from train_gsm8k import load_model
 
 MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
 TOTAL_TOKENS = 4096                                  # prompt and answer together
@@ -189,15 +193,22 @@ def evaluate(args, model, tokenizer, stop, questions):
     ends = list(itertools.accumulate((len(batch) * args.samples for _, batch in batches), initial=0))
     path = args.out / "answers.jsonl"
     keys = [(name, i, j) for name, batch in batches for i in batch for j in range(args.samples)]
-    there = read_answers(path, keys)
+    there = first(lambda: read_answers(path, keys))
     done = max(b for b, end in enumerate(ends) if end <= len(there))             # whole batches: a seed each
     answers = [answer for answer, _ in there[:ends[done]]]
-    with (open(path, "a") as file,
-          tqdm(total=ends[-1], initial=ends[done], unit="answer", desc="evaluation") as bar):
-        file.truncate(sum(size for _, size in there[:ends[done]]))
-        for b, (name, batch) in enumerate(batches[done:], start=done):
-            torch.manual_seed(random.Random(f"{args.seed} {b}").getrandbits(63))
-            new = list(answer_batch(args, model, tokenizer, stop, name, questions[name], batch))
+
+    def answer_one(b):
+        if b >= len(batches):
+            return []
+        torch.manual_seed(random.Random(f"{args.seed} {b}").getrandbits(63))
+        name, batch = batches[b]
+        return list(answer_batch(args, model, tokenizer, stop, name, questions[name], batch))
+
+    with (open(path if rank() == 0 else os.devnull, "a") as file,
+          tqdm(total=ends[-1], initial=ends[done], unit="answer", desc="evaluation", disable=rank() > 0) as bar):
+        first(lambda: file.truncate(sum(size for _, size in there[:ends[done]])))
+        for b in range(done, len(batches), world_size()):                        # a batch for each rank
+            new = [answer for part in gather(partial(answer_one, b + rank())) for answer in part]
             file.writelines(json.dumps(answer) + "\n" for answer in new)
             file.flush()
             answers += new
@@ -270,9 +281,8 @@ def prepare(args):
         raise ValueError(f"--data-dir {args.data_dir} is not a folder")
     rows = {name: tiny.make_rows(tiny.PRESETS[name], 256, seed=0) if name in tiny.PRESETS
             else load_set(name, args.data_dir) for name in args.sets}
-    gpu = torch.cuda.is_available()
-    model, tokenizer = load_model(args.model, torch.bfloat16 if gpu else torch.float32)
-    model.to("cuda" if gpu else "cpu").eval()
+    model, tokenizer = load_model(args.model, torch.bfloat16 if device().type == "cuda" else torch.float32)
+    model.to(device()).eval()
     stop = stop_ids(tokenizer, model)
     questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0]
                  for name in args.sets}
@@ -285,31 +295,43 @@ def main(argv=None) -> int:
     """Parse, prepare, evaluate, report."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    args = parse_args(argv)
+    start()
+    args = first(lambda: parse_args(argv))
+    prepared, there = [], f"the answers so far are in {args.out}, the same command goes on from there"
+
+    def load():
+        if not prepared:
+            prepared.append(prepare(args))
+
+    def write(results):
+        write_whole(args.out / "results.json", json.dumps(results, indent=2) + "\n")
+        write_whole(args.out / "results.md", write_table(results))
+        print(write_table(results))
+
     try:
-        parts, config = prepare(args)
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_whole(args.out / "config.json", json.dumps(config, indent=2) + "\n")
+        first(load)                                  # rank 0 alone: it may have to download
+        gather(load)
+        (parts, config), = prepared
+        first(lambda: args.out.mkdir(parents=True, exist_ok=True))
+        first(lambda: write_whole(args.out / "config.json", json.dumps(config, indent=2) + "\n"))
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     try:
         answers = evaluate(args, *parts)
-    except (KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        why = ("interrupted" if isinstance(error, KeyboardInterrupt)
-               else f"error: {' '.join(str(error).split())}")
-        print(f"{why}; the answers so far are in {args.out}, the same command goes on from there",
-              file=sys.stderr)
+    except KeyboardInterrupt:                        # of every rank
+        if rank() == 0:
+            print(f"interrupted; {there}", file=sys.stderr)
         return 1
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        return fail(f"{error}; {there}", 1)
     sets = {name: summarize([answer for answer in answers if answer["set"] == name], args.samples)
             for name in args.sets}
     mean = (sum(sets[s]["accuracy"] for s in MATH_SETS) / len(MATH_SETS)
             if all(s in sets for s in MATH_SETS) else None)
     results = {"config": config, "sets": sets, "math_mean": mean,
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    write_whole(args.out / "results.json", json.dumps(results, indent=2) + "\n")
-    write_whole(args.out / "results.md", write_table(results))
-    print(write_table(results))
+    first(lambda: write(results))
+    end()
     return 0
 
 

@@ -1,4 +1,4 @@
-r"""N processes, one run: work is dealt out to the ranks, weights are sharded with torch's FSDP2 (`fully_shard`).
+r"""N processes, one run: what is dealt out to the ranks, and how the results come together.
 
     torchrun --nproc-per-node 8 train_gsm8k.py --preset math-7b
 
@@ -6,41 +6,25 @@ Every rank holds all questions, rollouts, branches and rewards of a step: lists 
 Advantages, denominators of Eq. (J), buffer, fit and pivots are therefore those of one process, and nothing of them
 has to be reduced. Dealt out is what costs time and memory:
 
-    sampling and grading    a contiguous part of the rows for each rank; results are gathered   share
-    the update              every N-th micro-batch; FSDP sums the gradients                     deep_grpo.objective
-    weights, gradients, moments, reference    a N-th of every tensor                            shard
+    sampling, grading     a contiguous part of the rows for each rank, results gathered    share
+    the update            every N-th micro-batch; FSDP sums the gradients                  deep_grpo.objective
+    the model             an N-th of every tensor                                          model.shard
 
-For sampling the weights are gathered once and given back before the update (gathered): with FSDP's own ways each
-token would gather all of them again, and all ranks would have to stop at the same length.
 Without torchrun there is one rank, and everything here is the plain call.
 """
 import os
+import random
 import sys
 from bisect import bisect_left
 from collections.abc import Callable
-from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from itertools import accumulate
-from types import MethodType
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
-SHARED_ERRORS = (SystemExit, FloatingPointError, ValueError, OSError)
+SHARED_ERRORS = (SystemExit, FloatingPointError, ValueError, OSError, torch.OutOfMemoryError)
 
-
-# ---- ranks ----
 
 def start() -> None:
     """Join the processes that torchrun started, if it did. From here on only rank 0 prints to stdout.
@@ -83,11 +67,17 @@ def world_size() -> int:
     return dist.get_world_size() if distributed() else 1
 
 
+def seed_rank(seed, step=0):
+    """torch's generators, which sampling draws from: the seed itself on rank 0, and no two ranks draw the same."""
+    own = seed if rank() == 0 and step == 0 else random.Random(f"{seed} {rank()} {step}").getrandbits(32)
+    torch.manual_seed(own)
+
+
 def gather(function: Callable) -> list:
     """[function() of rank 0, of rank 1, ...] on every rank. Results travel pickled: no models.
 
-    Bad input, a failed write, non-finite numbers of one rank are raised on all of them, so that all end alike;
-    any other error ends this process with its traceback, and torchrun then the others.
+    Bad input, a failed write, non-finite numbers, full memory of one rank are raised on all of them, so that all end
+    alike; any other error ends this process with its traceback, and torchrun then the others.
     """
     if world_size() == 1:
         return [function()]
@@ -107,6 +97,14 @@ def gather(function: Callable) -> list:
 def first(function: Callable):
     """function() of rank 0, called there only, on every rank; its errors as in gather."""
     return gather(lambda: function() if rank() == 0 else None)[0]
+
+
+def fail(message, code) -> int:
+    """The end with an error that all ranks know: one line on stderr, from rank 0; no rank goes before it is there.
+    Returns the exit code."""
+    first(lambda: print(f"error: {' '.join(str(message).split())}", file=sys.stderr))
+    end()
+    return code
 
 
 def deal(costs: list[float], parts: int) -> list[slice]:
@@ -129,76 +127,3 @@ def imbalance(loads: list[float], costs: list[float] | None = None) -> float:
     """Most loaded rank over the mean, when items with these loads were dealt out by these costs: 1 is even."""
     sums = [sum(loads[part]) for part in deal(costs or [1] * len(loads), world_size())]
     return max(sums) * len(sums) / sum(sums) if sum(sums) else 1.0
-
-
-# ---- sharded models ----
-
-def shard(model, compute_dtype: torch.dtype | None = None, offload=False):
-    """Shard a model over all ranks, in place: each decoder layer, then what is left (embeddings, norm, head).
-
-    Embeddings and head stay in one group, as they may be tied. compute_dtype: of gathered weights and activations
-    (bf16); weights, gradients and their sum over ranks stay as they are (fp32). Gradients are summed, not averaged:
-    the weights of loss.py have all denominators. offload: sharded weights, gradients and the optimizer's moments
-    live in host memory, where the optimizer step is then computed.
-    """
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, cast_forward_inputs=False,
-                                     reduce_dtype=None if compute_dtype is None else torch.float32)
-    settings = dict(mesh=init_device_mesh(device().type, (world_size(),)), mp_policy=precision,
-                    offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
-    frozen = not any(p.requires_grad for p in model.parameters())
-    for layer in model.base_model.layers:
-        fully_shard(layer, **settings)
-    # The root stays gathered from forward to backward; without a backward nothing would free it.
-    fully_shard(model, **settings, reshard_after_forward=frozen)
-    for module in fsdp_modules(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    return model
-
-
-def fsdp_modules(model) -> list[FSDPModule]:
-    """The sharded groups of a model, the root first; none without FSDP."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def fill(model, weights, offload=False):
-    """Put the weights of rank 0's whole model (None on the others) into a sharded one, made on the meta device.
-
-    One tensor at a time: no GPU, and only one process, ever holds the whole model.
-    """
-    model.to_empty(device="cpu" if offload else device())
-    whole = weights.state_dict() if rank() == 0 else {}
-    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    # Buffers that are no part of a state dict (the frequencies of rotary positions) are undefined after to_empty.
-    for name, value in first(lambda: dict(weights.named_buffers())).items():
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner).register_buffer(leaf, value.to(device()), persistent=False)
-    return model
-
-
-@contextmanager
-def gathered(model):
-    """All weights whole, on every rank, until the end of the block: forwards in it need no other rank."""
-    modules = fsdp_modules(model)
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for i, module in enumerate(modules):
-            module.set_reshard_after_forward(i > 0, recurse=False)
-            module.reshard()
-
-
-def as_forward(model, function: Callable) -> Callable:
-    """function with its first argument, the model, filled in; on a sharded model it counts as a forward.
-
-    FSDP gathers weights around `model.forward` only, unless it is told of other methods.
-    """
-    if not isinstance(model, FSDPModule):
-        return partial(function, model)
-    if not hasattr(model, function.__name__):
-        setattr(model, function.__name__, MethodType(function, model))
-        register_fsdp_forward_method(model, function.__name__)
-    return getattr(model, function.__name__)

@@ -4,17 +4,16 @@ r"""Train DEEP-GRPO, or GRPO, on GSM8K or on the embedded task: one command, one
     python train_gsm8k.py --preset gsm8k                   # Qwen2.5-0.5B-Instruct, the authors' numbers
     python train_gsm8k.py --preset gsm8k --method grpo     # the baseline: the same code with K = 0
     python train_gsm8k.py --model FOLDER --data FILE.jsonl # your own: question, and answer ending in #### n
-    torchrun --nproc-per-node 8 train_gsm8k.py --preset math-7b        # the same over 8 GPUs, sharded (ranks.py)
+    torchrun --nproc-per-node 8 train_gsm8k.py --preset math-7b        # the same over 8 GPUs (ranks.py, model.py)
     python train_gsm8k.py --preset math-7b --dry-run --gpus 8          # what that takes of each GPU's memory
 
 The run directory holds config.json (all settings, versions, git revision), metrics.jsonl (a line per step),
 timing.jsonl (what the step cost), samples.jsonl (rollouts and branches as text), checkpoints/step_N (a Hugging
-Face model folder plus trainer.pt, under torchrun also optimizer/: the newest and the best) and run.png. A run that was interrupted, or killed,
-goes on with --resume and ends as if it had not been.
+Face model folder plus trainer.pt, under torchrun also optimizer/: the newest and the best) and run.png. A run that
+was interrupted, or killed, goes on with --resume and ends as if it had not been; on another number of GPUs, too.
 Exit codes: 0 done (or --max-hours are over), 2 bad input (one line on stderr), 1 anything else.
 """
 import argparse
-import copy
 import json
 import random
 import resource
@@ -24,42 +23,22 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from checkpoint import append_lines, cut_logs, find_checkpoints, read_shards, save_checkpoint, write_whole
+from checkpoint import append_lines, cut_logs, load_run, moving_parts, save_run, write_whole
 from deep_grpo import Config, choose_pivots, learn_recoverability, resample, roll_out, summarize, update
 from grading import grade_gsm8k, grade_math
+from model import gathered, load_model, place, precision
 from plot import plot_run
 from presets import parse_args
-from ranks import (
-    device,
-    distributed,
-    fill,
-    first,
-    gather,
-    gathered,
-    imbalance,
-    rank,
-    shard,
-    share,
-    start,
-    world_size,
-)
+from ranks import distributed, end, fail, first, gather, imbalance, rank, seed_rank, share, start, world_size
 from recoverability import Recoverability
 from resample import sample
 from tasks import SETS, load_rows, load_set, make_questions, split_validation, stop_ids
@@ -123,12 +102,6 @@ class Run:
         return share(pairs, lambda part: [self.reward(*pair) for pair in part])
 
 
-def precision(model):
-    """fp32 on a CPU; on a GPU bf16 compute with fp32 master weights: by autocast, or as FSDP was told (ranks.py)."""
-    kind = model.device.type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda" and not isinstance(model, FSDPModule))
-
-
 def prepare(args) -> Run:
     """Load and check everything; nothing is written before that. ValueError or OSError on bad input.
 
@@ -158,14 +131,10 @@ def prepare(args) -> Run:
     run = Run(args, config, model, ref_model, tokenizer, stop, questions, eval_questions, val_questions, skipped,
               optimizer, Recoverability(), np.random.default_rng(args.seed))
     if args.resume is not None:
-        load_checkpoint(run)
+        step = load_run(run)
+        print(f"going on after step {step}" if step else "there is no checkpoint yet: the run begins again")
+        first(lambda: cut_logs(args.out, step if step else -1))
     return run
-
-
-def seed_rank(seed, step=0):
-    """torch's generators, which sampling draws from: the seed itself on rank 0, and no two ranks draw the same."""
-    own = seed if rank() == 0 and step == 0 else random.Random(f"{seed} {rank()} {step}").getrandbits(32)
-    torch.manual_seed(own)
 
 
 def encode_questions(args, rows, tokenizer):
@@ -182,20 +151,6 @@ def encode_questions(args, rows, tokenizer):
     if not questions or (args.eval_every and not eval_questions):
         raise ValueError(f"no question is left: all are longer than --max-prompt-tokens {args.max_prompt_tokens}")
     return questions, eval_questions, val_questions, len(skipped) + len(eval_skipped)
-
-
-def place(weights, config, offload=False, frozen=False):
-    """A model with the weights of rank 0's ([model] there, [] elsewhere) on this process's device.
-
-    Under torchrun sharded over all ranks. frozen: the reference, a copy without gradients.
-    """
-    if not distributed():
-        model = copy.deepcopy(weights[0]) if frozen else weights[0]
-        return model.to(device()).eval().requires_grad_(not frozen)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    shard(model.requires_grad_(not frozen), torch.bfloat16 if device().type == "cuda" else None, offload)
-    return fill(model, weights[0] if weights else None, offload).eval()
 
 
 def load_questions(args):
@@ -216,25 +171,6 @@ def load_questions(args):
         raise ValueError(f"{args.data} has {len(rows)} row: at least 2 are needed, one to hold out "
                          "(or give --eval-data)")
     return *split_validation(rows, min(args.eval_rows, len(rows) // 2)), []
-
-
-def load_model(name, dtype=torch.float32):
-    """(model with sdpa attention, tokenizer) from a folder or the hub; ValueError when there is none."""
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise ValueError(f"{name} does not hold a model: there is no config.json in it")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-    except Exception as error:                       # many types; the person needs one line
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {name!r} is neither a local folder with a model nor could it be loaded from the "
-                         f"hub: {reason}") from error
-    for module in model.modules():                   # dropout would score another policy than the one sampled
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    return model, tokenizer
 
 
 def batch_at(run, step):
@@ -320,85 +256,6 @@ def sample_lines(run, batch, groups):
                        "prefix": run.text(t.response[:t.pivot]) if branches else None, "branches": branches}
 
 
-def moving_parts(run):
-    """What a resumed run needs beside weights and optimizer, as of now."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"step": run.step, "generated_total": run.generated_total,
-            "best_step": run.best_step, "best_accuracy": run.best_accuracy,
-            "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
-            "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
-
-
-def save(run, parts):
-    """checkpoints/step_N: model and tokenizer in Hugging Face format, trainer.pt: moving parts (random states of all
-    ranks) and optimizer; the optimizer of a sharded run is in optimizer/, which all ranks write side by side."""
-    parts = parts | {name: gather(lambda: parts[name]) for name in ("torch_rng", "cuda_rng")}
-    optimizer = get_optimizer_state_dict(run.model, run.optimizer)
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True) if distributed() else None
-    weights = get_model_state_dict(run.model, options=whole)             # of a sharded model: on rank 0
-
-    def write(folder):
-        run.model.save_pretrained(folder, state_dict=weights)
-        run.tokenizer.save_pretrained(folder)
-        torch.save(parts if distributed() else {"optimizer": optimizer, **parts}, folder / "trainer.pt")
-
-    save_checkpoint(run.args.out, parts["step"], write, parts["best_step"], optimizer if distributed() else None)
-
-
-def load_checkpoint(run):
-    """Put the run back to its newest checkpoint; later lines of its logs are dropped, and written again.
-
-    A checkpoint of one process or of any number of ranks, whatever this is.
-    """
-    found = first(lambda: find_checkpoints(run.args.out))
-    if found:
-        folder = found[-1][1]
-        try:
-            parts = read_checkpoint(run, folder)
-        except ValueError as error:
-            older = f"the one before, {found[-2][1].name}" if len(found) > 1 else "the beginning"
-            raise ValueError(f"the checkpoint {folder} cannot be read ({error}); "
-                             f"remove it to go on from {older}") from error
-        for name in ("step", "generated_total", "best_step", "best_accuracy"):
-            setattr(run, name, parts[name])
-        run.recoverability.load_state_dict(parts["recoverability"])
-        run.pivot_rng.bit_generator.state = parts["pivot_rng"]
-        random.setstate(parts["random_rng"])
-        if rank() < len(parts["torch_rng"]):
-            torch.set_rng_state(parts["torch_rng"][rank()])
-            if parts["cuda_rng"][rank()] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(parts["cuda_rng"][rank()])
-        else:                                            # there were fewer ranks
-            seed_rank(run.args.seed, run.step)
-    print(f"going on after step {run.step}" if found else "there is no checkpoint yet: the run begins again")
-    first(lambda: cut_logs(run.args.out, run.step if found else -1))
-
-
-def read_checkpoint(run, folder):
-    """Weights and optimizer of a checkpoint into the run; returns its moving parts. ValueError when it is damaged."""
-    weights, moments = {}, {}                            # whole, and on rank 0 only
-
-    def load():
-        try:
-            parts = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=False)
-            weights.update(load_model(str(folder))[0].state_dict())
-            moments.update(parts.pop("optimizer", {}))
-        except Exception as error:                       # many types; the person needs one line
-            raise ValueError((str(error).splitlines() or [repr(error)])[0]) from error
-        return parts, bool(moments)
-
-    parts, by_one_process = first(load)
-    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed())
-    set_model_state_dict(run.model, weights, options=whole)
-    if by_one_process:
-        set_optimizer_state_dict(run.model, run.optimizer, moments, options=whole)
-    else:
-        moments = get_optimizer_state_dict(run.model, run.optimizer)
-        read_shards(folder, moments)
-        set_optimizer_state_dict(run.model, run.optimizer, moments)
-    return parts
-
-
 def write_config(run):
     """config.json: all settings, and what the numbers depend on besides."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -410,7 +267,8 @@ def write_config(run):
     about = {"settings": settings, "training_questions": len(run.questions),
              "evaluation_questions": len(run.eval_questions), "validation_questions": len(run.val_questions),
              "skipped_questions": run.skipped, "parameters": sum(p.numel() for p in run.model.parameters()),
-             "device": hardware, "ranks": world_size(), "versions": versions, "git_revision": revision.stdout.strip() or None}
+             "device": hardware, "ranks": world_size(), "versions": versions,
+             "git_revision": revision.stdout.strip() or None}
     write_whole(run.args.out / "config.json", json.dumps(about, indent=2) + "\n")
     print(" ".join(f"{name}={value}" for name, value in settings.items()))
     print(f"{len(run.questions)} training and {len(run.eval_questions)} evaluation questions, "
@@ -474,17 +332,17 @@ def train(run) -> int:
                 metrics, timing = metrics | accuracy, timing | seconds
                 samples = sample_lines(run, batch, groups)
                 shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
-            first(lambda: log(run, metrics, timing, samples))
+            first(partial(log, run, metrics, timing, samples))
             bar.set_postfix(shown)
             bar.update()
             if run.best_step == run.step or args.save_every and run.step % args.save_every == 0 or finished(run):
-                save(run, moving_parts(run))
+                save_run(run, moving_parts(run))
             longest = max(longest, time.perf_counter() - began)
     return conclude(run, why)
 
 
 def ended_by(args, received, start, longest):
-    """The signal that any rank has received, or "--max-hours", if a step as long as the longest would end after them."""
+    """The signal that any rank has received, or "--max-hours", when a step as long as the longest would end later."""
     late = args.max_hours is not None and time.perf_counter() - start + longest > 3600 * args.max_hours
     everyone = gather(lambda: received[:1] + ([f"--max-hours {args.max_hours:g}"] if late else []))
     return next((why for reasons in everyone for why in reasons), None)
@@ -493,7 +351,7 @@ def ended_by(args, received, start, longest):
 def blown_up(run, before, error) -> int:
     """A loss or gradient that is not finite: keep the last good state, say where it is. Returns the exit code."""
     if run.step and "gradient" in str(error):            # the weights are still those of the last good update
-        save(run, before)
+        save_run(run, before)
     return fail(f"stopped at step {run.step + 1}: {error}. "
                 f"The last good state is in {run.args.out / 'checkpoints'} "
                 "(none there: the starting model); try a smaller --lr", 1)
@@ -504,7 +362,7 @@ def conclude(run, why) -> int:
     args = run.args
     if not finished(run):
         if run.step:
-            save(run, moving_parts(run))
+            save_run(run, moving_parts(run))
         print(f"{why}: ended after step {run.step} of {args.steps}, everything is saved; "
               f"go on with: python train_gsm8k.py --resume {args.out}")
         return 0 if why.startswith("--") else 1
@@ -515,12 +373,6 @@ def conclude(run, why) -> int:
         chosen = "the test set, as in the authors' code" if args.select_on_test else "held-out questions"
         print(f"the best checkpoint by {selection(run)} ({chosen}) is step_{run.best_step}: {run.best_accuracy:.3f}")
     return 0
-
-
-def fail(message, code) -> int:
-    """One line on stderr, from rank 0; no rank goes on, or ends, before it is there. Returns the exit code."""
-    first(lambda: print(f"error: {' '.join(str(message).split())}", file=sys.stderr))
-    return code
 
 
 def main(argv=None) -> int:
@@ -537,7 +389,9 @@ def main(argv=None) -> int:
     try:
         if args.resume is None:
             first(lambda: write_config(run))
-        return train(run)
+        code = train(run)
+        end()
+        return code
     except OSError as error:                             # a full disk, above all
         return fail(f"{error}. What was saved is still there: make room, then --resume {args.out}", 1)
 

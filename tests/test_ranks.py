@@ -24,7 +24,8 @@ import deep_grpo
 import ranks
 import train_gsm8k
 from deep_grpo import Config, Group, Trajectory, log_probabilities, objective, update
-from ranks import deal, distributed, fsdp_modules, gathered, rank, shard, world_size
+from model import fsdp_modules, gathered, shard
+from ranks import deal, distributed, rank, world_size
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,8 @@
 """Several processes against one: gloo on the CPU, real collectives, real sharding; and what happens when one dies.
 
 A test names a function of this file; `on_ranks(n, name, ...)` calls it in n processes at once and returns what
-each returned. They are forks of a process that has imported everything: a second each, not ten.
+each returned; n = 0 is a process without torchrun. They are forks of a process that has imported everything: a second
+each, not ten.
 """
 import json
 import os
@@ -21,7 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deep_grpo
+import eval_math
 import ranks
+import tiny
 import train_gsm8k
 from deep_grpo import Config, Group, Trajectory, log_probabilities, objective, update
 from model import fsdp_modules, gathered, shard
@@ -34,17 +37,21 @@ ROOT = Path(__file__).parents[1]
 
 def serve():
     """Read requests, fork n processes for each, answer with their exit codes."""
+    make_rows = tiny.make_rows
+    tiny.make_rows = lambda task, n, seed: make_rows(task, min(n, 64), seed)              # to start fast
+    train_gsm8k.plot_run = lambda out: None
     for line in sys.stdin:
         n, folder, name, args = json.loads(line)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         pids = []
-        for i in range(n):
+        for i in range(max(n, 1)):
             pids.append(os.fork())
             if pids[-1] == 0:
-                os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                                  MASTER_PORT=str(port))
+                if n:
+                    os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                                      MASTER_PORT=str(port))
                 for stream, suffix in ((1, "out"), (2, "err")):
                     os.dup2(os.open(f"{folder}/{i}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
                 code = 1
@@ -77,12 +84,13 @@ class Processes:
         """(exit codes, stdouts, stderrs) of name(*args) in n processes."""
         print(json.dumps([n, str(self.folder), name, args]), file=self.server.stdin, flush=True)
         codes = json.loads(self.server.stdout.readline())
-        return codes, *([(self.folder / f"{i}.{suffix}").read_text() for i in range(n)] for suffix in ("out", "err"))
+        streams = [[(self.folder / f"{i}.{suffix}").read_text() for i in range(len(codes))] for suffix in ("out", "err")]
+        return codes, *streams
 
     def __call__(self, n, name, *args):
         codes, _, errors = self.run(n, name, *args)
-        assert codes == [0] * n, "\n".join(errors)
-        return [torch.load(self.folder / f"{i}.pt", weights_only=False) for i in range(n)]
+        assert codes == [0] * len(codes), "\n".join(errors)
+        return [torch.load(self.folder / f"{i}.pt", weights_only=False) for i in range(len(codes))]
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +226,11 @@ def learn(case, same_policy, checkpointing, tied):
     deep_grpo.score_rows = score_rows
     make_groups, tokens = CASES[case]
     config = Config(lam=0.4, beta=0.3, temperature=0.8, clip_low=0.1, clip_high=0.25)
-    try:
-        old_logps = None if same_policy else log_probabilities(old, make_groups(), config, tokens)
-        loss, metrics = objective(model, make_groups(), config, ref, old_logps, tokens, backward=True)
-        grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-        updated = update(model, optimizer, make_groups(), Config(beta=0.3, updates=2), ref, tokens)
-    finally:
-        deep_grpo.score_rows = score
+    old_logps = None if same_policy else log_probabilities(old, make_groups(), config, tokens)
+    loss, metrics = objective(model, make_groups(), config, ref, old_logps, tokens, backward=True)
+    grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    updated = update(model, optimizer, make_groups(), Config(beta=0.3, updates=2), ref, tokens)
     return {"loss": loss.item(), "metrics": metrics, "grads": grads, "updated": updated, "scored": scored,
             "weights": {name: whole(p.detach()) for name, p in model.named_parameters()}}
 
@@ -236,7 +241,7 @@ def learn(case, same_policy, checkpointing, tied):
     ("one side each, 2", 2, False, False, True), ("one side each, 3", 3, False, False, True),
     ("fewer rows than ranks", 3, False, False, True)])
 def test_n_ranks_compute_the_gradient_of_one_process(on_ranks, case, n, same_policy, checkpointing, tied):
-    expected = learn(case, same_policy, False, tied)
+    expected, = on_ranks(0, "learn", case, same_policy, False, tied)
     results = on_ranks(n, "learn", case, same_policy, checkpointing, tied)
     assert set.union(*(got["scored"] for got in results)) - {0} == expected["scored"]      # (0: the idle row)
     if case.startswith("one side each"):
@@ -303,8 +308,8 @@ def test_weights_gradients_moments_and_reference_are_sharded_in_fp32_and_compute
 
 # ---- generation ----
 
-FLAGS = ["--preset", "tiny", "--questions", "3", "--group-size", "4", "--branches", "3", "--eval-rows", "7",
-         "--max-new-tokens", "48"]
+FLAGS = ["--preset", "tiny", "--questions", "3", "--group-size", "4", "--branches", "3", "--eval-rows", "5",
+         "--max-new-tokens", "40"]
 
 
 def draws():
@@ -338,7 +343,7 @@ def draws():
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_generation_needs_no_collective_per_token(on_ranks, n):
-    expected = draws()
+    expected, = on_ranks(0, "draws")
     for got in on_ranks(n, "draws"):
         assert got["greedy"] == expected["greedy"] and got["few"] == expected["few"]
         assert set(got["counts"]) == {0}                       # while it generates: none
@@ -346,3 +351,179 @@ def test_generation_needs_no_collective_per_token(on_ranks, n):
         assert got["sharded"]                                  # and given back after it
         assert got["ungathered"] > 3 * 8                       # without: (the counter counts) each layer, each token
         assert len({tuple(y) for y in got["random"]}) == 2 * n        # no rank draws what another has drawn
+
+
+# ---- a step, a run, a resumed run ----
+
+def drawn(self, prefixes, k, *, max_new_tokens, expected_tokens=None, temperature=None):
+    """In the place of Run.draw: continuations that depend on prefix and number alone, the same on 1 rank and on n."""
+    def one(prefix, i):
+        rng = random.Random(f"{prefix} {i}")
+        return [*rng.choices(range(4, 16), k=rng.randint(3, 40)), *([self.stop[0]] if rng.random() < 0.9 else [])]
+
+    return [[one(prefix, i) for i in range(k)] for prefix in prefixes]
+
+
+def graded(self, question, response):
+    """In the place of Run.reward: by the text, so that some ranks grade failures only, and some none."""
+    return float(len(response) > 14 and response[-1] in self.stop)
+
+
+def steps(n):
+    """n training steps on fixed rollouts: metrics, pivots, fit and weights on this rank."""
+    ranks.start()
+    train_gsm8k.Run.draw, train_gsm8k.Run.reward = drawn, graded
+    run = train_gsm8k.prepare(train_gsm8k.parse_args([*FLAGS, "--out", "/none"]))
+    got = []
+    for _ in range(n):
+        metrics, _, _, groups = train_gsm8k.train_step(run)
+        got.append((metrics, [[(t.pivot, t.ratio, t.branch_rewards) for t in g.trajectories] for g in groups]))
+    return {"steps": got, "fit": run.recoverability.state_dict(),
+            "weights": {name: whole(p.detach()) for name, p in run.model.named_parameters()}}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_n_ranks_make_the_steps_of_one_process(on_ranks, n):
+    expected, = on_ranks(0, "steps", 4)
+    assert expected["fit"]["fitted"] and expected["fit"]["w"] != 0
+    for got in on_ranks(n, "steps", 4):
+        assert got["fit"] == expected["fit"]                               # bit for bit: outcomes, w, b
+        for (metrics, pivots), (own_metrics, own_pivots) in zip(got["steps"], expected["steps"]):
+            assert pivots == own_pivots and sum(p is not None for g in pivots for p, *_ in g) > 3
+            assert metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)             # float32
+        for name, weights in expected["weights"].items():
+            torch.testing.assert_close(got["weights"][name], weights, rtol=0, atol=1e-6)
+
+
+def train(argv):
+    return train_gsm8k.main(argv)
+
+
+def run_flags(out, steps, *more):
+    return [*FLAGS, "--steps", str(steps), "--eval-every", "2", "--save-every", "2", "--seed", "3", "--out", str(out),
+            *more]
+
+
+def files_of(out):
+    return {name: (out / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(on_ranks, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    on_ranks(2, "train", run_flags(out, 4))
+    return out
+
+
+def state(folder, n_steps):
+    """Whole weights, moments and fit of a run's newest checkpoint, as this number of ranks loads them."""
+    ranks.start()
+    run = train_gsm8k.prepare(train_gsm8k.parse_args(["--resume", folder, "--steps", str(n_steps)]))
+    names = {p: name for name, p in run.model.named_parameters()}
+    moments = {f"{names[p]} {key}": whole(value) for p, values in run.optimizer.state.items()
+               for key, value in values.items()}
+    return {"step": run.step, "fit": run.recoverability.state_dict(), "moments": moments,
+            "weights": {name: whole(p.detach()) for p, name in names.items()}}
+
+
+def same(a, b):
+    """Nested dicts with tensors, equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_resumed_sharded_run_equals_the_uninterrupted_one(on_ranks, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    on_ranks(2, "train", run_flags(out, 2))
+    on_ranks(2, "train", ["--resume", str(out), "--steps", "4"])
+    assert files_of(out) == files_of(uninterrupted)
+    expected, got = (on_ranks(2, "state", str(folder), 4) for folder in (uninterrupted, out))
+    assert expected[0]["step"] == 4 and same(expected[0], got[0]) and same(got[0], got[1])
+
+
+@pytest.mark.parametrize("before, after", [(2, 3), (2, 0), (0, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(before, after, on_ranks, tmp_path):
+    out = tmp_path / "run"
+    on_ranks(before, "train", run_flags(out, 2))
+    expected, got = (on_ranks(n, "state", str(out), 3) for n in (before, after))
+    assert expected[0]["step"] == 2 and all(same(other, expected[0]) for other in got)
+    assert max(m.abs().max() for m in expected[0]["moments"].values()) > 0
+    on_ranks(after, "train", ["--resume", str(out), "--steps", "3"])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert len({line["generated_total"] for line in lines}) == 4
+
+
+def test_the_checkpoint_of_a_sharded_run_is_a_model_for_everybody(uninterrupted):
+    folder = uninterrupted / "checkpoints" / "step_4"
+    model, _ = train_gsm8k.load_model(str(folder))
+    base, _ = train_gsm8k.load_model(str(ROOT / "assets" / "tiny"))
+    changed = [(a - b).abs().max().item() for a, b in zip(model.parameters(), base.parameters())]
+    assert all(0 < change < 0.01 for change in changed)
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json",
+                                                        "trainer.pt", "optimizer"}
+    assert "optimizer" not in torch.load(folder / "trainer.pt", weights_only=False)
+    assert len(list((folder / "optimizer").glob("*.distcp"))) == 2                  # a part of each rank
+
+
+def test_only_rank_0_prints_and_writes(on_ranks, tmp_path):
+    codes, outs, errors = on_ranks.run(2, "train", run_flags(tmp_path / "run", 1))
+    assert codes == [0, 0] and "done after 1 steps" in outs[0] and "1/1" in errors[0]
+    assert outs[1] == errors[1] == ""
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+    timing = json.loads((tmp_path / "run" / "timing.jsonl").read_text().splitlines()[-1])
+    assert all(1 <= timing[f"imbalance_{phase}"] <= 2 for phase in ("rollout", "resample", "update"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("argv, part", [
+    (["--gamma", "much"], "--gamma"), (["--no-such-flag"], "--no-such-flag"), (["--steps", "0"], "--steps"),
+    (["--model", "/none"], "/none"), (["--data", "/none.jsonl"], "/none.jsonl")])
+def test_bad_input_is_one_line_of_all_ranks_together(argv, part, on_ranks, tmp_path):
+    codes, outs, errors = on_ranks.run(3, "train", [*run_flags(tmp_path / "run", 1), *argv])
+    assert codes == [2, 2, 2]
+    line, = "".join(errors).splitlines()
+    assert line.startswith("error: ") and part in line and not (tmp_path / "run").exists()
+    assert outs[1:] == ["", ""]
+
+
+def test_a_full_disk_is_one_line_of_all_ranks_together(on_ranks, tmp_path):
+    codes, _, errors = on_ranks.run(2, "train_on_a_full_disk", run_flags(tmp_path / "run", 4))
+    assert codes == [1, 1] and errors[1] == ""
+    line = errors[0].splitlines()[-1]
+    assert line.startswith("error: ") and "No space left" in line and "--resume" in line
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def train_on_a_full_disk(argv):
+    save = torch.save
+
+    def full(what, path, **settings):                    # (also pickles tensors that travel)
+        if str(path).endswith("trainer.pt"):
+            raise OSError(28, "No space left on device")
+        save(what, path, **settings)
+
+    torch.save = full
+    return train_gsm8k.main(argv)
+
+
+def evaluate(argv):
+    return eval_math.main(argv)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_evaluation_is_spread_and_each_answer_is_there_once(on_ranks, n, tmp_path):
+    flags = ["--model", str(ROOT / "assets" / "tiny"), "--sets", "tiny", "--max-new-tokens", "12", "--samples", "2",
+             "--temperature", "1", "--batch-tokens", "900", "--out"]
+    on_ranks(0, "evaluate", [*flags, str(tmp_path / "one")])
+    codes, outs, errors = on_ranks.run(n, "evaluate", [*flags, str(tmp_path / "all")])
+    assert codes == [0] * n and "".join(outs[1:]) == "".join(errors[1:]) == "" and "interval" in outs[0]
+    answers = (tmp_path / "all" / "answers.jsonl").read_bytes()
+    assert answers == (tmp_path / "one" / "answers.jsonl").read_bytes() and len(answers.splitlines()) == 2 * 64
+    (tmp_path / "all" / "answers.jsonl").write_bytes(answers[:len(answers) // 2])         # goes on, in one process
+    on_ranks(0, "evaluate", [*flags, str(tmp_path / "all")])
+    assert (tmp_path / "all" / "answers.jsonl").read_bytes() == answers
+    codes, _, errors = on_ranks.run(n, "evaluate", [*flags, str(tmp_path / "all"), "--seed", "1"])
+    assert codes == [2] * n and len("".join(errors).splitlines()) == 1

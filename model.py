@@ -48,7 +48,7 @@ def load_model(name, dtype=torch.float32):
 
 
 def precision(model):
-    """fp32 on a CPU; on a GPU bf16 compute with fp32 master weights: by autocast, or as FSDP was told (ranks.py)."""
+    """fp32 on a CPU; on a GPU bf16 compute with fp32 master weights: by autocast, or as FSDP was told (shard)."""
     kind = model.device.type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda" and not isinstance(model, FSDPModule))
 
@@ -78,7 +78,7 @@ def shard(model, compute_dtype: torch.dtype | None = None, offload=False):
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, cast_forward_inputs=False,
                                      reduce_dtype=None if compute_dtype is None else torch.float32)
     settings = dict(mesh=init_device_mesh(device().type, (world_size(),)), mp_policy=precision,
-                    offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
+                    offload_policy=CPUOffloadPolicy(pin_memory=device().type == "cuda") if offload else OffloadPolicy())
     frozen = not any(p.requires_grad for p in model.parameters())
     for layer in model.base_model.layers:
         fully_shard(layer, **settings)

@@ -11,6 +11,7 @@ import torch
 
 import tiny
 from deep_grpo import Config
+from ranks import distributed
 from tasks import SETS, TEMPLATES
 
 EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64,
@@ -102,6 +103,8 @@ def fill_settings(parser, args):
         why = ("a GPU is here; --preset tiny is the embedded task" if gpu
                else "no GPU is here; --preset gsm8k is the full run")
     print(f"preset {args.preset}: {why}")
+    if args.offload_optimizer and not distributed():
+        parser.error("argument --offload-optimizer: FSDP does it, so start with torchrun --nproc-per-node N")
     if args.method == "grpo" and args.branches not in (None, 0):
         parser.error(f"argument --branches: --method grpo is K = 0, got {args.branches}")
     if args.method == "deep_grpo" and args.branches == 0:

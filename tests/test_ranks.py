@@ -369,11 +369,11 @@ def graded(self, question, response):
     return float(len(response) > 14 and response[-1] in self.stop)
 
 
-def steps(n):
+def steps(n, *flags):
     """n training steps on fixed rollouts: metrics, pivots, fit and weights on this rank."""
     ranks.start()
     train_gsm8k.Run.draw, train_gsm8k.Run.reward = drawn, graded
-    run = train_gsm8k.prepare(train_gsm8k.parse_args([*FLAGS, "--out", "/none"]))
+    run = train_gsm8k.prepare(train_gsm8k.parse_args([*FLAGS, "--out", "/none", *flags]))
     got = []
     for _ in range(n):
         metrics, _, _, groups = train_gsm8k.train_step(run)
@@ -382,11 +382,11 @@ def steps(n):
             "weights": {name: whole(p.detach()) for name, p in run.model.named_parameters()}}
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_n_ranks_make_the_steps_of_one_process(on_ranks, n):
+@pytest.mark.parametrize("n, flags", [(2, ["--offload-optimizer"]), (3, [])])
+def test_n_ranks_make_the_steps_of_one_process(on_ranks, n, flags):
     expected, = on_ranks(0, "steps", 4)
     assert expected["fit"]["fitted"] and expected["fit"]["w"] != 0
-    for got in on_ranks(n, "steps", 4):
+    for got in on_ranks(n, "steps", 4, *flags):
         assert got["fit"] == expected["fit"]                               # bit for bit: outcomes, w, b
         for (metrics, pivots), (own_metrics, own_pivots) in zip(got["steps"], expected["steps"]):
             assert pivots == own_pivots and sum(p is not None for g in pivots for p, *_ in g) > 3

@@ -254,6 +254,7 @@ def bad_inputs(tmp_path):
         "negative beta": (["--beta", -1], "beta must be 0 or positive"),
         "temperature 0": (["--temperature", 0], "temperature must be positive"),
         "infinite gamma": (["--gamma", "inf"], "gamma must be a finite number"),
+        "offload without ranks": (["--offload-optimizer"], "--offload-optimizer: .*torchrun"),
         "grpo with branches": (["--method", "grpo", "--branches", 8], "--method grpo is K = 0, got 8"),
         "deep without branches": (["--branches", 0], "K = 0 is GRPO, ask for it with --method grpo"),
         "output is a file": (["--out", tmp_path / "file"], "file already holds a run"),

@@ -1,7 +1,8 @@
-# make demo: watch GRPO and DEEP-GRPO learn.   make test: check every formula.   Both make .venv first when it is missing.
+# make demo: watch GRPO and DEEP-GRPO learn.   make test: check every formula.   make test-slow: a whole run of two processes.
+# All make .venv first when it is missing.
 PYTHON ?= python3
 
-.PHONY: demo test
+.PHONY: demo test test-slow
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
@@ -12,4 +13,7 @@ demo: .venv/installed
 	.venv/bin/python compare.py
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests/test_train.py tests/test_checkpoint.py tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests/test_train.py tests/test_ranks.py tests/test_checkpoint.py tests
+
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow tests

@@ -202,7 +202,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
 
     with gathered(run.model):
         groups = timed("rollout", roll_out, run.draw, [q.prompt for q in batch], reward, run.config)
-        timing["imbalance_rollout"] = run.imbalance
+        timing["imbalance_rollout"], run.imbalance = run.imbalance, 1.0          # stays 1 when nothing is branched
         if run.config.branches:
             # One rank draws the pivots for all: a difference in a last digit would be another step on each.
             groups = timed("resample", first, lambda: choose_pivots(groups, run.config, run.recoverability, run.text,

@@ -7,9 +7,12 @@ each, not ten.
 import json
 import os
 import random
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from functools import wraps
 from pathlib import Path
@@ -527,3 +530,45 @@ def test_the_evaluation_is_spread_and_each_answer_is_there_once(on_ranks, n, tmp
     assert (tmp_path / "all" / "answers.jsonl").read_bytes() == answers
     codes, _, errors = on_ranks.run(n, "evaluate", [*flags, str(tmp_path / "all"), "--seed", "1"])
     assert codes == [2] * n and len("".join(errors).splitlines()) == 1
+
+
+# ---- torchrun itself ----
+
+def torchrun(n, *argv):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "train_gsm8k.py",
+                             *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def pid_of_rank(launcher, rank):
+    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{pid}/environ").read_text():
+            return int(pid)
+
+
+def test_a_rank_that_dies_ends_the_run_within_a_minute_and_it_resumes(on_ranks, tmp_path):
+    out = tmp_path / "run"
+    launcher = torchrun(2, *FLAGS, "--steps", 500, "--eval-every", 0, "--save-every", 1, "--out", out)
+    began = time.monotonic()
+    while not (out / "checkpoints" / "step_2").exists():
+        assert launcher.poll() is None and time.monotonic() - began < 120, launcher.communicate()
+        time.sleep(0.05)
+    os.kill(pid_of_rank(launcher, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and time.monotonic() - killed < 60
+    assert re.search(r"Root Cause.*rank +: 1 .*exitcode +: -9", errors, re.S)
+    step = max(int(path.name[5:]) for path in (out / "checkpoints").glob("step_*[0-9]"))
+    on_ranks(2, "train", ["--resume", str(out), "--steps", str(step + 1)])
+    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert step >= 2 and lines == list(range(1, step + 2))
+
+
+@pytest.mark.slow
+def test_learns_the_tiny_task_under_torchrun(tmp_path):
+    """As the one process of tests/test_train.py does. (Seed 0 with two processes ends at .92.)"""
+    launcher = torchrun(2, "--preset", "tiny", "--eval-every", 40, "--eval-rows", 64, "--out", tmp_path / "run")
+    _, errors = launcher.communicate()
+    assert launcher.returncode == 0, errors
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval_accuracy"] < 0.2 and rows[-1]["eval_accuracy"] > 0.8

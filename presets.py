@@ -20,7 +20,7 @@ EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max
 # 512 + 512 and 1024 + 3072. Ours: 256 rows to choose the best checkpoint on; theirs is --select-on-test.
 AUTHORS = dict(questions=64, lr=1e-6, eval_every=5, val_rows=256, micro_batch_tokens=16384, save_every=50)
 MATH = dict(AUTHORS, steps=1000, max_prompt_tokens=1024, max_new_tokens=3072, data="math_train",
-            eval_data="math500", eval_rows=500)
+            eval_data="math500", eval_rows=500, gradient_checkpointing=True)
 PRESETS = {
     "tiny": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny"), data="tiny", max_new_tokens=96),
     "tiny-deep": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160,
@@ -28,7 +28,7 @@ PRESETS = {
     "gsm8k": dict(AUTHORS, steps=1000, max_prompt_tokens=512, max_new_tokens=512, data="gsm8k_train",
                   eval_data="gsm8k", eval_rows=1319, model="Qwen/Qwen2.5-0.5B-Instruct"),
     "math-1.5b": dict(MATH, model="Qwen/Qwen2.5-Math-1.5B"),
-    "math-7b": dict(MATH, model="Qwen/Qwen2.5-Math-7B", gradient_checkpointing=True),
+    "math-7b": dict(MATH, model="Qwen/Qwen2.5-Math-7B"),
 }
 
 
@@ -54,6 +54,8 @@ def parse_args(argv=None, description=None):
     run.add_argument("--eval-every", type=int, help="greedy evaluation every N steps, before and after; 0: never")
     run.add_argument("--save-every", type=int, help="checkpoint every N steps; also the best so far, and the last")
     run.add_argument("--max-hours", type=float, help="save and end in time; --resume goes on")
+    run.add_argument("--dry-run", action="store_true", help="print the GPU memory that this takes (memory.py), and end")
+    run.add_argument("--gpus", type=int, help="for --dry-run; 1")
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", help="hub name or local folder")
     sets = ", ".join([*tiny.PRESETS, *SETS])
@@ -103,7 +105,9 @@ def fill_settings(parser, args):
         why = ("a GPU is here; --preset tiny is the embedded task" if gpu
                else "no GPU is here; --preset gsm8k is the full run")
     print(f"preset {args.preset}: {why}")
-    if args.offload_optimizer and not distributed():
+    if args.gpus is not None and not args.dry_run:
+        parser.error("argument --gpus: is for --dry-run; a run has as many as torchrun --nproc-per-node N starts")
+    if args.offload_optimizer and not distributed() and not args.dry_run:
         parser.error("argument --offload-optimizer: FSDP does it, so start with torchrun --nproc-per-node N")
     if args.method == "grpo" and args.branches not in (None, 0):
         parser.error(f"argument --branches: --method grpo is K = 0, got {args.branches}")
@@ -117,7 +121,7 @@ def fill_settings(parser, args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
-    for name in ("steps", "questions", "eval_rows", "max_prompt_tokens", "micro_batch_tokens", "budget_tokens"):
+    for name in ("steps", "questions", "eval_rows", "max_prompt_tokens", "micro_batch_tokens", "budget_tokens", "gpus"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
     for name in ("eval_every", "save_every", "val_rows", "seed"):

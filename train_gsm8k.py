@@ -35,6 +35,7 @@ import tiny
 from checkpoint import append_lines, cut_logs, load_run, moving_parts, save_run, write_whole
 from deep_grpo import Config, choose_pivots, learn_recoverability, resample, roll_out, summarize, update
 from grading import grade_gsm8k, grade_math
+from memory import report
 from model import gathered, load_model, place, precision
 from plot import plot_run
 from presets import parse_args
@@ -260,7 +261,7 @@ def write_config(run):
     """config.json: all settings, and what the numbers depend on besides."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.args).items()
-                if k not in ("resume", "max_hours")}
+                if k not in ("resume", "max_hours", "dry_run", "gpus")}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "transformers": transformers.__version__, "numpy": np.__version__}
@@ -363,8 +364,9 @@ def conclude(run, why) -> int:
     if not finished(run):
         if run.step:
             save_run(run, moving_parts(run))
+        program = f"torchrun --nproc-per-node {world_size()}" if distributed() else "python"
         print(f"{why}: ended after step {run.step} of {args.steps}, everything is saved; "
-              f"go on with: python train_gsm8k.py --resume {args.out}")
+              f"go on with: {program} train_gsm8k.py --resume {args.out}")
         return 0 if why.startswith("--") else 1
     first(lambda: plot_run(args.out))
     print(f"done after {run.step} steps and {run.generated_total} generated tokens; the model is in "
@@ -382,6 +384,9 @@ def main(argv=None) -> int:
     start()
     args = first(lambda: parse_args(argv, __doc__))
     try:
+        if args.dry_run:
+            print(first(lambda: report(args, args.gpus or 1)))
+            return 0
         run = prepare(args)
         first(lambda: args.out.mkdir(parents=True, exist_ok=True))
     except (ValueError, OSError) as error:

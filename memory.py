@@ -1,0 +1,125 @@
+r"""GPU memory of a training run, by part, before anything is downloaded.
+
+    python train_gsm8k.py --preset math-7b --dry-run --gpus 8
+
+Bytes on each of N GPUs. P parameters, of which R not in the layers and B in one of the L layers; h hidden size,
+q = heads * head_dim, I inner size of the MLP, V vocabulary; T tokens of a micro-batch, C = min(T, 4096) loss tokens in
+a chunk of the head (packing.score_rows):
+
+    weights, gradients, reference   4 P/N each, moments 8 P/N; the reference if beta > 0. Offloaded: the reference only
+    gathered                        bf16 copies of the weights. Sampling: 2 P. Update, one GPU: 2 P, by autocast, in a
+                                    layer its gradient in bf16 and fp32, 6 B. Sharded: weights and gradients of R, 4 R,
+                                    and of two layers the weights, 4 B; in the backward pass (16 + 4/N) B: weights of
+                                    one, the next in a buffer and out of it, 6 B; a gradient, 2 B, two in fp32 on their
+                                    way to be summed, 8 B, and the own part of the sum
+    KV cache                        sampling: 2 L kv_heads head_dim * 2 per token of a row, prompt and new ones
+    logits                          sampling: 14 V per row. Update: 12 V C, log-probabilities and two gradients, fp32
+    activations                     what a layer keeps for its backward pass, per token:
+                                    2 norms: fp32 input, normalised, and a bf16 copy for each product that reads it
+                                    q, k, v (k and v repeated for all heads), output twice: 5 q * 2
+                                    MLP: gate, silu(gate), up, product: 4 I * 2
+                                    and the mask, 2 per token of the longest row (taken as T: an upper bound).
+                                    All L layers; or with gradient checkpointing L inputs, and one layer at a time
+
+The update's peak is at the head (all that the layers keep, and logits), or in the last layer's backward pass. A tenth
+of a GPU's memory is left to fragments, to CUDA and NCCL.
+"""
+from bisect import bisect_left
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+GB = 2**30
+USABLE = 0.9
+
+
+def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, reference=True, checkpointing=False,
+             offload=False, compute=torch.bfloat16) -> dict:
+    """{"sampling": {part: bytes}, "update": {part: bytes}} on each GPU, for a model that may be on the meta device.
+
+    rows: sequences sampled at a time on a GPU, of row_tokens each. compute: float32 is a CPU's. The formulas are
+    above.
+    """
+    config, base = model.config, model.base_model
+    size = {name: sum(p.numel() for p in part.parameters()) for name, part in (("P", model), ("B", base.layers[0]))}
+    depth, h, inner, vocabulary = len(base.layers), config.hidden_size, config.intermediate_size, config.vocab_size
+    head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
+    q, P, B = config.num_attention_heads * head_dim, size["P"], size["B"]
+    R, T, C = P - depth * B, micro_batch_tokens, min(micro_batch_tokens, 4096)
+    s = compute.itemsize
+    autocast = gpus == 1 and s == 2
+    residual = 4 if autocast else s                  # bytes of a number of what flows from layer to layer
+    static = {"weights": 4 * P / gpus, "gradients": 4 * P / gpus, "moments": 8 * P / gpus}
+    static = dict.fromkeys(static, 0) if offload else static
+    static["reference"] = 4 * P / gpus if reference else 0
+
+    sampling = {"gathered": 0 if s == 4 else 2 * P,
+                "KV cache": rows * row_tokens * 2 * depth * config.num_key_value_heads * head_dim * s,
+                "activations": 0, "logits": rows * vocabulary * (s + 12)}
+
+    layer = T * (2 * (4 + residual) * h + (5 if autocast else 2) * s * h + 5 * q * s + 4 * inner * s + T * s)
+    kept = depth * (T * residual * h if checkpointing else layer)
+    moments = {                                      # of the update, not of Adam
+        "at the head": {"activations": kept + T * (4 + 3 * residual) * h,
+                        "logits": max(12 * C, 6 * h if autocast else 0) * vocabulary,
+                        "gathered": 4 * R + 4 * B if gpus > 1 else 2 * P if autocast else 0},
+        "in the last layer": {"activations": kept + checkpointing * layer + T * 3 * inner * s, "logits": 0,
+                              "gathered": 4 * R + (16 + 4 / gpus) * B if gpus > 1 else 2 * P + 6 * B if autocast else 0}}
+    update = max(moments.values(), key=lambda parts: sum(parts.values()))
+    return {"sampling": static | sampling, "update": static | {"KV cache": 0} | update}
+
+
+QWEN = dict(num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True)
+KNOWN = {                                            # the presets' models: nothing to download
+    "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(**QWEN, num_hidden_layers=24, hidden_size=896, num_attention_heads=14,
+                                              intermediate_size=4864),
+    "Qwen/Qwen2.5-Math-1.5B": Qwen2Config(**QWEN, num_hidden_layers=28, hidden_size=1536, num_attention_heads=12,
+                                          intermediate_size=8960),
+    "Qwen/Qwen2.5-Math-7B": Qwen2Config(num_key_value_heads=4, vocab_size=152_064, tie_word_embeddings=False,
+                                        num_hidden_layers=28, hidden_size=3584, num_attention_heads=28,
+                                        intermediate_size=18_944)}
+
+
+def load_geometry(name):
+    """The model on the meta device: shapes, no numbers. Folder or hub name; ValueError when there is none."""
+    try:
+        config = KNOWN.get(name) or AutoConfig.from_pretrained(name)
+    except Exception as error:                       # many types; the person needs one line
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model {name!r}: no config.json could be read: {reason}") from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def largest(cost, limit) -> int:
+    """The largest n with cost(n) <= limit, by bisection; 0 if there is none."""
+    return bisect_left(range(1, 2**24), True, key=lambda n: cost(n) > limit)
+
+
+def report(args, gpus) -> str:
+    """What --dry-run prints, for the settings of a run (presets.parse_args)."""
+    model, width = load_geometry(args.model), args.max_prompt_tokens + args.max_new_tokens
+    rows = -(-args.questions * args.group_size // gpus)
+
+    def parts(phase, rows=0, tokens=0):
+        return estimate(model, gpus, rows, width, tokens, args.beta > 0, args.gradient_checkpointing,
+                        args.offload_optimizer)[phase]
+
+    sampling, update = parts("sampling", rows), parts("update", tokens=args.micro_batch_tokens)
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [f"{args.model}: {parameters / 1e9:.2f} G parameters on {gpus} GPU{'s' * (gpus > 1)}; GB (2^30 bytes) on "
+             "each, computed", "", f"{'':14}{'sampling':>10}{'update':>10}"]
+    for name in sampling:
+        lines.append(f"{name:14}{sampling[name] / GB:10.1f}{update[name] / GB:10.1f}")
+    lines += [f"{'sum':14}{sum(sampling.values()) / GB:10.1f}{sum(update.values()) / GB:10.1f}", "",
+              f"sampling: all {rows} rollouts of a GPU at once, {width} tokens each; update: micro-batches of "
+              f"{args.micro_batch_tokens} tokens", f"host memory: {4 * parameters / GB:.1f} on rank 0 to load the "
+              f"model" + (f", {16 * parameters / gpus / GB:.1f} per GPU offloaded" if args.offload_optimizer else ""),
+              "", f"largest that fits, {100 * (1 - USABLE):.0f} % left free:"]
+    for card in (24, 40, 80):
+        limit = USABLE * card * GB
+        batch = largest(lambda n: sum(parts("sampling", n).values()), limit)
+        tokens = largest(lambda n: sum(parts("update", tokens=n).values()), limit)
+        lines.append(f"{card} GB: {batch} rows at a time (more are split), --micro-batch-tokens {tokens // 256 * 256}"
+                     if batch and tokens >= width else f"{card} GB: no ({width} tokens must fit in a micro-batch)")
+    return "\n".join(lines)

@@ -84,13 +84,13 @@ def on_two(settings, tokens, checkpointing):
     ranks.start()
     model = make(**settings, checkpointing=checkpointing)
     expected = update_estimate(model, tokens, 2, torch.bfloat16, checkpointing)
-    parts = estimate(model, 2, 24, 64, 1)["sampling"]
+    parts = estimate(model, 2, 96, 64, 1)["sampling"]
     model = shard(model, torch.bfloat16)
     update = update_peak(model, tokens, 4), expected
 
     def run():
         with gathered(model):
-            sample(model, [[5, 6, 7] * 8] * 6, 4, max_new_tokens=40, eos_token_id=1, pad_token_id=0)
+            sample(model, [[5, 6, 7] * 8] * 12, 8, max_new_tokens=40, eos_token_id=1, pad_token_id=0)
 
     run()
     return update, (peak(run), parts["gathered"] + parts["KV cache"] + parts["logits"])

@@ -18,7 +18,7 @@ a chunk of the head (packing.score_rows):
                                     2 norms: fp32 input, normalised, and a bf16 copy for each product that reads it
                                     q, k, v (k and v repeated for all heads), output twice: 5 q * 2
                                     MLP: gate, silu(gate), up, product: 4 I * 2
-                                    and the mask, 2 per token of the longest row (taken as T: an upper bound).
+                                    and the mask, 2 per token of the longest row (T: an upper bound).
                                     All L layers; or with gradient checkpointing L inputs, and one layer at a time
 
 The update's peak is at the head (all that the layers keep, and logits), or in the last layer's backward pass. A tenth

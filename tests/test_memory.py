@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ranks import on_ranks                                                   # noqa: F401 (a fixture)
+from test_ranks import on_ranks  # noqa: F401 (a fixture)
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

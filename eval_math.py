@@ -40,7 +40,7 @@ import transformers
 from tqdm import tqdm
 
 import tiny
-from checkpoint import write_whole
+from checkpoint import append_lines, write_whole
 from grading import grade_gsm8k, grade_last_number, grade_math
 from model import load_model
 from presets import OneLineParser
@@ -197,20 +197,22 @@ def evaluate(args, model, tokenizer, stop, questions):
     done = max(b for b, end in enumerate(ends) if end <= len(there))             # whole batches: a seed each
     answers = [answer for answer, _ in there[:ends[done]]]
 
-    def answer_one(b):
+    def answer_numbered(b):
         if b >= len(batches):
             return []
         torch.manual_seed(random.Random(f"{args.seed} {b}").getrandbits(63))
         name, batch = batches[b]
         return list(answer_batch(args, model, tokenizer, stop, name, questions[name], batch))
 
-    with (open(path if rank() == 0 else os.devnull, "a") as file,
-          tqdm(total=ends[-1], initial=ends[done], unit="answer", desc="evaluation", disable=rank() > 0) as bar):
-        first(lambda: file.truncate(sum(size for _, size in there[:ends[done]])))
+    def cut():
+        path.touch()
+        os.truncate(path, sum(size for _, size in there[:ends[done]]))
+
+    first(cut)
+    with tqdm(total=ends[-1], initial=ends[done], unit="answer", desc="evaluation", disable=rank() > 0) as bar:
         for b in range(done, len(batches), world_size()):                        # a batch for each rank
-            new = [answer for part in gather(partial(answer_one, b + rank())) for answer in part]
-            file.writelines(json.dumps(answer) + "\n" for answer in new)
-            file.flush()
+            new = [answer for part in gather(partial(answer_numbered, b + rank())) for answer in part]
+            first(partial(append_lines, path, new))
             answers += new
             bar.update(len(new))
     return answers

@@ -47,7 +47,8 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     q, P, B = config.num_attention_heads * head_dim, size["P"], size["B"]
     R, T, C = P - depth * B, micro_batch_tokens, min(micro_batch_tokens, 4096)
     s = compute.itemsize
-    autocast = gpus == 1 and s == 2
+    sharded = gpus > 1
+    autocast = s == 2 and not sharded
     residual = 4 if autocast else s                  # bytes of a number of what flows from layer to layer
     static = {"weights": 4 * P / gpus, "gradients": 4 * P / gpus, "moments": 8 * P / gpus}
     static = dict.fromkeys(static, 0) if offload else static
@@ -62,9 +63,9 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     moments = {                                      # of the update, not of Adam
         "at the head": {"activations": kept + T * (4 + 3 * residual) * h,
                         "logits": max(12 * C, 6 * h if autocast else 0) * vocabulary,
-                        "gathered": 4 * R + 4 * B if gpus > 1 else 2 * P if autocast else 0},
+                        "gathered": sharded * (4 * R + 4 * B) + autocast * 2 * P},
         "in the last layer": {"activations": kept + checkpointing * layer + T * 3 * inner * s, "logits": 0,
-                              "gathered": 4 * R + (16 + 4 / gpus) * B if gpus > 1 else 2 * P + 6 * B if autocast else 0}}
+                              "gathered": sharded * (4 * R + (16 + 4 / gpus) * B) + autocast * (2 * P + 6 * B)}}
     update = max(moments.values(), key=lambda parts: sum(parts.values()))
     return {"sampling": static | sampling, "update": static | {"KV cache": 0} | update}
 

@@ -64,7 +64,8 @@ def update_estimate(model, tokens, gpus, compute, checkpointing):
 
 
 # In each of them another term is the largest: the MLP, the logits, the attention, the mask, layer inputs, copies.
-SHAPES = {"inner": (dict(inner=1024), 512), "vocabulary": (dict(vocabulary=4096), 256), "hidden": (dict(hidden=256), 256),
+SHAPES = {"inner": (dict(inner=1024), 512), "vocabulary": (dict(vocabulary=4096), 256),
+          "hidden": (dict(hidden=256), 256),
           "mask": (dict(hidden=32, inner=64), 512), "untied": (dict(tied=False, hidden=192, vocabulary=1024), 64),
           "inputs": (dict(depth=12, inner=64, vocabulary=32, hidden=128), 512)}
 

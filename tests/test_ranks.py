@@ -88,7 +88,8 @@ class Processes:
         """(exit codes, stdouts, stderrs) of name(*args) in n processes."""
         print(json.dumps([n, str(self.folder), name, args]), file=self.server.stdin, flush=True)
         codes = json.loads(self.server.stdout.readline())
-        streams = [[(self.folder / f"{i}.{suffix}").read_text() for i in range(len(codes))] for suffix in ("out", "err")]
+        streams = [[(self.folder / f"{i}.{suffix}").read_text() for i in range(len(codes))]
+                   for suffix in ("out", "err")]
         return codes, *streams
 
     def __call__(self, n, name, *args):
@@ -536,9 +537,9 @@ def test_the_evaluation_is_spread_and_each_answer_is_there_once(on_ranks, n, tmp
 # ---- torchrun itself ----
 
 def torchrun(n, *argv):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "train_gsm8k.py",
-                             *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "train_gsm8k.py"]
+    return subprocess.Popen([*command, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def pid_of_rank(launcher, rank):
@@ -573,3 +574,18 @@ def test_learns_the_tiny_task_under_torchrun(tmp_path):
     assert launcher.returncode == 0, errors
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["eval_accuracy"] < 0.2 and rows[-1]["eval_accuracy"] > 0.8
+
+
+def evaluate_on_a_full_disk(argv):
+    def full(path, lines):
+        raise OSError(28, "No space left on device")
+
+    eval_math.append_lines = full
+    return eval_math.main(argv)
+
+
+def test_an_evaluation_on_a_full_disk_is_one_line_of_all_ranks_together(on_ranks, tmp_path):
+    codes, _, errors = on_ranks.run(2, "evaluate_on_a_full_disk", [
+        "--model", str(ROOT / "assets" / "tiny"), "--sets", "tiny", "--max-new-tokens", "4", "--out", str(tmp_path)])
+    assert codes == [1, 1] and errors[1] == ""
+    assert re.search(r"^error: .*No space left on device; the answers so far are in ", errors[0], re.M)

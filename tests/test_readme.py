@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
 TREE = BLOCKS[-1]
-COMMANDS = re.findall(r"^(?:python|make) .*", "\n".join(BLOCKS[:-1]), re.M)
+COMMANDS = re.findall(r"^(?:python|make|torchrun) .*", "\n".join(BLOCKS[:-1]), re.M)
 COMMANDS += re.findall(r"`((?:python|make) [^`]+)`", README)
 
 
@@ -55,6 +55,8 @@ def test_every_command_exists_with_its_flags(command):
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M)
         return
+    if program == "torchrun":
+        assert words.pop(0) == "--nproc-per-node" and words.pop(0).isdigit()
     assert (ROOT / words[0]).exists()
     flags = [word for word in words if word.startswith("--")]
     if flags:
@@ -83,4 +85,4 @@ def test_order_and_length():
                       "From the paper to the code to the test", "Departures",
                       "Metrics, and what a healthy run looks like", "Questions", "Speed", "Files"]
     assert README.index("assets/demo.png") < README.index("## Two commands")
-    assert 900 <= len(README.split()) <= 1400
+    assert 900 <= len(README.split()) <= 1300

@@ -38,7 +38,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 import deep_grpo
 import resample
-from deep_grpo import Config, Group, Trajectory, log_probabilities, objective
+from deep_grpo import Config, Group, Trajectory, objective, score_groups
 from loss import sequence_weights, weighted_objective
 from model import precision
 from packing import attention_length, micro_batches, pack, score_rows
@@ -146,7 +146,7 @@ def update_plainly(model, groups, config, ref_model=None, tokens=4096):
                 ref = all_logits(ref_model, part) if ref_model is not None else None
             logp = all_logits(model, part)
         repeats = torch.tensor([len(sequences[i][1]) for i in batch], device=logp.device)
-        weights = (logp.new_tensor(c).repeat_interleave(repeats) for c in zip(*(sequences[i][2] for i in batch)))
+        weights = (logp.new_tensor(c).repeat_interleave(repeats) for c in zip(*(sequences[i][2][1:] for i in batch)))
         loss = -weighted_objective(logp, old, ref, *weights)
         loss.backward()
         total += loss.item()
@@ -291,7 +291,7 @@ def passes(args):
     runs = {"policy only (beta = 0, one update)": lambda: update_ours(model, groups, Config(beta=0.0)),
             "with the reference (beta > 0)": lambda: update_ours(model, groups, Config(), ref_model),
             "with old log-probabilities (two or more updates)": lambda: (
-                log_probabilities(model, groups, Config(beta=0.0), 4096), update_ours(model, groups, Config(beta=0.0)))}
+                score_groups(model, groups, Config(beta=0.0), 4096), update_ours(model, groups, Config(beta=0.0)))}
     yield from side_by_side(args, "update, which passes", runs)
 
 

@@ -130,7 +130,7 @@ def _to_disk(path):
 
 def moving_parts(run) -> dict:
     """What a resumed run needs beside weights and optimizer, as of now."""
-    return {"step": run.step, "generated_total": run.generated_total,
+    return {"step": run.step, "rounds": run.rounds, "generated_total": run.generated_total,
             "best_step": run.best_step, "best_accuracy": run.best_accuracy,
             "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
             "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(),
@@ -166,7 +166,7 @@ def load_run(run) -> int:
         older = f"the one before, {found[-2][1].name}" if len(found) > 1 else "the beginning"
         raise ValueError(f"the checkpoint {folder} cannot be read ({error}); "
                          f"remove it to go on from {older}") from error
-    for name in ("step", "generated_total", "best_step", "best_accuracy"):
+    for name in ("step", "rounds", "generated_total", "best_step", "best_accuracy"):
         setattr(run, name, parts[name])
     run.recoverability.load_state_dict(parts["recoverability"])
     run.pivot_rng.bit_generator.state = parts["pivot_rng"]

@@ -8,12 +8,15 @@ r"""Eq. (A), (L), (J): the masked dual-stream objective, as one weighted sum ove
 L_main runs over a whole response, L_aux over the suffix only: the shared prefix of a branch gets no loss.
 All normalisers of (J) are constants of a sequence, so J = sum_t [ policy_t * surrogate_t - kl_t * k3_t ] with
 per-token weights that are computed once over the whole batch. How the batch is then cut into micro-batches
-cannot change the gradient.
+cannot change the gradient. The compared methods (baselines.py) are other weights in the same sum.
 
 Config.objective = "authors" is the form of the authors' code: A = R - mean, sequences with |A| < 1e-8 left
 out (no KL either), sum over surviving main tokens / T_main + lambda * sum over surviving branch tokens /
 T_branch, and a KL term that lambda does not touch. Not copied from it: dual clip and clamps (inert with their
 one optimizer step per batch) and the rule that drops all branches of a step when fewer than 128 survive.
+
+Two options that compose with every method: STAPO, which leaves out spurious tokens (`silence_spurious`), and
+MASPO, which replaces the clip (`soft_surrogate`).
 """
 from typing import NamedTuple
 
@@ -37,6 +40,11 @@ def group_advantages(rewards: Tensor, normalize: bool = True, eps: float = 1e-6)
     return torch.where(equal, torch.zeros_like(advantages), advantages)
 
 
+def advantages_of(rewards: list[float], normalize: bool = True) -> list[float]:
+    """Eq. (A) of one group, in fp64."""
+    return group_advantages(torch.tensor(rewards, dtype=torch.float64), normalize).tolist()
+
+
 def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """k3 of Eq. (L), per token: exp(d) - d - 1 with d = ref_logp - logp.
 
@@ -57,26 +65,51 @@ def clipped_surrogate(logp, old_logp, advantages, clip_low=0.2, clip_high=0.2) -
     return torch.minimum(ratio * advantages, clipped * advantages)
 
 
-class SequenceWeights(NamedTuple):
-    """What each token of one sequence carries into the objective: policy * surrogate(advantage) - kl * k3."""
+def soft_surrogate(logp, old_logp, advantages) -> Tensor:
+    """MASPO (arXiv 2602.17550) instead of the clip, per token: w rho A, w without gradient. Shapes as above.
+
+    w = exp(-(rho - 1)^2 / (2 sigma^2)) where the policy has moved the way A wants (A > 0, rho > 1, or A < 0,
+    rho < 1), and 1 elsewhere; sigma = clamp(pi_old^-0.3, 1, 10), wider for unlikely tokens, times 1 + 0.03 A for
+    A > 0 and 1 / (1 - 0.03 A) for A < 0. At rho = 1, with one update per batch, it changes nothing.
+    """
+    ratio = torch.exp(logp - old_logp)               # rho
+    with torch.no_grad():
+        trust = torch.where(advantages > 0, 1 + 0.03 * advantages, 1 / (1 - 0.03 * advantages.clamp(max=0)))
+        sigma = torch.exp(-0.3 * old_logp).clamp(1, 10) * trust
+        moved = (ratio - 1) * advantages > 0
+        soft = torch.where(moved, torch.exp(-(ratio - 1) ** 2 / (2 * sigma ** 2)), torch.ones_like(ratio))
+    return soft * ratio * advantages
+
+
+class Weights(NamedTuple):
+    """What each of the next tokens carries into the objective: policy * surrogate(advantage) - kl * k3."""
+    tokens: int
     advantage: float
     policy: float
     kl: float
 
 
-def sequence_weights(groups, config) -> list[list[list[SequenceWeights]]]:
+def branch_groups(trajectory) -> list[tuple[int, slice]]:
+    """(pivot, its branches) of every pivot of a trajectory: siblings are those of one pivot, K in a row."""
+    if not trajectory.branches:
+        return []
+    k = len(trajectory.branches) // len(trajectory.pivots)
+    return [(pivot, slice(i * k, (i + 1) * k)) for i, pivot in enumerate(trajectory.pivots)]
+
+
+def sequence_weights(groups, config) -> list[list[list[Weights]]]:
     """The constants of Eq. (J): result[x][i] = [root rollout i of question x, its branch 1, ..., branch K].
 
-    groups: Groups with rewards filled in. config: reads objective, lam, beta. T_fail of a question are its
-    trajectories with branches (those with reward 0, when K > 0); without any, there is no auxiliary term.
+    groups: Groups with rewards filled in. config: reads objective, std, one_stream, lam, beta. T_fail of a question
+    are its trajectories with branches (those with reward 0, when K > 0); without any, there is no auxiliary term.
     """
+    if config.one_stream:
+        return one_stream_weights(groups, config)
     authors = config.objective == "authors"
-
-    def advantages(rewards):
-        return group_advantages(torch.tensor(rewards, dtype=torch.float64), normalize=not authors).tolist()
-
-    main = [advantages([t.reward for t in g.trajectories]) for g in groups]
-    aux = [[advantages(t.branch_rewards) if t.branches else [] for t in g.trajectories] for g in groups]
+    normalize = config.std and not authors
+    main = [advantages_of([t.reward for t in g.trajectories], normalize) for g in groups]
+    aux = [[[a for _, part in branch_groups(t) for a in advantages_of(t.branch_rewards[part], normalize)]
+            for t in g.trajectories] for g in groups]
     if authors:
         def alive(advantage):
             return abs(advantage) >= 1e-8
@@ -91,28 +124,71 @@ def sequence_weights(groups, config) -> list[list[list[SequenceWeights]]]:
         t_fail = sum(bool(t.branches) for t in g.trajectories)                 # |T_fail|
         weights.append([])
         for t, a, a_branch in zip(g.trajectories, a_main, a_aux):
+            n = len(t.response)
             if authors:
-                row = [SequenceWeights(a, 1 / t_main, config.beta / t_main) if alive(a)
-                       else SequenceWeights(0.0, 0.0, 0.0)]
-                row += [SequenceWeights(b, config.lam / t_branch, config.beta / t_branch) if alive(b)
-                        else SequenceWeights(0.0, 0.0, 0.0) for b in a_branch]
+                row = [Weights(n, a, 1 / t_main, config.beta / t_main) if alive(a) else Weights(n, 0.0, 0.0, 0.0)]
+                row += [Weights(len(y), b, config.lam / t_branch, config.beta / t_branch) if alive(b)
+                        else Weights(len(y), 0.0, 0.0, 0.0) for y, b in zip(t.branches, a_branch)]
             else:
-                w = 1 / (len(groups) * len(g.trajectories) * max(1, len(t.response)))
-                row = [SequenceWeights(a, w, config.beta * w)]
+                w = 1 / (len(groups) * len(g.trajectories) * max(1, n))
+                row = [Weights(n, a, w, config.beta * w)]
                 for y, b in zip(t.branches, a_branch):
                     w = config.lam / (len(groups) * t_fail * len(t.branches) * max(1, len(y)))
-                    row.append(SequenceWeights(b, w, config.beta * w))
+                    row.append(Weights(len(y), b, w, config.beta * w))
             weights[-1].append(row)
     return weights
 
 
+def one_stream_weights(groups, config) -> list[list[list[Weights]]]:
+    """An ablation, what Eq. (A) forbids: rollouts and branches of a question are one group, and one mean.
+
+    A from the rewards of all S = G + |T_fail| K sequences of the question, weight 1 / (questions S |y|). Lambda has
+    no part in it.
+    """
+    weights = []
+    for g in groups:
+        rewards = [r for t in g.trajectories for r in (t.reward, *t.branch_rewards)]
+        advantages = iter(advantages_of(rewards, config.std))
+        weights.append([])
+        for t in g.trajectories:
+            share = [1 / (len(groups) * len(rewards) * max(1, len(y))) for y in (t.response, *t.branches)]
+            weights[-1].append([Weights(len(y), next(advantages), w, config.beta * w)
+                                for y, w in zip((t.response, *t.branches), share)])
+    return weights
+
+
+def per_token(weights) -> Tensor:
+    """A list of Weights spread over their tokens: (tokens, 3) in fp64, the columns advantage, policy, kl."""
+    runs = torch.tensor(weights, dtype=torch.float64).view(-1, 4)
+    return runs[:, 1:].repeat_interleave(runs[:, 0].long(), dim=0)
+
+
+def silence_spurious(weights, logp, entropy, probability=0.002, quantile=0.75) -> Tensor:
+    """STAPO (arXiv 2602.15620): factors [tokens] on the weights, 0 for spurious tokens, a mean over the rest.
+
+    Spurious is a token with A > 0 whose probability is below `probability` and whose entropy is below the given
+    quantile of the entropies of all tokens that improbable: an accident that a right answer would reward. The
+    other weights grow by one factor, so that their sum stays what it was. weights: per_token, of the whole batch;
+    logp, entropy: of its tokens, in nats.
+    """
+    unlikely = logp < torch.tensor(probability, dtype=logp.dtype).log()
+    if not unlikely.any():
+        return torch.ones(len(weights), dtype=torch.float64)
+    spurious = unlikely & (weights[:, 0] > 0) & (entropy < entropy[unlikely].quantile(quantile))
+    kept, policy = (~spurious).double(), weights[:, 1]
+    return kept * policy.sum() / (kept * policy).sum().clamp(min=1e-300)     # (0 / 0: nothing is left to weigh)
+
+
 def weighted_objective(logp, old_logp, ref_logp, advantage, policy, kl,
-                       clip_low=0.2, clip_high=0.2) -> Tensor:
+                       clip_low=0.2, clip_high=0.2, maspo=False) -> Tensor:
     """Eq. (J) with the weights of `sequence_weights`: sum_t [ policy_t * surrogate_t - kl_t * k3_t ].
 
-    All arguments are [tokens]; ref_logp may be None (no KL term). Returns a scalar.
+    All arguments are [tokens]; ref_logp may be None (no KL term). maspo: soft_surrogate instead of the clip.
+    Returns a scalar.
     """
-    total = (policy * clipped_surrogate(logp, old_logp, advantage, clip_low, clip_high)).sum()
+    surrogate = (soft_surrogate(logp, old_logp, advantage) if maspo
+                 else clipped_surrogate(logp, old_logp, advantage, clip_low, clip_high))
+    total = (policy * surrogate).sum()
     if ref_logp is not None:
         total = total - (kl * k3_kl(logp, ref_logp)).sum()
     return total

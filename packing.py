@@ -2,10 +2,10 @@ r"""One row per rollout with all of its branches: the prefix is computed once, n
 
     row       [ prompt | response            | branch 1 | ... | branch K ]
     position    0 ..     p ..                  continue from the pivot, every branch anew
-    attention   token q sees token k  iff  k <= q and k lies in the prompt, in the response before the pivot,
+    attention   token q sees token k  iff  k <= q and k lies in the prompt, in the response before q's pivot,
                                            or in q's own segment (the response, or its branch)
 
-The first token of a branch is predicted by the last token before the pivot. Log-probabilities and gradients
+The first token of a branch is predicted by the last token before its pivot. Log-probabilities and gradients
 are those of K + 1 separate rows to float rounding; in a GSM8K step of the paper's sizes 290k tokens are
 computed instead of 776k. Attention in such a row costs the square of its whole length, which grows with K:
 where that is more than the shared prefix saves, `pack_or_split` makes separate rows.
@@ -30,30 +30,41 @@ class Row(NamedTuple):
     ids: list[int]
     positions: list[int]
     segments: list[int]
-    prefix_length: int                   # prompt and response up to the pivot: what branches see
+    prefixes: list[int]                  # what each sees besides its segment: prompt, response up to its pivot
     targets: list[int]                   # the tokens that are scored ...
     predictors: list[int]                # ... and the index in the row of the token that predicts each
     lengths: list[int]                   # loss tokens of each sequence: the response, branch 1, ..., branch K
 
 
 def pack(prompt, response, pivot=None, branches=()) -> Row:
-    """One Row from token ids; pivot: number of response tokens that the branches (if there are any) keep."""
+    """One Row from token ids; pivot: number of response tokens that the branches (if there are any) keep.
+
+    With a list of pivots the first of them has the first branches, and all have equally many.
+    """
     if not prompt:
         raise ValueError("prompt must have at least one token, it predicts the first one of the response")
-    if branches and not (pivot is not None and 0 <= pivot <= len(response)):
+    forks = fork_points(pivot, branches)
+    if branches and not all(fork is not None and 0 <= fork <= len(response) for fork in forks):
         raise ValueError(f"pivot must be 0 to the {len(response)} tokens of the response when there are "
                          f"branches, got {pivot}")
-    prefix = len(prompt) + (pivot or 0)
     ids, positions = [*prompt], [*range(len(prompt))]
     segments, targets, predictors = [PROMPT] * len(prompt), [], []
-    for segment, tokens in enumerate([response, *branches], start=RESPONSE):
-        parent = len(prompt) if segment == RESPONSE else prefix              # tokens that this one continues
+    prefixes = [len(prompt)] * len(prompt)
+    for segment, (fork, tokens) in enumerate([(0, response), *zip(forks, branches)], start=RESPONSE):
+        parent = len(prompt) + fork                  # tokens that this one continues
         predictors += [parent - 1, *range(len(ids), len(ids) + len(tokens) - 1)][:len(tokens)]
         positions += range(parent, parent + len(tokens))
         segments += [segment] * len(tokens)
+        prefixes += [parent] * len(tokens)
         targets += tokens
         ids += tokens
-    return Row(ids, positions, segments, prefix, targets, predictors, [len(y) for y in (response, *branches)])
+    return Row(ids, positions, segments, prefixes, targets, predictors, [len(y) for y in (response, *branches)])
+
+
+def fork_points(pivot, branches) -> list[int]:
+    """The pivot of each branch, from one for all or a list of them."""
+    pivots = pivot if isinstance(pivot, list) else [pivot]
+    return [p for p in pivots for _ in range(len(branches) // len(pivots))]
 
 
 def attention_length(model) -> float:
@@ -78,23 +89,24 @@ def pack_or_split(prompt, response, pivot, branches, a: float, limit: float = fl
     """
     row = pack(prompt, response, pivot, branches)
     n = len(row.ids)
-    separate = [len(prompt) + len(response), *(row.prefix_length + len(y) for y in branches)]
+    forks = fork_points(pivot, branches)
+    separate = [len(prompt) + len(response), *(len(prompt) + p + len(y) for p, y in zip(forks, branches))]
     cheaper = n + n ** 2 / a <= sum(m + m ** 2 / (2 * a) for m in separate)
     if not branches or cheaper and n <= limit:
         return [row]
-    return [pack(prompt, response), *(pack(prompt + response[:pivot], y) for y in branches)]
+    return [pack(prompt, response), *(pack(prompt + response[:p], y) for p, y in zip(forks, branches))]
 
 
-def tree_mask(segments: torch.Tensor, prefix_length: torch.Tensor) -> torch.Tensor:
-    """[B, L] segment numbers, [B] prefix lengths -> [B, 1, L, L] bool: does token q (dim 2) see k (dim 3)?
+def tree_mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
+    """[B, L] segment numbers, [B, L] prefixes -> [B, 1, L, L] bool: does token q (dim 2) see k (dim 3)?
 
     Every token sees itself, padding too: a fully masked row would be undefined in softmax.
     """
     index = torch.arange(segments.shape[1], device=segments.device)
-    causal = index[None, :] <= index[:, None]                                # (L, L)
-    own = segments[:, :, None] == segments[:, None, :]                       # (B, L, L)
-    shared = (index < prefix_length[:, None])[:, None, :]                    # (B, 1, L): up to the pivot
-    return (causal & (own | shared))[:, None]
+    seen = segments[:, :, None] == segments[:, None, :]                      # (B, L, L): q's own segment,
+    seen |= index < prefixes[:, :, None]                                     # up to q's pivot,
+    seen &= index[None, :] <= index[:, None]                                 # and not after q
+    return seen[:, None]
 
 
 def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[list[int]]:
@@ -150,7 +162,7 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     positions = mask = None
     if any(len(row.lengths) > 1 for row in rows):
         positions, segments = padded([r.positions for r in rows], 0), padded([r.segments for r in rows], -1)
-        mask = tree_mask(segments, torch.tensor([r.prefix_length for r in rows], device=model.device))
+        mask = tree_mask(segments, padded([r.prefixes for r in rows], 0))
     # Without branches attention is plainly causal, and faster so; the padding at the end is seen by no token.
     hidden = model.base_model(input_ids=padded([r.ids for r in rows], 0), position_ids=positions,
                               attention_mask=mask, use_cache=False).last_hidden_state          # (B, L, d)
@@ -182,7 +194,7 @@ if __name__ == "__main__":
     print("P prompt, R response (pivot after 2 tokens), 1 and 2 its branches; "
           "a line is a token, # what it attends to\n")
     print("   position  ", " ".join(names))
-    seen = tree_mask(torch.tensor([row.segments]), torch.tensor([row.prefix_length]))[0, 0]
+    seen = tree_mask(torch.tensor([row.segments]), torch.tensor([row.prefixes]))[0, 0]
     for name, position, line in zip(names, row.positions, seen.tolist()):
         print(f" {name} {position:8d}   ", " ".join("#" if x else "." for x in line))
     print("\ntoken", row.targets, "\nis predicted at index", row.predictors)

@@ -25,7 +25,7 @@ SENTENCE_END = re.compile(r"\.[^\w\s]{0,3}(?=\s|\Z)|\n")
 LIST_NUMBER = re.compile(r"\W*\d{1,2}\.\W*")               # "2." begins a step, it is none of its own
 
 
-def sentence_ends(response: list[int], decode) -> list[int]:
+def sentence_ends(response: list[int], decode, pattern=SENTENCE_END) -> list[int]:
     """Number of response tokens up to the end of each sentence; the last one is len(response).
 
     response: token ids. decode: list of ids -> text, without special tokens. Tokens are decoded one by one,
@@ -36,7 +36,7 @@ def sentence_ends(response: list[int], decode) -> list[int]:
     pieces = [decode([token]) for token in response]
     text, bounds = "".join(pieces), list(accumulate(map(len, pieces)))       # bounds[i]: where token i ends
     ends, start = [], 0
-    cuts = [bisect_right(bounds, match.end() - 1) + 1 for match in SENTENCE_END.finditer(text)]
+    cuts = [bisect_right(bounds, match.end() - 1) + 1 for match in pattern.finditer(text)]
     for end in [*cuts, len(response)]:                       # the token with the full stop ends the sentence
         segment = "".join(pieces[start:end])
         if end < len(response) and LIST_NUMBER.fullmatch(segment):
@@ -83,15 +83,18 @@ def pivot_distribution(ratios, p_success, gamma: float) -> np.ndarray:
     return q / q.sum()
 
 
-def draw_pivot(ends: list[int], recoverability, gamma: float, rng: np.random.Generator) -> tuple[int, float]:
-    """Draw t* ~ Q for a response with segments ending at `ends`: (number of response tokens kept, r_t*).
+def draw_pivots(ends: list[int], recoverability, gamma: float, rng: np.random.Generator,
+                n: int = 1) -> list[tuple[int, float]]:
+    """Draw t* ~ Q for a response with segments ending at `ends`: [(number of response tokens kept, r_t*)].
 
-    recoverability: a Recoverability. rng: numpy Generator, the only source of randomness.
+    recoverability: a Recoverability. rng: numpy Generator, the only source of randomness. n: how many different
+    states, one by one; a response with fewer gives all it has.
     """
     states = [0, *ends[:-1]]                                 # the question, then every end but the last
     ratios = candidate_ratios(len(states))
-    i = rng.choice(len(states), p=pivot_distribution(ratios, recoverability.predict(ratios), gamma))
-    return states[i], float(ratios[i])
+    q = pivot_distribution(ratios, recoverability.predict(ratios), gamma)
+    drawn = rng.choice(len(states), size=min(n, np.count_nonzero(q)), replace=False, p=q)
+    return [(states[i], float(ratios[i])) for i in drawn]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 r"""The settings of a training run: a flag each, presets that fill flags in, and what a resumed run takes over.
 
-A flag that is given wins over the preset, the preset over the default of deep_grpo.Config.
+A flag that is given wins over the method's settings, these over the preset, that over the default of deep_grpo.Config.
 """
 import argparse
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import tiny
+from baselines import METHODS
 from deep_grpo import Config
 from ranks import distributed
 from tasks import SETS, TEMPLATES
@@ -32,6 +33,14 @@ PRESETS = {
 }
 
 
+OF_METHODS = {                                       # flags that not every method reads
+    ("gamma", "lam", "pivots", "uniform_pivot", "branch_all", "train_prefix", "one_stream"): ("deep_grpo",),
+    ("objective",): ("deep_grpo", "grpo"),
+    ("std",): ("deep_grpo", "grpo", "rrpo", "srpo"),
+    ("segment_tokens",): ("deep_grpo", "attnrl", "rrpo", "srpo"),
+}
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage text in front of an error: one line, exit code 2."""
 
@@ -45,12 +54,13 @@ def parse_args(argv=None, description=None):
     parser = OneLineParser(description=description, formatter_class=raw, allow_abbrev=False)
     run = parser.add_argument_group("run")
     run.add_argument("--preset", choices=PRESETS, help="fills in the flags; default: gsm8k with a GPU, tiny without")
-    run.add_argument("--method", choices=["deep_grpo", "grpo"], default="deep_grpo", help="grpo: K = 0")
+    run.add_argument("--method", choices=METHODS, default="deep_grpo", help="grpo: K = 0; others: baselines.py")
     run.add_argument("--out", type=Path, help="run directory, a new one; default: runs/PRESET-METHOD-SEED")
     run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--steps", type=int, help="batches of questions to train on")
     run.add_argument("--budget-tokens", type=int, help="end after the step that reaches this many generated ones")
+    run.add_argument("--step-tokens", type=int, help="as many batches of --questions per step as generate this many")
     run.add_argument("--eval-every", type=int, help="greedy evaluation every N steps, before and after; 0: never")
     run.add_argument("--save-every", type=int, help="checkpoint every N steps; also the best so far, and the last")
     run.add_argument("--max-hours", type=float, help="save and end in time; --resume goes on")
@@ -80,6 +90,15 @@ def parse_args(argv=None, description=None):
     method.add_argument("--segment-tokens", type=int, help="states every N tokens instead of by sentence (0)")
     method.add_argument("--max-new-tokens", type=int, help="cap of a response; unfinished: reward 0")
     method.add_argument("--updates", type=int, help="optimizer steps per batch")
+    method.add_argument("--stapo", action="store_true", default=None, help="silence spurious tokens; any method")
+    method.add_argument("--maspo", action="store_true", default=None, help="soft trust region, no clip; any method")
+    ablation = parser.add_argument_group("ablations (of deep_grpo)")
+    ablation.add_argument("--no-std", dest="std", action="store_false", default=None, help="A = R - mean; grpo, too")
+    ablation.add_argument("--pivots", type=int, help="different pivots per failed rollout, K branches each; 1")
+    for flag, text in {"--uniform-pivot": "any state alike, instead of Q(t)", "--branch-all": "right rollouts, too",
+                       "--train-prefix": "the prefix of a branch is not masked",
+                       "--one-stream": "rollouts and branches are one group, one mean"}.items():
+        ablation.add_argument(flag, action="store_true", default=None, help=text)
     optim = parser.add_argument_group("optimizer (AdamW, betas .9/.999, weight decay .01) and memory")
     optim.add_argument("--lr", type=float, help="learning rate, constant")
     optim.add_argument("--max-grad-norm", type=float)
@@ -109,19 +128,25 @@ def fill_settings(parser, args):
         parser.error("argument --gpus: is for --dry-run; a run has as many as torchrun --nproc-per-node N starts")
     if args.offload_optimizer and not distributed() and not args.dry_run:
         parser.error("argument --offload-optimizer: FSDP does it, so start with torchrun --nproc-per-node N")
-    if args.method == "grpo" and args.branches not in (None, 0):
-        parser.error(f"argument --branches: --method grpo is K = 0, got {args.branches}")
-    if args.method == "deep_grpo" and args.branches == 0:
+    settings = METHODS[args.method].settings
+    if settings.get("branches") == 0 and args.branches not in (None, 0):
+        parser.error(f"argument --branches: --method {args.method} is K = 0, got {args.branches}")
+    if settings.get("branches") != 0 and args.branches == 0:
         parser.error("argument --branches: K = 0 is GRPO, ask for it with --method grpo")
+    for names, methods in OF_METHODS.items():
+        for name in names:
+            if getattr(args, name) is not None and args.method not in methods:
+                flag = "no-std" if name == "std" else name.replace("_", "-")
+                parser.error(f"argument --{flag}: has no part in --method {args.method}, only in {', '.join(methods)}")
     defaults = {f.name: f.default for f in fields(Config)}
-    defaults |= dict(budget_tokens=None, save_every=0, eval_data=None, val_rows=0, gradient_checkpointing=False)
-    if args.method == "grpo":
-        defaults["branches"] = 0
-    for name, value in (defaults | PRESETS[args.preset]).items():
+    defaults |= dict(budget_tokens=None, step_tokens=None, save_every=0, eval_data=None, val_rows=0,
+                     gradient_checkpointing=False)
+    for name, value in (defaults | PRESETS[args.preset] | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
-    for name in ("steps", "questions", "eval_rows", "max_prompt_tokens", "micro_batch_tokens", "budget_tokens", "gpus"):
+    for name in ("steps", "questions", "eval_rows", "max_prompt_tokens", "micro_batch_tokens", "budget_tokens",
+                 "step_tokens", "gpus"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
     for name in ("eval_every", "save_every", "val_rows", "seed"):

@@ -1,8 +1,9 @@
-r"""Train DEEP-GRPO, or GRPO, on GSM8K or on the embedded task: one command, one run directory.
+r"""Train DEEP-GRPO, GRPO or another method on GSM8K or on the embedded task: one command, one run directory.
 
     python train_gsm8k.py                                  # no GPU: the embedded task, a minute; a GPU: GSM8K
     python train_gsm8k.py --preset gsm8k                   # Qwen2.5-0.5B-Instruct, the authors' numbers
     python train_gsm8k.py --preset gsm8k --method grpo     # the baseline: the same code with K = 0
+    python train_gsm8k.py --preset gsm8k --method treerl   # and the others of baselines.py
     python train_gsm8k.py --model FOLDER --data FILE.jsonl # your own: question, and answer ending in #### n
     torchrun --nproc-per-node 8 train_gsm8k.py --preset math-7b        # the same over 8 GPUs (ranks.py, model.py)
     python train_gsm8k.py --preset math-7b --dry-run --gpus 8          # what that takes of each GPU's memory
@@ -32,8 +33,9 @@ import transformers
 from tqdm import tqdm
 
 import tiny
+from baselines import METHODS
 from checkpoint import append_lines, cut_logs, load_run, moving_parts, save_run, write_whole
-from deep_grpo import Config, choose_pivots, learn_recoverability, resample, roll_out, summarize, update
+from deep_grpo import Config, learn_recoverability, resample, roll_out, summarize, update
 from grading import grade_gsm8k, grade_math
 from memory import report
 from model import gathered, load_model, place, precision
@@ -42,7 +44,7 @@ from presets import parse_args
 from ranks import distributed, end, fail, first, gather, imbalance, rank, seed_rank, share, start, world_size
 from recoverability import Recoverability
 from resample import sample
-from tasks import SETS, load_rows, load_set, make_questions, split_validation, stop_ids
+from tasks import SETS, chat_prompt, load_rows, load_set, make_questions, split_validation, stop_ids
 
 
 @dataclass
@@ -62,9 +64,11 @@ class Run:
     recoverability: Recoverability
     pivot_rng: np.random.Generator
     step: int = 0
+    rounds: int = 0                                  # batches of questions so far
     generated_total: int = 0
     best_step: int | None = None
     best_accuracy: float = -1.0
+    drawn: int = 0                                   # tokens of all draws of this process
     imbalance: float = 1.0                           # of the last draw: generated tokens, most loaded rank over mean
 
     def draw(self, prefixes, k, *, max_new_tokens, expected_tokens=None, temperature=None):
@@ -87,11 +91,18 @@ class Run:
 
         drawn = share(rows, draw_part, costs)
         self.imbalance = imbalance([len(y) for y in drawn], costs)
+        self.drawn += sum(map(len, drawn))
         return [drawn[i:i + k] for i in range(0, len(drawn), k)]
 
     def text(self, ids):
         """Token ids as text, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode(self, text):
+        """The prompt of one user message."""
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer(text)["input_ids"]
+        return chat_prompt(self.tokenizer, text)
 
     def reward(self, question, response):
         """1.0 if the response ended within the cap and its final answer is right, else 0.0."""
@@ -174,17 +185,20 @@ def load_questions(args):
     return *split_validation(rows, min(args.eval_rows, len(rows) // 2)), []
 
 
-def batch_at(run, step):
-    """The questions of step 1, 2, ...: a new permutation every epoch, a function of seed and step alone."""
+def batch_at(run, number):
+    """Batch 1, 2, ... of questions: a new permutation every epoch, a function of seed and number alone."""
     n, size = len(run.questions), run.args.questions
-    at = range((step - 1) * size, step * size)
+    at = range((number - 1) * size, number * size)
     epochs = {i // n for i in at}
     order = {epoch: np.random.default_rng((run.args.seed, epoch)).permutation(n) for epoch in epochs}
     return [run.questions[order[i // n][i % n]] for i in at]
 
 
 def train_step(run) -> tuple[dict, dict, list, list]:
-    """Lines 1-8 of deep_grpo.py on the next batch. Returns (metrics, timing, questions, groups)."""
+    """Lines 1-8 of deep_grpo.py on the next batch, or as many as --step-tokens asks for.
+
+    Returns (metrics, timing, questions, groups).
+    """
     clock = {"rollout": 0.0, "resample": 0.0, "score": 0.0, "update": 0.0}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -195,27 +209,36 @@ def train_step(run) -> tuple[dict, dict, list, list]:
         clock[name] += time.perf_counter() - start - (clock["score"] - scored if name != "score" else 0.0)
         return result
 
-    batch = batch_at(run, run.step + 1)
-    timing = {}
-
-    def reward(pairs):
-        return timed("score", run.rewards, [(batch[x], response) for x, response in pairs])
-
+    method, before = METHODS[run.args.method], run.drawn
+    questions, groups, forwarded, timing = [], [], 0, {"imbalance_rollout": 1.0, "imbalance_resample": 1.0}
+    enough = (run.step + 1) * (run.args.step_tokens or 0) - run.generated_total
     with gathered(run.model):
-        groups = timed("rollout", roll_out, run.draw, [q.prompt for q in batch], reward, run.config)
-        timing["imbalance_rollout"], run.imbalance = run.imbalance, 1.0          # stays 1 when nothing is branched
-        if run.config.branches:
-            # One rank draws the pivots for all: a difference in a last digit would be another step on each.
-            groups = timed("resample", first, lambda: choose_pivots(groups, run.config, run.recoverability, run.text,
-                                                                    run.pivot_rng))
-            groups = timed("resample", resample, run.draw, groups, reward, run.config)
-            timing["imbalance_resample"] = run.imbalance
-            learn_recoverability(groups, run.recoverability)
+        while not groups or run.drawn - before < enough:
+            run.rounds += 1
+            batch = batch_at(run, run.rounds)
+
+            def reward(pairs, batch=batch):
+                return timed("score", run.rewards, [(batch[x], response) for x, response in pairs])
+
+            drawn = timed("rollout", roll_out, run.draw, [q.prompt for q in batch], reward, run.config)
+            timing["imbalance_rollout"] = max(timing["imbalance_rollout"], run.imbalance)
+            if method.states:
+                with precision(run.model):
+                    drawn, cost = timed("resample", method.states, run, drawn, batch)
+                forwarded, run.imbalance = forwarded + cost, 1.0         # stays 1 when nothing is branched
+                drawn = timed("resample", resample, run.draw, drawn, reward, run.config)
+                timing["imbalance_resample"] = max(timing["imbalance_resample"], run.imbalance)
+            if run.args.method == "deep_grpo":
+                learn_recoverability(drawn, run.recoverability)
+            questions, groups = questions + batch, groups + drawn
     with precision(run.model):
         learned = timed("update", update, run.model, run.optimizer, groups, run.config, run.ref_model,
-                        run.args.micro_batch_tokens)
+                        run.args.micro_batch_tokens, method.weights)
     timing |= {"imbalance_update": learned.pop("imbalance"), "padding": learned.pop("padding")}
     metrics = summarize(groups, run.stop) | learned | {"w": run.recoverability.w, "b": run.recoverability.b}
+    metrics["questions"] = len(questions)
+    metrics["generated_tokens"] = run.drawn - before     # with what SRPO asks the model besides
+    metrics["forwarded_tokens"] += forwarded
     timing |= {f"seconds_{name}": seconds for name, seconds in clock.items()}
     timing["tokens_per_second"] = metrics["generated_tokens"] / sum(clock.values())
     peak = (torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available()
@@ -223,7 +246,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     timing["peak_memory_gb"] = max(gather(lambda: peak))
     run.step += 1
     run.generated_total += metrics["generated_tokens"]
-    return metrics | {"generated_total": run.generated_total}, timing, batch, groups
+    return metrics | {"generated_total": run.generated_total}, timing, questions, groups
 
 
 def evaluate(run) -> tuple[dict, dict]:

@@ -15,13 +15,14 @@ from deep_grpo import (
     Trajectory,
     choose_pivots,
     learn_recoverability,
-    log_probabilities,
     objective,
     resample,
     roll_out,
+    score_groups,
     summarize,
     update,
 )
+from loss import per_token, sequence_weights, silence_spurious
 from recoverability import Recoverability
 
 BETA = 0.3            # large enough that a wrong KL term shows
@@ -129,7 +130,7 @@ def test_objective_equals_the_slow_twin(model, ref_model, twin, name, same_polic
     expected = -twin(model, ref_model, old_model, example(), config)
     expected.backward()
     grads = gradients(model)
-    old = None if same_policy else log_probabilities(old_model, example(), config)
+    old = None if same_policy else score_groups(old_model, example(), config)[0]
     for micro_batch_tokens in (None, 30, 1):                         # all rows, some, one at a time
         model.zero_grad()
         loss, metrics = objective(model, example(), config, ref_model, old, micro_batch_tokens, backward=True)
@@ -154,6 +155,87 @@ def test_without_branches_the_objective_is_grpo(model, ref_model):
     assert grpo.item() == pytest.approx(full.item(), rel=1e-12)
     tokens = sum(len(g.prompt) + sum(len(t.response) for t in g.trajectories) for g in groups)
     assert metrics["forwarded_tokens"] == tokens
+
+
+def test_the_unmasked_prefix_carries_the_loss_of_every_branch(model, ref_model):
+    """The ablation: L_aux over prefix and suffix, with two pivots and with one."""
+    groups = example()
+    groups[0].trajectories[1].pivot = [3, 1]
+    groups[0].trajectories[1].branches.append([8])
+    groups[0].trajectories[1].branch_rewards.append(1.0)                 # siblings 1 0 | 0 1
+    config, old_model = Config(lam=0.4, beta=BETA, train_prefix=True), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in old_model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    total = 0.0
+    for g in groups:
+        rewards = [t.reward for t in g.trajectories]
+        failed = [t for t in g.trajectories if t.reward == 0]
+        for t in g.trajectories:
+            advantage = (t.reward - sum(rewards) / len(rewards)) / spread(rewards)
+            surrogate, kl = token_terms(model, ref_model, old_model, g.prompt, t.response, advantage, config)
+            total = total + (surrogate - BETA * kl) / len(t.response) / len(g.trajectories)
+        for t in failed:
+            k = 2 if isinstance(t.pivot, list) else 3
+            for j, (y, reward) in enumerate(zip(t.branches, t.branch_rewards)):
+                siblings = t.branch_rewards[j // k * k:j // k * k + k]
+                advantage = (reward - sum(siblings) / k) / spread(siblings)
+                whole = t.response[:t.pivots[j // k]] + y
+                surrogate, kl = token_terms(model, ref_model, old_model, g.prompt, whole, advantage, config)
+                total = total + 0.4 * (surrogate - BETA * kl) / len(whole) / len(t.branches) / len(failed)
+    (-total / len(groups)).backward()
+    grads = gradients(model)
+    old, _, forwarded = score_groups(old_model, groups, config)
+    for micro_batch_tokens in (None, 30):
+        model.zero_grad()
+        loss, metrics = objective(model, groups, config, ref_model, old, micro_batch_tokens, backward=True)
+        assert loss.item() == pytest.approx(-total.item() / len(groups), rel=1e-10)
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, grads[key], rtol=1e-8, atol=1e-11)
+    masked, _ = objective(model, groups, replace(config, train_prefix=False), ref_model)
+    assert abs(masked.item() - loss.item()) > 1e-3 and forwarded == metrics["forwarded_tokens"]
+
+
+def test_two_pivots_in_one_row_and_in_separate_rows(model, monkeypatch):
+    failed = Trajectory([6, 6, 2, 9, 3, EOS], 0.0, [3, 1], [[5, EOS], [7], [9, EOS], [4, 4, EOS]], [1.0, 0.0, 1.0, 0.0],
+                        [0.6, 0.2])
+    groups = [Group([3, 4], [failed, Trajectory([5, EOS], 1.0)])]
+    slow = torch.cat([suffix_logps(model, [3, 4] + failed.response[:kept], y, 1.0) for kept, y in
+                      [(0, failed.response), *zip([3, 3, 1, 1], failed.branches)]])
+    for a, rows in ((1e9, 2), (1e-9, 6)):
+        monkeypatch.setattr(deep_grpo, "attention_length", lambda model, a=a: a)
+        assert len(deep_grpo.pack_groups(model, groups)) == rows
+        (logp, _), _, forwarded = score_groups(model, groups, Config())
+        torch.testing.assert_close(logp, slow.detach(), rtol=0, atol=1e-10)
+        assert forwarded == sum(len(row.ids) for row in deep_grpo.pack_groups(model, groups))
+
+
+def test_stapo_in_the_objective(model, ref_model):
+    config = Config(beta=BETA, stapo=True, temperature=0.4)
+    logps, entropies, forwarded = score_groups(model, example(), config)
+    flat = per_token([w for group in sequence_weights(example(), config) for row in group for w in row])
+    factors = silence_spurious(flat, torch.cat(logps), torch.cat(entropies))
+    assert 0 < (factors == 0).sum() < 10                                 # some tokens of this model are that unlikely
+    refs, *_ = score_groups(ref_model, example(), config)
+    d = torch.cat(refs) - torch.cat(logps)
+    by_hand = -(factors * (flat[:, 1] * flat[:, 0] - flat[:, 2] * (d.exp() - d - 1))).sum().item()       # rho = 1
+    plain, before = objective(model, example(), replace(config, stapo=False), ref_model)
+    for micro_batch_tokens in (None, 30):
+        loss, metrics = objective(model, example(), config, ref_model, None, micro_batch_tokens)
+        assert loss.item() == pytest.approx(by_hand, rel=1e-10) and abs(loss - plain) > 1e-3
+        assert metrics["trained_tokens"] == ((factors != 0) & (flat[:, 0] != 0)).sum() < before["trained_tokens"]
+    assert metrics["forwarded_tokens"] == before["forwarded_tokens"] + forwarded
+
+
+def test_maspo_in_the_update_acts_from_the_second_step_on(model):
+    twin, metrics = copy.deepcopy(model), {}
+    for m, config in ((model, Config(beta=0.0, updates=1, maspo=True)), (twin, Config(beta=0.0, updates=1))):
+        metrics[config.maspo] = update(m, torch.optim.SGD(m.parameters(), lr=0.05), example(), config)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+    for m, config in ((model, Config(beta=0.0, updates=2, maspo=True)), (twin, Config(beta=0.0, updates=2))):
+        metrics[config.maspo] = update(m, torch.optim.SGD(m.parameters(), lr=0.05), example(), config)
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+    assert metrics[True]["clip_fraction"] == 0 < metrics[False]["clip_fraction"]
 
 
 def test_the_prefix_of_a_branch_carries_no_loss(model):
@@ -182,7 +264,7 @@ def test_equal_rewards_have_exactly_no_gradient(model):
 
 
 def test_at_the_first_update_the_ratio_is_one_and_the_gradient_is_not_zero(model):
-    explicit = log_probabilities(model, example(), Config())
+    explicit, *_ = score_groups(model, example(), Config())
     results = []
     for old in (None, explicit):
         model.zero_grad()
@@ -231,7 +313,7 @@ def test_clip_fraction_by_hand(model):
     failed = Trajectory([7, 8, 9, EOS], 0.0, 1, [[4, EOS], [EOS]], [1.0, 0.0], 0.5)
     groups = [Group([3], [Trajectory([5, 6, EOS], 1.0), failed])]
     config = Config(beta=0.0, clip_low=0.3, clip_high=0.2)   # A > 0, rho > 1.2; A < 0, rho < .7
-    now = log_probabilities(model, groups, config)
+    now, *_ = score_groups(model, groups, config)
     shift = [torch.tensor([0.5, -0.5, 0.25]),                     # log rho, A > 0: two
              torch.tensor([0.5, -0.5, -0.1, -0.3,                 # A < 0: one
                            0.3, 0.1, -0.9])]                      # a branch with A > 0: one; with A < 0: one
@@ -334,6 +416,49 @@ def test_pivots_of_failures_only_at_ends_of_sentences():
         assert chosen[0].trajectories[0].pivot == chosen[1].trajectories[0].pivot == 0
 
 
+def test_ablations_of_the_pivot():
+    groups, estimate = three_sentences(), Recoverability()
+    rngs = [np.random.default_rng(seed) for seed in range(300)]
+    right = [choose_pivots(groups, Config(branch_all=True), estimate, word, rng)[0].trajectories[1] for rng in rngs]
+    assert {(t.pivot, t.ratio) for t in right} == {(0, 0.5)}        # a right rollout of one sentence: its question
+    for i in range(40):
+        estimate.observe(i / 40, i < 10)                                 # P falls steeply
+    estimate.fit()
+    drawn = [choose_pivots(groups, Config(uniform_pivot=True), estimate, word, rng)[0].trajectories[0].pivot
+             for rng in rngs]
+    assert all(75 < drawn.count(kept) < 125 for kept in (0, 2, 4))       # 100 each, 8 standard deviation
+    two = [choose_pivots(groups, Config(pivots=2), estimate, word, rng) for rng in rngs]
+    first = [g[0].trajectories[0] for g in two]
+    assert {tuple(sorted(t.pivot)) for t in first} == {(0, 2), (0, 4), (2, 4)}
+    assert all([{0: 0.25, 2: 0.5, 4: 0.75}[kept] for kept in t.pivot] == t.ratio for t in first)
+    short = Group([4], [Trajectory([8, EOS], 0.0)])
+    assert choose_pivots([short], Config(pivots=2), estimate, word, rngs[0])[0].trajectories[0].pivot == [0]
+
+
+def test_resample_two_pivots_and_learn_from_each():
+    groups = three_sentences()
+    groups[0].trajectories[0] = replace(groups[0].trajectories[0], pivot=[4, 2], ratio=[0.75, 0.5])
+    groups[1].trajectories[0] = replace(groups[1].trajectories[0], pivot=[3], ratio=[0.6])
+    asked = []
+
+    def draw(prefixes, k, *, max_new_tokens, expected_tokens):
+        asked.append((prefixes, k, max_new_tokens, expected_tokens))
+        return [[[10 * s + j] for j in range(k)] for s in range(len(prefixes))]
+
+    branched = resample(draw, groups, lambda pairs: [float(y[-1] in (11, 20)) for _, y in pairs],
+                        Config(branches=2, max_new_tokens=10))
+    assert asked == [([[3, 5, 2, 6, 2], [3, 5, 2], [4, 8, 9, 2]], 2, [6, 8, 7], [2, 4, 3])]
+    first, second = branched[0].trajectories[0], branched[1].trajectories[0]
+    assert first.branches == [[0], [1], [10], [11]] and first.branch_rewards == [0.0, 0.0, 0.0, 1.0]
+    assert second.branches == [[20], [21]] and second.branch_rewards == [1.0, 0.0]
+    estimate = Recoverability()
+    learn_recoverability(branched, estimate)
+    assert list(estimate.outcomes) == [(0.75, False), (0.5, True), (0.6, True)]
+    got = summarize(branched, [EOS])
+    assert (got["pivots"], got["recovered"], got["dead_branch_groups"]) == (3, 2 / 3, 1 / 3)
+    assert got["pivot_depth"] == pytest.approx((0.75 + 0.5 + 0.6) / 3)
+
+
 def test_resample_continues_the_exact_prefix_within_the_room_that_is_left():
     groups, asked, graded = three_sentences(), [], []
     groups[0].trajectories[0] = replace(groups[0].trajectories[0], pivot=4, ratio=0.75)
@@ -387,7 +512,9 @@ def test_summary_by_hand():
 def test_defaults_are_those_of_the_authors_script():
     assert Config() == Config(group_size=8, branches=8, gamma=2.0, lam=1.0, beta=1e-4, clip_low=0.2,
                               clip_high=0.2, temperature=1.0, objective="paper", segment_tokens=0,
-                              max_new_tokens=512, updates=1, max_grad_norm=1.0)
+                              max_new_tokens=512, updates=1, max_grad_norm=1.0, std=True, pivots=1,
+                              uniform_pivot=False, branch_all=False, train_prefix=False, one_stream=False,
+                              stapo=False, maspo=False)
     assert Config(branches=0, lam=0.0, beta=0.0, clip_low=0.0, clip_high=0.0)      # off, not impossible
 
 
@@ -395,7 +522,7 @@ def test_defaults_are_those_of_the_authors_script():
     ("group_size", 0), ("branches", -1), ("lam", -0.1), ("beta", float("nan")), ("temperature", 0.0),
     ("objective", "ppo"), ("gamma", float("inf")), ("max_new_tokens", 0), ("updates", 0), ("clip_low", -1.0),
     ("segment_tokens", 1.5), ("segment_tokens", -1), ("clip_high", -0.1), ("lam", float("inf")),
-    ("max_grad_norm", 0.0)])
+    ("max_grad_norm", 0.0), ("pivots", 0)])
 def test_impossible_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         Config(**{name: value})

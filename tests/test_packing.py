@@ -33,7 +33,8 @@ def test_row_by_hand():
     assert row == Row(ids=[1, 2, 3, 4, 5, 6, 7, 8, 9],
                       positions=[0, 1, 2, 3, 4, 5, 4, 5, 4],
                       segments=[0, 0, 1, 1, 1, 1, 2, 2, 3],
-                      prefix_length=4, targets=[3, 4, 5, 6, 7, 8, 9], predictors=[1, 2, 3, 4, 3, 6, 3],
+                      prefixes=[2, 2, 2, 2, 2, 2, 4, 4, 4],
+                      targets=[3, 4, 5, 6, 7, 8, 9], predictors=[1, 2, 3, 4, 3, 6, 3],
                       lengths=[4, 2, 1])
 
 
@@ -41,7 +42,7 @@ def test_mask_by_its_definition():
     rows = [pack(*rollout) for rollout in ROLLOUTS]
     width = max(len(r.ids) for r in rows) + 2                            # with padding
     segments = torch.tensor([r.segments + [-1] * (width - len(r.ids)) for r in rows])
-    mask = tree_mask(segments, torch.tensor([r.prefix_length for r in rows]))
+    mask = tree_mask(segments, torch.tensor([r.prefixes + [0] * (width - len(r.ids)) for r in rows]))
     assert mask.shape == (len(rows), 1, width, width) and mask.dtype == torch.bool
     for b, (prompt, _, pivot, _) in enumerate(ROLLOUTS):
         n = len(rows[b].ids)

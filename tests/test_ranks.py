@@ -30,7 +30,7 @@ import eval_math
 import ranks
 import tiny
 import train_gsm8k
-from deep_grpo import Config, Group, Trajectory, log_probabilities, objective, update
+from deep_grpo import Config, Group, Trajectory, objective, score_groups, update
 from model import fsdp_modules, gathered, shard
 from ranks import deal, distributed, rank, world_size
 
@@ -231,7 +231,7 @@ def learn(case, same_policy, checkpointing, tied):
     deep_grpo.score_rows = score_rows
     make_groups, tokens = CASES[case]
     config = Config(lam=0.4, beta=0.3, temperature=0.8, clip_low=0.1, clip_high=0.25)
-    old_logps = None if same_policy else log_probabilities(old, make_groups(), config, tokens)
+    old_logps = None if same_policy else score_groups(old, make_groups(), config, tokens)[0]
     loss, metrics = objective(model, make_groups(), config, ref, old_logps, tokens, backward=True)
     grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)

@@ -37,6 +37,7 @@ from baselines import METHODS
 from checkpoint import append_lines, cut_logs, load_run, moving_parts, save_run, write_whole
 from deep_grpo import Config, learn_recoverability, resample, roll_out, summarize, update
 from grading import grade_gsm8k, grade_math
+from loss import branch_groups
 from memory import report
 from model import gathered, load_model, place, precision
 from plot import plot_run
@@ -270,14 +271,16 @@ def selection(run):
 
 
 def sample_lines(run, batch, groups):
-    """For samples.jsonl: the first right and the first failed rollout of every question, and its branches."""
+    """For samples.jsonl: the first right and the first failed rollout of every question, a line for each pivot."""
     for question, group in zip(batch, groups):
         for wanted in (1.0, 0.0):
             for t in [t for t in group.trajectories if t.reward == wanted][:1]:
-                branches = [{"text": run.text(y), "reward": r} for y, r in zip(t.branches, t.branch_rewards)]
-                yield {"step": run.step, "question": question.text, "gold": question.gold,
-                       "response": run.text(t.response), "reward": t.reward, "pivot": t.pivot,
-                       "prefix": run.text(t.response[:t.pivot]) if branches else None, "branches": branches}
+                for pivot, part in branch_groups(t) or [(None, slice(0))]:
+                    branches = [{"text": run.text(y), "reward": r}
+                                for y, r in zip(t.branches[part], t.branch_rewards[part])]
+                    yield {"step": run.step, "question": question.text, "gold": question.gold,
+                           "response": run.text(t.response), "reward": t.reward, "pivot": pivot,
+                           "prefix": run.text(t.response[:pivot]) if branches else None, "branches": branches}
 
 
 def write_config(run):

@@ -29,6 +29,7 @@ from baselines import (
     treerl_states,
 )
 from deep_grpo import Config, Group, Trajectory, objective, score_groups
+from grading import grade_gsm8k
 
 BETA = 0.3
 
@@ -365,6 +366,13 @@ def test_a_step_of_every_method_counts_its_tokens(method, tmp_path, monkeypatch)
     assert metrics["trained_tokens"] == sum(w.tokens for w in spans if w.advantage and w.policy)
     assert sum(w.tokens for w in spans) == held and metrics["optimizer_steps"] == 1
     branched = [t for g in groups for t in g.trajectories if t.branches]
+    shown = [line for line in train_gsm8k.sample_lines(run, questions, groups) if line["branches"]]
+    for line in shown:
+        assert line["response"].startswith(line["prefix"]) and len(line["branches"]) == run.config.branches
+        for branch in line["branches"]:                    # a branch goes on from its own pivot
+            right = grade_gsm8k(line["prefix"] + branch["text"], line["gold"])
+            assert branch["reward"] <= right
+    assert bool(shown) == bool(branched)
     assert bool(branched) == (METHODS[method].states is not None)
     assert all(len(t.branches) == run.config.branches * len(t.pivots) for t in branched)
     assert (len(run.recoverability.outcomes) > 0) == (method == "deep_grpo")

@@ -128,7 +128,7 @@ def assert_same(run, whole):
     last, expected = find_checkpoints(run)[-1][1], find_checkpoints(whole)[-1][1]
     assert (last / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     a, b = (torch.load(folder / "trainer.pt", weights_only=False) for folder in (last, expected))
-    assert a.keys() == b.keys() == {"optimizer", "step", "generated_total", "best_step", "best_accuracy",
+    assert a.keys() == b.keys() == {"optimizer", "step", "rounds", "generated_total", "best_step", "best_accuracy",
                                     "recoverability", "pivot_rng", "random_rng", "torch_rng", "cuda_rng"}
     for name in a.keys() - {"optimizer", "torch_rng"}:
         assert a[name] == b[name], name

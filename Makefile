@@ -1,8 +1,8 @@
-# make demo: watch GRPO and DEEP-GRPO learn.   make test: check every formula.   make test-slow: a whole run of two processes.
+# make demo: watch GRPO and DEEP-GRPO learn.   make compare: all methods at equal budget, an hour.   make test: check every formula.   make test-slow: a whole run of two processes.
 # All make .venv first when it is missing.
 PYTHON ?= python3
 
-.PHONY: demo test test-slow
+.PHONY: demo compare test test-slow
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
@@ -10,6 +10,9 @@ PYTHON ?= python3
 	@touch $@
 
 demo: .venv/installed
+	.venv/bin/python demo.py
+
+compare: .venv/installed
 	.venv/bin/python compare.py
 
 test: .venv/installed

@@ -1,53 +1,101 @@
-r"""GRPO and DEEP-GRPO side by side on the embedded task, at an equal budget of generated tokens.
+r"""Methods side by side on the embedded task, at an equal budget of generated tokens and of updates.
 
-    python compare.py        # `make demo`: tiny-deep, 3 seeds each, two runs at a time, one thread each
+    python compare.py                          # `make compare`: all methods, 5 seeds; results/methods.md and .png
+    python compare.py --experiment prefix      # the prefix of a branch masked, and trained
+    python compare.py --experiment stapo       # with and without STAPO
 
-Both methods start from the shipped base model and see the same questions. A DEEP-GRPO step costs 8 rollouts
-per question and 8 short branches per failure, which while nearly everything fails is as many tokens as 24
-rollouts: GRPO gets G = 24. As failures get rarer DEEP-GRPO steps get cheaper; both run until the same number
-of tokens has been generated.
-Writes one run directory each, table.md and comparison.png. Finished runs in --out are kept and not run again.
+Every update of every method has the same generated tokens (--step-tokens), so at the end of the budget the number of
+updates is equal, too: a method that needs fewer tokens for a question gets more questions. All start from one base
+model and walk through the same questions in the same order; two runs at a time, one thread each. Runs are kept in
+--out: finished ones are not run again, interrupted ones go on.
 """
 import argparse
+import contextlib
+import io
 import json
 import os
-import shutil
+import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 
 from plot import read_metrics
-from recoverability import sigmoid
+from presets import parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
 
-METHODS = {"grpo": ("GRPO, G = 24", ["--method", "grpo", "--group-size", "24"], "tab:gray"),
-           "deep_grpo": ("DEEP-GRPO, G = 8, K = 8", ["--method", "deep_grpo"], "tab:red")}
+
+class Arm(NamedTuple):
+    """What is compared: its name in tables, the flags of train_gsm8k.py, its color."""
+    label: str
+    flags: str
+    color: str
 
 
-def run_all(args) -> dict[str, list[Path]]:
-    """Run every method with every seed, args.jobs at a time; returns method -> run directories."""
-    directories = {m: [args.out / f"{m}-{seed}" for seed in range(args.seeds)] for m in METHODS}
-    everything = [(m, seed, d) for m in METHODS for seed, d in enumerate(directories[m])]
+class Experiment(NamedTuple):
+    """Arms that run with equal budgets; the first one is what the others are compared with."""
+    title: str
+    seeds: int
+    budget_tokens: int
+    flags: str
+    arms: dict[str, Arm]
+
+
+ARMS = {
+    "grpo": Arm("GRPO, G = 8", "--method grpo --questions 4", "black"),
+    "grpo64": Arm("GRPO, G = 64", "--method grpo --group-size 64", "tab:gray"),
+    "dr_grpo": Arm("Dr. GRPO, G = 8", "--method dr_grpo --questions 4", "tab:brown"),
+    "deep_grpo": Arm("DEEP-GRPO, G = 8, K = 8", "--method deep_grpo", "tab:red"),
+    "treerl": Arm("TreeRL, 6 trees", "--method treerl --questions 2", "tab:green"),
+    "attnrl": Arm("AttnRL, 6 trees", "--method attnrl --questions 2", "tab:olive"),
+    "fr3e": Arm("FR3E, G = 16, K = 8", "--method fr3e --branches 8", "tab:blue"),
+    "rrpo": Arm("RRPO, 5 + 4", "--method rrpo --questions 4", "tab:purple"),
+    "prefix": Arm("DEEP-GRPO, prefix trained", "--method deep_grpo --train-prefix", "tab:blue"),
+    "authors": Arm("DEEP-GRPO, authors' form", "--method deep_grpo --objective authors", "tab:orange"),
+    "authors_prefix": Arm("authors' form, prefix trained",
+                          "--method deep_grpo --objective authors --train-prefix", "tab:green"),
+    "stapo": Arm("DEEP-GRPO + STAPO", "--method deep_grpo --stapo", "tab:blue"),
+    "grpo_stapo": Arm("GRPO + STAPO", "--method grpo --questions 4 --stapo", "tab:gray"),
+}
+EQUAL = "--preset tiny-deep --eval-every 2 --step-tokens 8000"
+EXPERIMENTS = {
+    "methods": Experiment("The methods at equal budget", 5, 128_000, EQUAL, {name: ARMS[name] for name in (
+        "grpo", "grpo64", "dr_grpo", "deep_grpo", "treerl", "attnrl", "fr3e", "rrpo")}),
+    "prefix": Experiment("The prefix of a branch masked, and trained", 5, 128_000, EQUAL, {
+        name: ARMS[name] for name in ("deep_grpo", "prefix", "authors", "authors_prefix")}),
+    "stapo": Experiment("With and without STAPO", 5, 128_000, EQUAL, {
+        name: ARMS[name] for name in ("grpo", "grpo_stapo", "deep_grpo", "stapo")}),
+}
+
+
+def run_all(experiment, out, jobs=2) -> dict[str, list[Path]]:
+    """Run every arm with every seed, `jobs` at a time; returns arm -> run directories, in `out`."""
+    directories = {arm: [out / f"{arm}-{seed}" for seed in range(experiment.seeds)] for arm in experiment.arms}
+    everything = [(arm, seed, d) for arm in experiment.arms for seed, d in enumerate(directories[arm])]
+    commands = {d: flags_of(experiment, arm, seed, d) for arm, seed, d in everything}
+    for d, flags in commands.items():
+        check_settings(d, flags)
     waiting = [entry for entry in everything if not (entry[2] / "run.png").exists()]      # written last
     kept = len(everything) - len(waiting)
     if kept:
-        print(f"{kept} finished runs in {args.out} are kept; delete the folder to run them again")
+        print(f"{kept} finished runs in {out} are kept; delete the folder to run them again")
     waiting.sort(key=lambda entry: entry[1])                                              # seed by seed
     running = {}
-    total = len(everything) * args.budget_tokens
+    total = len(everything) * experiment.budget_tokens
     with tqdm(total=total, unit="token", unit_scale=True, desc="generated") as bar:
         while waiting or running:
-            while waiting and len(running) < args.jobs:
-                directory = waiting[0][2]
-                running[directory] = start_run(args, *waiting.pop(0))
+            while waiting and len(running) < jobs:
+                directory = waiting.pop(0)[2]
+                running[directory] = start_run(directory, commands[directory])
             time.sleep(0.5)
             for directory, process in list(running.items()):
                 if process.poll() is not None:
@@ -57,18 +105,36 @@ def run_all(args) -> dict[str, list[Path]]:
                             other.terminate()
                         last_line = log_of(directory).read_text().splitlines()[-1]
                         sys.exit(f"error: {directory} failed, its last line: {last_line}")
-            bar.n = sum(min(args.budget_tokens, tokens_so_far(d)) for _, _, d in everything)
+            bar.n = sum(min(experiment.budget_tokens, tokens_so_far(d)) for _, _, d in everything)
             bar.refresh()
     return directories
 
 
-def start_run(args, method, seed, directory) -> subprocess.Popen:
+def flags_of(experiment, arm, seed, directory) -> list[str]:
+    """The flags of train_gsm8k.py for one run."""
+    own = f"{experiment.flags} {experiment.arms[arm].flags}".split()
+    return [*own, "--seed", str(seed), "--budget-tokens", str(experiment.budget_tokens), "--steps", "100000",
+            "--out", str(directory)]
+
+
+def check_settings(directory, flags) -> None:
+    """Ends the program if the directory holds a run with other settings than these flags."""
+    if (directory / "config.json").exists():
+        with contextlib.redirect_stdout(io.StringIO()):
+            wanted = {k: str(v) if isinstance(v, Path) else v for k, v in vars(parse_args(flags)).items()}
+        found = json.loads((directory / "config.json").read_text())["settings"]
+        for name in found:
+            if found[name] != wanted.get(name):
+                sys.exit(f"error: {directory} holds a run with {name} = {found[name]!r}, here it is "
+                         f"{wanted.get(name)!r}: delete it, or choose another --out")
+
+
+def start_run(directory, flags) -> subprocess.Popen:
     """One training run in a process of its own, one thread, its output in a .log beside its directory."""
-    shutil.rmtree(directory, ignore_errors=True)     # of an interrupted comparison
     directory.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(__file__).parent / "train_gsm8k.py"), "--preset", args.preset,
-               *METHODS[method][1], "--seed", str(seed), "--budget-tokens", str(args.budget_tokens),
-               "--steps", "100000", "--eval-every", str(args.eval_every), "--out", str(directory)]
+    interrupted = (directory / "config.json").exists()
+    command = [sys.executable, str(Path(__file__).parent / "train_gsm8k.py"),
+               *(["--resume", str(directory)] if interrupted else flags)]
     with open(log_of(directory), "w") as output:
         return subprocess.Popen(command, stdout=output, stderr=output,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -87,68 +153,6 @@ def tokens_so_far(run_dir):
         return 0
 
 
-def table(directories) -> str:
-    """A Markdown table: mean and standard deviation over seeds."""
-    lines = ["| method | accuracy before | after | updates | generated tokens | trained tokens | seconds |",
-             "|---|---|---|---|---|---|---|"]
-    for method, runs in directories.items():
-        metrics = [read_metrics(run) for run in runs]
-        parts = ("rollout", "resample", "score", "update")
-        seconds = [sum(m[f"seconds_{part}"][1].sum() for part in parts) for m in metrics]
-        columns = [[m["eval_accuracy"][1][0] for m in metrics], [m["eval_accuracy"][1][-1] for m in metrics],
-                   [m["grad_norm"][0][-1] for m in metrics], [m["generated_total"][1][-1] for m in metrics],
-                   [m["trained_tokens"][1].sum() for m in metrics], seconds]
-        forms = [".3f", ".3f", ".0f", ".0f", ".0f", ".0f"]
-        cells = [f"{np.mean(c):{form}} ± {np.std(c, ddof=len(c) > 1):{form}}"
-                 for c, form in zip(columns, forms)]
-        lines.append(f"| {METHODS[method][0]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def draw_curves(axis, directories, x_name, y_name):
-    """Mean over seeds with all seeds behind it. x_name: generated_total, or None for updates."""
-    for method, runs in directories.items():
-        label, _, color = METHODS[method]
-        curves = []
-        for run in runs:
-            metrics = read_metrics(run)
-            steps, values = metrics[y_name]
-            x = np.interp(steps, *metrics[x_name]) if x_name else steps
-            axis.plot(x, values, color=color, alpha=0.25, linewidth=1)
-            curves.append((x, values))
-        grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 60)
-        mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
-        axis.plot(grid, mean, color=color, linewidth=2.5, label=label)
-    axis.legend(fontsize=8)
-
-
-def draw_pivots(fit_axis, where_axis, runs):
-    """The fit of Eq. (P) over the observed recovery rates, and where pivots were drawn, from all seeds."""
-    trainers = [next(run.glob("checkpoints/step_*/trainer.pt")) for run in runs]
-    states = [torch.load(path, weights_only=False)["recoverability"] for path in trainers]
-    ratio, success = np.array([outcome for state in states for outcome in state["outcomes"]]).T
-    place = np.rint(10 * ratio)                                              # depths to the nearest tenth
-    used = np.unique(place)
-    rate = np.array([success[place == i].mean() for i in used])
-    error = np.sqrt(rate * (1 - rate) / [(place == i).sum() for i in used])
-    fit_axis.errorbar(used / 10, rate, yerr=error, fmt="o", color="black", label="observed ± standard error")
-    depth = np.linspace(0.05, 0.95, 50)
-    for i, state in enumerate(states):
-        fit_axis.plot(depth, sigmoid(state["w"] * depth + state["b"]), color="tab:red", alpha=0.6,
-                      label=None if i else "fit of Eq. (P), a line per seed")
-    fit_axis.set(title="P(success | r): at least one of K branches right",
-                 xlabel="relative depth r of the pivot", ylim=(0, 1))
-    fit_axis.legend(fontsize=8)
-    first, second = [], []
-    for outcomes in (state["outcomes"] for state in states):
-        first += [r for r, _ in outcomes[:len(outcomes) // 2]]
-        second += [r for r, _ in outcomes[len(outcomes) // 2:]]
-    where_axis.hist([first, second], bins=np.arange(-0.05, 1.1, 0.1), density=True,
-                    color=["tab:pink", "tab:red"], label=["first half of all pivots", "second half"])
-    where_axis.set(title="where pivots were drawn", xlabel="relative depth r", ylabel="density")
-    where_axis.legend(fontsize=8)
-
-
 def accuracy_at(runs, x_name, x):
     """Accuracy of every run at x generated tokens (updates if x_name is None), linear between evaluations."""
     values = []
@@ -159,60 +163,150 @@ def accuracy_at(runs, x_name, x):
     return np.array(values)
 
 
-def caption(directories) -> str:
-    """What is seen, made from the numbers: both methods at half and at all of the tokens, and of the updates."""
-    metrics = [read_metrics(run) for runs in directories.values() for run in runs]
-    sentences = []
-    for x_name, unit in (("generated_total", "generated tokens"), (None, "updates")):
-        most = min(m[x_name][1][-1] if x_name else m["grad_norm"][0][-1] for m in metrics)
-        for x in (most / 2, most):
-            grpo, deep = (accuracy_at(directories[m], x_name, x) for m in ("grpo", "deep_grpo"))
-            difference = deep.mean() - grpo.mean()
-            error = np.sqrt(sum(np.var(v, ddof=len(v) > 1) / len(v) for v in (grpo, deep)))
-            verdict = ("ahead" if difference > 2 * error else
-                       "behind" if difference < -2 * error else "no clear difference")
-            sentences.append(f"After {x:.0f} {unit}: GRPO {grpo.mean():.2f}, DEEP-GRPO {deep.mean():.2f}; "
-                             f"{difference:+.2f} \u00b1 {error:.2f} (standard error): {verdict}.")
-    return "\n".join(sentences)
+
+def read_run(run) -> dict:
+    """What one run got and what it cost: accuracy after half and all of the tokens and as a mean over them, sums and
+    means over its updates."""
+    metrics = read_metrics(run)
+    tokens = metrics["generated_total"][1][-1]
+    grid = np.linspace(0, tokens, 201)
+    accuracy = [accuracy_at([run], "generated_total", x)[0] for x in grid]
+    seconds = sum(metrics[f"seconds_{part}"][1].sum() for part in ("rollout", "resample", "score", "update"))
+    sums = {name: metrics[name][1].sum() for name in ("questions", "sequences", "generated_tokens", "forwarded_tokens",
+                                                      "trained_tokens", "optimizer_steps")}
+    return {"half": accuracy[100], "all": accuracy[-1], "mean": float(np.mean(accuracy)), **sums,
+            "dead_groups": metrics["dead_groups"][1].mean(), "seconds": seconds}
 
 
-def draw(directories, path):
-    """The figure of the comparison, also returned."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
-    draw_curves(axes[0, 0], directories, "generated_total", "eval_accuracy")
-    axes[0, 0].set(title="greedy accuracy on held-out questions", xlabel="generated tokens")
-    draw_curves(axes[0, 1], directories, None, "eval_accuracy")
-    axes[0, 1].set(title="greedy accuracy on held-out questions", xlabel="updates")
-    draw_curves(axes[0, 2], directories, None, "entropy")
-    axes[0, 2].set(title="entropy of the policy (nats per token)", xlabel="updates")
-    draw_pivots(axes[1, 0], axes[1, 1], directories["deep_grpo"])
-    draw_curves(axes[1, 2], directories, None, "reward")
-    axes[1, 2].set(title="mean reward of the rollouts", xlabel="updates")
-    seeds = len(directories["grpo"])
-    figure.supxlabel(f"Bold: mean of {seeds} seeds.\n{caption(directories)}", fontsize=10)
+def t_tail(t, df) -> float:
+    """P(|T| > t) of Student's t with df degrees of freedom: with t = sqrt(df) tan a the density is cos(a)^(df - 1)."""
+    def integral(start):
+        angle = np.linspace(start, np.pi / 2, 100_001)
+        return np.trapezoid(np.cos(angle) ** (df - 1), angle)
+
+    return float(integral(np.arctan(t / np.sqrt(df))) / integral(0.0))
+
+
+def interval(values) -> tuple[float, float, float]:
+    """(mean, half width of the 95 % interval, p of mean = 0) by Student's t; of one value (mean, inf, 1)."""
+    mean, n = float(np.mean(values)), len(values)
+    error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else np.inf
+    if error == 0 or n == 1:
+        return mean, error, 1.0 if mean == 0 or n == 1 else 0.0
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, n - 1) > 0.05 else (low, middle)
+    return mean, low * error, t_tail(abs(mean) / error, n - 1)
+
+
+def tables(experiment, directories) -> str:
+    """Markdown: accuracy with 95 % intervals and the paired test against the first arm; costs; every seed."""
+    runs = {arm: [read_run(d) for d in paths] for arm, paths in directories.items()}
+    base = next(iter(runs))
+
+    def column(arm, name):
+        return np.array([run[name] for run in runs[arm]], dtype=float)
+
+    def lines(header, row):
+        yield f"| method | {' | '.join(header)} |"
+        yield "|---" * (len(header) + 1) + "|"
+        for arm in runs:
+            yield f"| {experiment.arms[arm].label} | {' | '.join(row(arm))} |"
+
+    def accuracy(arm):
+        for name in ("half", "all", "mean"):
+            mean, width, _ = interval(column(arm, name))
+            yield f"{mean:.3f} \u00b1 {width:.3f}"
+        mean, width, p = interval(column(arm, "mean") - column(base, "mean"))
+        yield "" if arm == base else f"{mean:+.3f} \u00b1 {width:.3f}"
+        yield "" if arm == base else f"{p:.3f}"
+
+    def cost(arm):
+        for name in ("optimizer_steps", "questions", "sequences", "generated_tokens", "forwarded_tokens",
+                     "trained_tokens"):
+            yield f"{column(arm, name).mean():,.0f}"
+        yield f"{column(arm, 'dead_groups').mean():.2f}"
+        yield f"{np.mean(column(arm, 'seconds') / column(base, 'seconds')):.2f}"
+
+    def seeds(arm):
+        return (f"{run['mean']:.3f}" for run in runs[arm])
+
+    label = experiment.arms[base].label
+    return "\n".join([
+        f"Greedy accuracy on held-out questions: mean of {experiment.seeds} seeds \u00b1 95 % interval (Student's t). "
+        "The mean over the run is",
+        "the area under the curve over generated tokens. p: paired t test by seed, two-sided, not corrected for the",
+        "number of methods.", "",
+        *lines(("half of the tokens", "all tokens", "mean over the run", f"minus {label}", "p"), accuracy), "",
+        f"Cost of a run, means; time relative to {label} (same seed, two runs at a time on two cores).", "",
+        *lines(("updates", "questions", "sequences", "generated", "forwarded", "trained", "dead groups", "time"), cost),
+        "", "Mean over the run, every seed:", "",
+        *lines([str(seed) for seed in range(experiment.seeds)], seeds)])
+
+
+def draw(experiment, directories, path):
+    """Accuracy over generated tokens, updates and time, mean and 95 % interval over seeds; the figure is returned."""
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), layout="constrained", sharey=True)
+    first = next(iter(directories.values()))
+    unit = np.mean([read_run(d)["seconds"] for d in first])
+    for arm, paths in directories.items():
+        for axis, x_name in zip(axes, ("generated_total", None, "seconds")):
+            curves = []
+            for metrics in map(read_metrics, paths):
+                steps, accuracy = metrics["eval_accuracy"]
+                if x_name == "seconds":
+                    spent = sum(metrics[f"seconds_{part}"][1] for part in ("rollout", "resample", "score", "update"))
+                    x = np.concatenate([[0], np.cumsum(spent)])[steps.astype(int)] / unit
+                else:
+                    x = np.interp(steps, *metrics[x_name]) if x_name else steps
+                curves.append((x, accuracy))
+            grid = np.linspace(0, min(x[-1] for x, _ in curves), 40)
+            values = np.array([np.interp(grid, x, y) for x, y in curves])
+            mean, width, _ = np.array([interval(v) for v in values.T]).T
+            label, _, color = experiment.arms[arm]
+            axis.plot(grid, mean, color=color, label=label, linewidth=2)
+            if len(paths) > 1:
+                axis.fill_between(grid, mean - width, mean + width, color=color, alpha=0.12, linewidth=0)
+    unit_name = next(iter(experiment.arms.values())).label
+    for axis, name in zip(axes, ("generated tokens", "updates", f"time ({unit_name} = 1)")):
+        axis.set(xlabel=name, ylim=(0, 1))
+    axes[0].set(ylabel="greedy accuracy on held-out questions")
+    axes[0].legend(fontsize=8, loc="upper left")
+    figure.suptitle(f"{experiment.title}: mean of {experiment.seeds} seeds, 95 % intervals")
     figure.savefig(path, dpi=90)
     return figure
 
 
-def main():
-    """Run what is missing, then print the table and write the figure."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["tiny", "tiny-deep"], default="tiny-deep")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budget-tokens", type=int, default=80_000, help="generated tokens per run")
-    parser.add_argument("--eval-every", type=int, default=4, help="updates between evaluations")
+def main(argv=None):
+    """Run what is missing, then write table and figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", choices=EXPERIMENTS, default="methods")
+    parser.add_argument("--arms", help="only these, separated by commas, the one to compare with first")
+    parser.add_argument("--seeds", type=int, help="5")
+    parser.add_argument("--budget-tokens", type=int, help="generated tokens per run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="run directories, of all experiments")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table and figure")
+    args = parser.parse_args(argv)
+    experiment = EXPERIMENTS[args.experiment]
+    names = args.arms.split(",") if args.arms else list(experiment.arms)
+    if unknown := [name for name in names if name not in ARMS]:
+        parser.error(f"argument --arms: {', '.join(unknown)}: choose from {', '.join(ARMS)}")
+    experiment = experiment._replace(arms={name: ARMS[name] for name in names},
+                                     seeds=args.seeds or experiment.seeds,
+                                     budget_tokens=args.budget_tokens or experiment.budget_tokens)
     start = time.time()
-    directories = run_all(args)
-    text = table(directories)
-    (args.out / "table.md").write_text(text + "\n")
-    draw(directories, args.out / "comparison.png")
-    print(f"\n{args.preset}, {args.seeds} seeds, mean ± standard deviation:\n\n{text}\n\n"
-          f"{caption(directories)}\n")
-    print(f"figure: {args.out / 'comparison.png'}   ({time.time() - start:.0f} seconds)")
+    directories = run_all(experiment, args.out, args.jobs)
+    text = tables(experiment, directories)
+    args.results.mkdir(parents=True, exist_ok=True)
+    about = (f"# {experiment.title}\n\n    python compare.py {' '.join(sys.argv[1:] if argv is None else argv)}\n\n"
+             f"{experiment.flags}, {experiment.budget_tokens:,} tokens; {platform.processor() or platform.machine()}, "
+             f"torch {torch.__version__}, transformers {transformers.__version__}.\n\n"
+             f"![accuracy]({args.experiment}.png)\n\n")
+    (args.results / f"{args.experiment}.md").write_text(about + text + "\n")
+    plt.close(draw(experiment, directories, args.results / f"{args.experiment}.png"))
+    print(f"\n{text}\n\n{args.results / args.experiment}.md and .png   ({time.time() - start:.0f} seconds)")
 
 
 if __name__ == "__main__":

@@ -1,126 +1,130 @@
-"""The demo: its table recomputed from metrics.jsonl, its figure, the runs it keeps, and when a run fails."""
+"""The comparison: what it computes from run directories, its tests against tables of Student's t, a short run."""
 import json
-import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 
 import compare
-from plot import plot_run, read_metrics
-from recoverability import sigmoid
+from compare import EXPERIMENTS, accuracy_at, draw, flags_of, interval, read_run, t_tail, tables
+from presets import parse_args
 
-ROOT = Path(__file__).parents[1]
-DEMO = ["compare.py", "--preset", "tiny", "--seeds", "1", "--budget-tokens", "3000", "--out"]
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo")
-    done = subprocess.run([sys.executable, *DEMO, str(out)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+SHORT = "--preset tiny --eval-every 1 --eval-rows 4 --step-tokens 1500 --max-new-tokens 80"
 
 
-def lines_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("t, df, p", [(12.706, 1, 0.05), (4.303, 2, 0.05), (2.776, 4, 0.05), (4.604, 4, 0.01),
+                                      (2.262, 9, 0.05), (1.984, 100, 0.05), (0.0, 4, 1.0)])
+def test_tails_of_students_t_as_in_its_tables(t, df, p):
+    assert t_tail(t, df) == pytest.approx(p, rel=1e-3)
 
 
-def test_table_by_hand(demo, tmp_path):
-    out, printed = demo
-    assert (out / "table.md").read_text().strip() in printed and printed.count(" ± 0 |") > 4     # one seed: no spread
-    second = shutil.copytree(out / "grpo-0", tmp_path / "grpo-1")            # as if there were two
-    lines = [row | {"generated_total": 2 * row["generated_total"]} for row in lines_of(second)]
-    lines[-1] |= {"eval_accuracy": 0.625, "trained_tokens": 77, "step": 9}
-    (second / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    runs = [lines_of(out / "grpo-0"), lines]
-    columns = [([run[0]["eval_accuracy"] for run in runs], 3),
-               ([run[-1]["eval_accuracy"] for run in runs], 3),
-               ([run[-1]["step"] for run in runs], 0),
-               ([run[-1]["generated_total"] for run in runs], 0),
-               ([sum(row["trained_tokens"] for row in run[1:]) for run in runs], 0)]
-    row = compare.table({"grpo": [out / "grpo-0", second]}).splitlines()[-1]
-    cells = row.removeprefix("| GRPO, G = 24 | ").split(" | ")
-    assert cells[:5] == [f"{statistics.mean(c):.{n}f} ± {statistics.stdev(c):.{n}f}" for c, n in columns]
+def test_intervals_by_hand():
+    values = [0.5, 0.7, 0.6, 0.9, 0.8]
+    mean, width, p = interval(values)
+    error = statistics.stdev(values) / 5 ** 0.5
+    assert mean == pytest.approx(0.7) and width == pytest.approx(2.7764 * error, rel=1e-4)
+    assert p == pytest.approx(t_tail(0.7 / error, 4)) and interval([-v for v in values])[2] == pytest.approx(p)
+    assert interval([0.5]) == (0.5, np.inf, 1.0)
+    assert interval([0.2, 0.2]) == (0.2, 0.0, 0.0) and interval([0.0, 0.0]) == (0.0, 0.0, 1.0)
 
 
-def test_equal_budgets(demo):
-    out, _ = demo
-    for method in compare.METHODS:
-        run = lines_of(out / f"{method}-0")          # the step that reaches the budget is the last
-        assert run[-1]["generated_total"] >= 3000 > run[-2]["generated_total"]
-        expected = {48} if method == "grpo" else {16 + 8 * row["pivots"] for row in run[1:]}
-        assert {row["sequences"] for row in run[1:]} == expected
+def write_run(folder, accuracy, tokens=(100, 300, 400), seconds=1.0):
+    """A run of three updates that was evaluated before, after the second and after the third."""
+    folder.mkdir(parents=True)
+    rows, times = [{"step": 0, "generated_total": 0, "eval_accuracy": accuracy[0]}], [{"step": 0, "seconds_eval": 9.0}]
+    for step, total in enumerate(tokens, start=1):
+        rows.append({"step": step, "generated_total": total, "generated_tokens": total - rows[-1]["generated_total"],
+                     "questions": step, "sequences": 8 * step, "forwarded_tokens": 1000, "trained_tokens": 10,
+                     "optimizer_steps": 1, "dead_groups": step / 4, "grad_norm": 1.0})
+        times.append({"step": step, "seconds_rollout": seconds, "seconds_resample": 0.0, "seconds_score": 0.5 * seconds,
+                      "seconds_update": 0.5 * seconds})
+    rows[2]["eval_accuracy"], rows[3]["eval_accuracy"] = accuracy[1:]
+    for name, lines in (("metrics.jsonl", rows), ("timing.jsonl", times)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
-def test_both_methods_see_the_same_questions(demo):
-    out, _ = demo
-    folders = [out / f"{m}-0" for m in ("grpo", "deep_grpo")]
-    samples = [map(json.loads, (folder / "samples.jsonl").read_text().splitlines()) for folder in folders]
-    seen = [{row["question"] for row in rows if row["step"] == 1} for rows in samples]
-    settings = [json.loads((folder / "config.json").read_text())["settings"] for folder in folders]
-    different = {k for k in settings[0] if settings[0][k] != settings[1][k]}
-    assert different == {"method", "group_size", "branches", "out"} and seen[0] == seen[1]
+def test_one_run_by_hand(tmp_path):
+    run = write_run(tmp_path / "run", (0.0, 0.6, 0.8))
+    # Linear from 0 at 0 to .6 at 300 tokens, to .8 at 400.
+    assert accuracy_at([run], "generated_total", 200)[0] == pytest.approx(0.4)
+    got = read_run(run)
+    assert (got["half"], got["all"]) == (pytest.approx(0.4), pytest.approx(0.8))
+    assert got["mean"] == pytest.approx((300 * 0.3 + 100 * 0.7) / 400, abs=5e-3)
+    assert got["seconds"] == 6.0 and got["dead_groups"] == pytest.approx(0.5)          # without those of evaluation
+    expected = {"questions": 6, "sequences": 48, "generated_tokens": 400, "forwarded_tokens": 3000,
+                "trained_tokens": 30, "optimizer_steps": 3}
+    assert {name: got[name] for name in expected} == expected
 
 
-def test_figure_shows_what_the_runs_hold(demo):
-    out, _ = demo
-    runs = {m: [out / f"{m}-0"] for m in compare.METHODS}
-    figure = compare.draw(runs, out / "again.png")
-    assert (out / "again.png").read_bytes()[:4] == b"\x89PNG" and (out / "comparison.png").exists()
-    by_title = {axis.get_title(): axis for axis in figure.axes}
-    fit = by_title["P(success | r): at least one of K branches right"]
-    trainers = [next(run.glob("checkpoints/*/trainer.pt")) for run in runs["deep_grpo"]]
-    states = [torch.load(path, weights_only=False)["recoverability"] for path in trainers]
-    for line, state in zip([line for line in fit.lines if len(line.get_xdata()) == 50], states):
-        np.testing.assert_allclose(line.get_ydata(), sigmoid(state["w"] * line.get_xdata() + state["b"]))
-    outcomes = [o for state in states for o in state["outcomes"]]
-    x, y = fit.containers[0].lines[0].get_data()
-    assert len(x) == len({round(10 * r) for r, _ in outcomes})
-    for depth, rate in zip(x, y):
-        inside = [success for r, success in outcomes if round(10 * r) == round(10 * depth)]
-        assert rate == pytest.approx(sum(inside) / len(inside))
-    bars = by_title["where pivots were drawn"].patches
-    halves = [sum(len(state["outcomes"]) // 2 for state in states),
-              sum((len(state["outcomes"]) + 1) // 2 for state in states)]
-    for half, n in zip((bars[:11], bars[11:]), halves):
-        counts = [bar.get_height() * 0.1 * n for bar in half]                # a density: area 1
-        assert sum(counts) == pytest.approx(n) and all(c == pytest.approx(round(c), abs=1e-6) for c in counts)
+def test_tables_and_curves_by_hand(tmp_path):
+    accuracies = {"grpo": [(0.0, 0.4, 0.6), (0.0, 0.2, 0.6)], "treerl": [(0.0, 0.6, 0.8), (0.0, 0.5, 0.9)]}
+    directories = {arm: [write_run(tmp_path / f"{arm}-{i}", a, seconds=1.0 + (arm == "treerl"))
+                         for i, a in enumerate(runs)] for arm, runs in accuracies.items()}
+    experiment = EXPERIMENTS["methods"]
+    experiment = experiment._replace(seeds=2, arms={arm: experiment.arms[arm] for arm in accuracies})
+    text = tables(experiment, directories)
+    first, costs, seeds = (block.splitlines() for block in text.split("\n\n") if block.startswith("|"))
+    means = {arm: [read_run(d)["mean"] for d in runs] for arm, runs in directories.items()}
+    differences = [b - a for a, b in zip(means["grpo"], means["treerl"])]
+    mean, width, p = interval(differences)
+    assert first[3].split(" | ")[-2:] == [f"{mean:+.3f} ± {width:.3f}", f"{p:.3f} |"]
+    assert first[2].startswith("| GRPO, G = 8 | 0.200 ± ") and first[2].endswith("|  |  |")
+    assert costs[3] == "| TreeRL, 6 trees | 3 | 6 | 48 | 400 | 3,000 | 30 | 0.50 | 2.00 |"
+    assert seeds[2] == f"| GRPO, G = 8 | {means['grpo'][0]:.3f} | {means['grpo'][1]:.3f} |"
+
+    figure = draw(experiment, directories, tmp_path / "figure.png")
+    by_label = {axis.get_xlabel(): {line.get_label(): line for line in axis.lines} for axis in figure.axes}
+    assert set(by_label) == {"generated tokens", "updates", "time (GRPO, G = 8 = 1)"}
+    tokens, updates, time = (by_label[name]["TreeRL, 6 trees"] for name in by_label)
+    assert (tokens.get_xdata()[-1], updates.get_xdata()[-1], time.get_xdata()[-1]) == pytest.approx((400, 3, 2))
+    assert tokens.get_ydata()[[0, -1]].tolist() == pytest.approx([0, 0.85])
+    middle = np.interp(300, tokens.get_xdata(), tokens.get_ydata())
+    assert middle == pytest.approx(0.55, abs=0.02) == pytest.approx(np.interp(2, *updates.get_data()), abs=0.02)
     plt.close(figure)
 
 
-def test_finished_runs_are_kept(demo):
-    out, _ = demo
+def test_every_arm_is_a_valid_command_and_budgets_are_equal():
+    for experiment in EXPERIMENTS.values():
+        settings = {arm: vars(parse_args(flags_of(experiment, arm, 3, Path("x")))) for arm in experiment.arms}
+        assert experiment.seeds >= 5
+        for name in ("step_tokens", "budget_tokens", "lr", "steps", "seed", "model", "data", "eval_rows"):
+            assert len({str(s[name]) for s in settings.values()}) == 1, name
+            assert all(s[name] is not None for s in settings.values())
+
+
+def test_a_short_comparison_of_two_methods(tmp_path, monkeypatch, capsys):
+    """make compare in small: equal tokens, kept and interrupted runs, other settings are refused."""
+    out, results = tmp_path / "runs", tmp_path / "results"
+    monkeypatch.setitem(EXPERIMENTS, "methods", EXPERIMENTS["methods"]._replace(flags=SHORT))
+    flags = ["--arms", "grpo,rrpo", "--seeds", "2", "--budget-tokens", "3000", "--out", str(out),
+             "--results", str(results)]
+    compare.main(flags)
+    capsys.readouterr()
+    text = (results / "methods.md").read_text()
+    assert (results / "methods.png").read_bytes()[:4] == b"\x89PNG"
+    assert f"python compare.py {' '.join(flags)}" in text and "| RRPO, 5 + 4 |" in text
+    runs = {arm: [(out / f"{arm}-{seed}" / "metrics.jsonl").read_text() for seed in range(2)]
+            for arm in ("grpo", "rrpo")}
+    rows = {arm: [[json.loads(line) for line in run.splitlines()] for run in both] for arm, both in runs.items()}
+    for run in (run for both in rows.values() for run in both):
+        assert run[-1]["generated_total"] >= 3000 > run[-2]["generated_total"]
+    # One was interrupted; it goes on, and the others are not run again.
+    (out / "rrpo-1" / "run.png").unlink()
+    cut = runs["rrpo"][1].splitlines(keepends=True)[:-1]
+    (out / "rrpo-1" / "metrics.jsonl").write_text("".join(cut))
+    for folder in (out / "rrpo-1" / "checkpoints").iterdir():
+        if folder.name == f"step_{rows['rrpo'][1][-1]['step']}":
+            folder.rename(folder.with_name("later"))
     before = (out / "grpo-0" / "metrics.jsonl").stat().st_mtime_ns
-    done = subprocess.run([sys.executable, *DEMO, str(out)], cwd=ROOT, capture_output=True, text=True,
-                          check=True)
-    assert "2 finished runs" in done.stdout
+    compare.main(flags)
+    assert "3 finished runs" in capsys.readouterr().out
     assert (out / "grpo-0" / "metrics.jsonl").stat().st_mtime_ns == before
-
-
-def test_a_failing_run_ends_the_demo_with_its_last_line(tmp_path):
-    flags = ["--seeds", "1", "--jobs", "1", "--budget-tokens", "0", "--out", str(tmp_path)]
-    command = [sys.executable, *DEMO[:-5], *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "--budget-tokens: must be at least 1" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_read_metrics_and_the_figure_of_a_run(tmp_path):
-    (tmp_path / "config.json").write_text('{"settings": {"preset": "gsm8k"}}')
-    (tmp_path / "timing.jsonl").write_text('{"step": 1, "seconds_update": 2.5}\n')
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 0, "eval_accuracy": 0.5}\n'
-        '{"step": 1, "reward": 0.25, "recovered": null}\n'
-        '{"step": 2, "reward": 0.5, "recovered": 1.0, "eval_accuracy": 0.75}\n')
-    metrics = {name: [list(map(float, part)) for part in columns]
-               for name, columns in read_metrics(tmp_path).items() if name != "step"}
-    assert metrics == {
-        "eval_accuracy": [[0, 2], [0.5, 0.75]], "reward": [[1, 2], [0.25, 0.5]], "recovered": [[2], [1.0]],
-        "seconds_update": [[1], [2.5]]}
-    assert plot_run(tmp_path).read_bytes()[:4] == b"\x89PNG"
+    assert (out / "rrpo-1" / "metrics.jsonl").read_text() == runs["rrpo"][1]
+    with pytest.raises(SystemExit, match="grpo-0 holds a run with budget_tokens = 3000, here it is 4000: delete it"):
+        compare.main([*flags[:5], "4000", *flags[6:]])
+    with pytest.raises(SystemExit):
+        compare.main(["--arms", "grpo,ppo"])
+    assert "--arms: ppo: choose from grpo, " in capsys.readouterr().err

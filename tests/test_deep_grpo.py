@@ -196,6 +196,22 @@ def test_the_unmasked_prefix_carries_the_loss_of_every_branch(model, ref_model):
     assert abs(masked.item() - loss.item()) > 1e-3 and forwarded == metrics["forwarded_tokens"]
 
 
+def test_a_trained_prefix_is_a_smaller_lambda_in_the_authors_form(model):
+    """Siblings share the prefix, their advantages sum to 0 and all tokens weigh the same: at rho = 1 the prefix has no
+    gradient. What is left is the larger T_branch, which counts prefix tokens."""
+    alive = [(len(y), t.pivot) for g in example() for t in g.trajectories if len(set(t.branch_rewards)) > 1
+             for y in t.branches]
+    smaller = sum(n for n, _ in alive) / sum(n + pivot for n, pivot in alive)
+    results = []
+    for settings in (dict(train_prefix=True, lam=1.0), dict(lam=smaller), dict(lam=1.0)):
+        model.zero_grad()
+        objective(model, example(), Config(beta=0.0, objective="authors", **settings), backward=True)
+        results.append(gradients(model))
+    for name, grad in results[0].items():
+        torch.testing.assert_close(grad, results[1][name], rtol=1e-8, atol=1e-11)
+    assert any((results[0][name] - grad).abs().max() > 1e-3 for name, grad in results[2].items()) and smaller < 0.9
+
+
 def test_two_pivots_in_one_row_and_in_separate_rows(model, monkeypatch):
     failed = Trajectory([6, 6, 2, 9, 3, EOS], 0.0, [3, 1], [[5, EOS], [7], [9, EOS], [4, 4, EOS]], [1.0, 0.0, 1.0, 0.0],
                         [0.6, 0.2])

@@ -77,14 +77,18 @@ EXPERIMENTS = {
 }
 
 
-def run_all(experiment, out, jobs=2) -> dict[str, list[Path]]:
-    """Run every arm with every seed, `jobs` at a time; returns arm -> run directories, in `out`."""
+def run_all(experiment, out, jobs=2, enough=lambda directory: False) -> dict[str, list[Path]]:
+    """Run every arm with every seed, `jobs` at a time; returns arm -> run directories, in `out`.
+
+    enough(directory): need this run not go on, whatever is left of its budget?
+    """
     directories = {arm: [out / f"{arm}-{seed}" for seed in range(experiment.seeds)] for arm in experiment.arms}
     everything = [(arm, seed, d) for arm in experiment.arms for seed, d in enumerate(directories[arm])]
     commands = {d: flags_of(experiment, arm, seed, d) for arm, seed, d in everything}
     for d, flags in commands.items():
         check_settings(d, flags)
-    waiting = [entry for entry in everything if not (entry[2] / "run.png").exists()]      # written last
+    waiting = [entry for entry in everything if not (entry[2] / "run.png").exists()       # written last
+               and not enough(entry[2])]
     kept = len(everything) - len(waiting)
     if kept:
         print(f"{kept} finished runs in {out} are kept; delete the folder to run them again")
@@ -98,9 +102,12 @@ def run_all(experiment, out, jobs=2) -> dict[str, list[Path]]:
                 running[directory] = start_run(directory, commands[directory])
             time.sleep(0.5)
             for directory, process in list(running.items()):
+                if enough(directory):
+                    process.kill()                   # a run survives that, and has logged what is asked of it
+                    process.wait()
                 if process.poll() is not None:
                     del running[directory]
-                    if process.returncode:
+                    if process.returncode and not enough(directory):
                         for other in running.values():
                             other.terminate()
                         last_line = log_of(directory).read_text().splitlines()[-1]

@@ -177,15 +177,15 @@ def measure(model, tokenizer, lock, n=256, seed=1):
     return sum(easy) / max(1, len(easy)), sum(hard) / max(1, len(hard))
 
 
-def pretrain(lock, tokenizer, steps, batch=32, lr=2e-3, seed=0, log=print):
+def pretrain(lock, tokenizer, steps, batch=32, lr=2e-3, seed=0, log=print, model=None):
     """A base policy for `lock`: a Llama with .56 M parameters, trained on demonstrations. Returns the model.
 
-    (Not a Qwen2: AutoTokenizer gives every folder with that model type a Qwen2Tokenizer, whatever its
-    tokenizer.json says.)
+    model: the base policy of another lock, to be trained on. (Not a Qwen2: AutoTokenizer gives every folder with
+    that model type a Qwen2Tokenizer, whatever its tokenizer.json says.)
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = LlamaForCausalLM(LlamaConfig(
+    model = model or LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))

@@ -366,7 +366,9 @@ def drawn(self, prefixes, k, *, max_new_tokens, expected_tokens=None, temperatur
         rng = random.Random(f"{prefix} {i}")
         return [*rng.choices(range(4, 16), k=rng.randint(3, 40)), *([self.stop[0]] if rng.random() < 0.9 else [])]
 
-    return [[one(prefix, i) for i in range(k)] for prefix in prefixes]
+    result = [[one(prefix, i) for i in range(k)] for prefix in prefixes]
+    self.drawn += sum(len(y) for branches in result for y in branches)
+    return result
 
 
 def graded(self, question, response):
@@ -398,6 +400,19 @@ def test_n_ranks_make_the_steps_of_one_process(on_ranks, n, flags):
             assert metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)             # float32
         for name, weights in expected["weights"].items():
             torch.testing.assert_close(got["weights"][name], weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method, more", [("treerl", ["--branches", "2"]), ("attnrl", ["--segment-tokens", "3"]),
+                                          ("fr3e", []), ("rrpo", []), ("srpo", [])])
+def test_n_ranks_branch_the_states_of_one_process(on_ranks, method, more):
+    """What the states depend on is computed in parts: log-probabilities, entropies, attention; draws are rank 0's."""
+    flags = ["--method", method, *more]
+    expected, = on_ranks(0, "steps", 2, *flags)
+    assert sum(bool(pivots) for _, groups in expected["steps"] for g in groups for pivots, *_ in g) > 3
+    for got in on_ranks(2, "steps", 2, *flags):
+        for (metrics, pivots), (own_metrics, own_pivots) in zip(got["steps"], expected["steps"]):
+            assert pivots == own_pivots and metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)
+            assert metrics["grad_norm"] > 1e-3 and metrics["generated_tokens"] > 0
 
 
 def train(argv):

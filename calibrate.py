@@ -217,7 +217,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(tiny.PRESETS), default="tiny-deep")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--questions", type=int, default=60, help="per seed and policy; at most 2 failures of each")
+    parser.add_argument("--questions", type=int, default=24, help="per seed and policy; at most 2 failures of each")
     parser.add_argument("--steps", type=int, default=STEPS, help="of DEEP-GRPO before the second measurement")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate"))
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table and figure")

@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,8 +177,9 @@ def read_run(run) -> dict:
     means over its updates."""
     metrics = read_metrics(run)
     tokens = metrics["generated_total"][1][-1]
+    steps, accuracy = metrics["eval_accuracy"]
     grid = np.linspace(0, tokens, 201)
-    accuracy = [accuracy_at([run], "generated_total", x)[0] for x in grid]
+    accuracy = np.interp(grid, np.interp(steps, *metrics["generated_total"]), accuracy)
     seconds = sum(metrics[f"seconds_{part}"][1].sum() for part in ("rollout", "resample", "score", "update"))
     sums = {name: metrics[name][1].sum() for name in ("questions", "sequences", "generated_tokens", "forwarded_tokens",
                                                       "trained_tokens", "optimizer_steps")}
@@ -194,17 +196,23 @@ def t_tail(t, df) -> float:
     return float(integral(np.arctan(t / np.sqrt(df))) / integral(0.0))
 
 
+@cache
+def t_quantile(df) -> float:
+    """The t with P(|T| > t) = .05."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, df) > 0.05 else (low, middle)
+    return low
+
+
 def interval(values) -> tuple[float, float, float]:
     """(mean, half width of the 95 % interval, p of mean = 0) by Student's t; of one value (mean, inf, 1)."""
     mean, n = float(np.mean(values)), len(values)
     error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else np.inf
     if error == 0 or n == 1:
         return mean, error, 1.0 if mean == 0 or n == 1 else 0.0
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, n - 1) > 0.05 else (low, middle)
-    return mean, low * error, t_tail(abs(mean) / error, n - 1)
+    return mean, t_quantile(n - 1) * error, t_tail(abs(mean) / error, n - 1)
 
 
 def tables(experiment, directories) -> str:
@@ -307,7 +315,8 @@ def main(argv=None):
     directories = run_all(experiment, args.out, args.jobs)
     text = tables(experiment, directories)
     args.results.mkdir(parents=True, exist_ok=True)
-    about = (f"# {experiment.title}\n\n    python compare.py {' '.join(sys.argv[1:] if argv is None else argv)}\n\n"
+    command = " ".join(["python compare.py", *(sys.argv[1:] if argv is None else argv)])
+    about = (f"# {experiment.title}\n\n    {command}\n\n"
              f"{experiment.flags}, {experiment.budget_tokens:,} tokens; {platform.processor() or platform.machine()}, "
              f"torch {torch.__version__}, transformers {transformers.__version__}.\n\n"
              f"![accuracy]({args.experiment}.png)\n\n")

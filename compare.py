@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -173,8 +174,8 @@ def accuracy_at(runs, x_name, x):
 
 
 def read_run(run) -> dict:
-    """What one run got and what it cost: accuracy after half and all of the tokens and as a mean over them, sums and
-    means over its updates."""
+    """What one run got and what it cost: accuracy after half and all of the tokens and as a mean over them; right
+    answers, rollouts and branches, per 1,000 tokens of the first third of its updates; sums and means."""
     metrics = read_metrics(run)
     tokens = metrics["generated_total"][1][-1]
     steps, accuracy = metrics["eval_accuracy"]
@@ -183,8 +184,15 @@ def read_run(run) -> dict:
     seconds = sum(metrics[f"seconds_{part}"][1].sum() for part in ("rollout", "resample", "score", "update"))
     sums = {name: metrics[name][1].sum() for name in ("questions", "sequences", "generated_tokens", "forwarded_tokens",
                                                       "trained_tokens", "optimizer_steps")}
+    group_size = json.loads((run / "config.json").read_text())["settings"]["group_size"]
+    branch_reward, right, spent = dict(zip(*metrics.get("branch_reward", ((), ())))), 0.0, 0.0
+    for i, step in enumerate(metrics["questions"][0][:math.ceil(sums["optimizer_steps"] / 3)]):
+        roots = metrics["questions"][1][i] * group_size
+        right += metrics["reward"][1][i] * roots
+        right += branch_reward.get(step, 0.0) * (metrics["sequences"][1][i] - roots)
+        spent += metrics["generated_tokens"][1][i]
     return {"half": accuracy[100], "all": accuracy[-1], "mean": float(np.mean(accuracy)), **sums,
-            "dead_groups": metrics["dead_groups"][1].mean(), "seconds": seconds}
+            "right": 1000 * right / spent, "dead_groups": metrics["dead_groups"][1].mean(), "seconds": seconds}
 
 
 def t_tail(t, df) -> float:
@@ -241,6 +249,7 @@ def tables(experiment, directories) -> str:
         for name in ("optimizer_steps", "questions", "sequences", "generated_tokens", "forwarded_tokens",
                      "trained_tokens"):
             yield f"{column(arm, name).mean():,.0f}"
+        yield f"{column(arm, 'right').mean():.2f}"
         yield f"{column(arm, 'dead_groups').mean():.2f}"
         yield f"{np.mean(column(arm, 'seconds') / column(base, 'seconds')):.2f}"
 
@@ -254,8 +263,10 @@ def tables(experiment, directories) -> str:
         "the area under the curve over generated tokens. p: paired t test by seed, two-sided, not corrected for the",
         "number of methods.", "",
         *lines(("half of the tokens", "all tokens", "mean over the run", f"minus {label}", "p"), accuracy), "",
-        f"Cost of a run, means; time relative to {label} (same seed, two runs at a time on two cores).", "",
-        *lines(("updates", "questions", "sequences", "generated", "forwarded", "trained", "dead groups", "time"), cost),
+        "Cost of a run, means. Right: right answers per 1,000 generated tokens in the first third of the updates.",
+        f"Time: relative to {label}, same seed, two runs at a time on two cores.", "",
+        *lines(("updates", "questions", "sequences", "generated", "forwarded", "trained", "right", "dead groups",
+                "time"), cost),
         "", "Mean over the run, every seed:", "",
         *lines([str(seed) for seed in range(experiment.seeds)], seeds)])
 

@@ -37,10 +37,12 @@ def write_run(folder, accuracy, tokens=(100, 300, 400), seconds=1.0):
     for step, total in enumerate(tokens, start=1):
         rows.append({"step": step, "generated_total": total, "generated_tokens": total - rows[-1]["generated_total"],
                      "questions": step, "sequences": 8 * step, "forwarded_tokens": 1000, "trained_tokens": 10,
-                     "optimizer_steps": 1, "dead_groups": step / 4, "grad_norm": 1.0})
+                     "optimizer_steps": 1, "dead_groups": step / 4, "grad_norm": 1.0, "reward": 0.25 * step,
+                     "branch_reward": None if step == 2 else 0.5})
         times.append({"step": step, "seconds_rollout": seconds, "seconds_resample": 0.0, "seconds_score": 0.5 * seconds,
                       "seconds_update": 0.5 * seconds})
     rows[2]["eval_accuracy"], rows[3]["eval_accuracy"] = accuracy[1:]
+    (folder / "config.json").write_text('{"settings": {"group_size": 6}}')
     for name, lines in (("metrics.jsonl", rows), ("timing.jsonl", times)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -53,6 +55,8 @@ def test_one_run_by_hand(tmp_path):
     got = read_run(run)
     assert (got["half"], got["all"]) == (pytest.approx(0.4), pytest.approx(0.8))
     assert got["mean"] == pytest.approx((300 * 0.3 + 100 * 0.7) / 400, abs=5e-3)
+    # The first of three updates: 6 rollouts, 2 branches, 100 tokens.
+    assert got["right"] == pytest.approx(1000 * (0.25 * 6 + 0.5 * 2) / 100)
     assert got["seconds"] == 6.0 and got["dead_groups"] == pytest.approx(0.5)          # without those of evaluation
     expected = {"questions": 6, "sequences": 48, "generated_tokens": 400, "forwarded_tokens": 3000,
                 "trained_tokens": 30, "optimizer_steps": 3}
@@ -72,7 +76,7 @@ def test_tables_and_curves_by_hand(tmp_path):
     mean, width, p = interval(differences)
     assert first[3].split(" | ")[-2:] == [f"{mean:+.3f} ± {width:.3f}", f"{p:.3f} |"]
     assert first[2].startswith("| GRPO, G = 8 | 0.200 ± ") and first[2].endswith("|  |  |")
-    assert costs[3] == "| TreeRL, 6 trees | 3 | 6 | 48 | 400 | 3,000 | 30 | 0.50 | 2.00 |"
+    assert costs[3] == "| TreeRL, 6 trees | 3 | 6 | 48 | 400 | 3,000 | 30 | 25.00 | 0.50 | 2.00 |"
     assert seeds[2] == f"| GRPO, G = 8 | {means['grpo'][0]:.3f} | {means['grpo'][1]:.3f} |"
 
     figure = draw(experiment, directories, tmp_path / "figure.png")

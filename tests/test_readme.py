@@ -81,7 +81,7 @@ def test_the_glossary_holds_the_metrics_of_a_step_and_no_other(tmp_path):
 
 def test_order_and_length():
     titles = re.findall(r"^## (.*)", README, re.M)
-    assert titles == ["Two commands", "GSM8K on one GPU", "Several GPUs",
+    assert titles == ["Two commands", "GSM8K on one GPU", "Several GPUs", "At equal budget",
                       "From the paper to the code to the test", "Departures",
                       "Metrics, and what a healthy run looks like", "Questions", "Speed", "Files"]
     assert README.index("assets/demo.png") < README.index("## Two commands")

@@ -13,8 +13,9 @@ in what is trained, and in the normaliser (`weights`, in place of Eq. (J)). Ever
     fr3e            16  the 4 highest entropies of 2 rollouts    16   (R - V_j) e^-(dV)      suffix   1/tokens
     rrpo, srpo     4+1  one of the first failed rollout           4   (R - mean)/std         suffix   1/n 1/|y|
 
-A state is a number of response tokens that are kept. What was left out of the originals: TreeRL and AttnRL expand
-once; AttnRL's filter and batch sizes that follow past steps, FR3E's rejection of dead questions; the learning rates.
+A state is a number of response tokens that are kept. GRPO (arXiv 2402.03300) is Eq. (J) without branches. Left out of
+the originals: more than one expansion of TreeRL's trees; AttnRL's filter and its batch sizes that follow past steps;
+FR3E's rejection of dead questions and its wider upper clip (inert with one update per batch); all learning rates.
 """
 import math
 import re

@@ -371,6 +371,8 @@ def test_several_updates_keep_the_old_log_probabilities(model, ref_model, update
             for p in twin.parameters():
                 p -= 0.05 * p.grad
     assert metrics["clip_fraction"] > 0                           # the policy has moved: rho is not 1
+    tokens = sum(len(row.ids) for row in deep_grpo.pack_groups(model, example()))
+    assert metrics["forwarded_tokens"] == (updates + 1) * tokens and metrics["optimizer_steps"] == updates   # and once
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
 

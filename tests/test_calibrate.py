@@ -73,10 +73,11 @@ def test_first_error():
     assert first_error("(a) L+3: 37 -> 67.\n(b) both+3: 67 -> 90.\n#### 91", gold) == 2
 
 
-def test_every_state_of_failed_rollouts_is_branched(tmp_path):
+def test_every_state_of_failed_rollouts_is_branched(tmp_path, monkeypatch):
     run = train_gsm8k.prepare(train_gsm8k.parse_args(["--preset", "tiny", "--beta", "0", "--branches", "3",
                                                       "--out", str(tmp_path / "run")]))
-    rows = tiny.make_rows(tiny.PRESETS["tiny"], 3, 5)
+    rows, seen, resample = tiny.make_rows(tiny.PRESETS["tiny"], 3, 5), [], calibrate.resample
+    monkeypatch.setattr(calibrate, "resample", lambda *args: seen.append(resample(*args)) or seen[-1])
     table = observe(run, rows, make_questions(rows, run.tokenizer, 64)[0], most=1)
     for x in np.unique(table[:, 0]):
         states = table[table[:, 0] == x]
@@ -86,6 +87,10 @@ def test_every_state_of_failed_rollouts_is_branched(tmp_path):
         assert n == turns + 1                                          # all sentences, the last is the answer
         assert (np.diff(states[:, 4]) <= 0).all() and states[0, 4] == 1      # before, before, ..., after
         assert (states[:, 2] >= 0).all() and len(np.unique(states[:, 3])) == 1
+    states = [(x, t, pivot) for x, g in enumerate(seen[0]) for t in g.trajectories for pivot in t.pivots]
+    assert len(states) == len(table)
+    for (x, t, pivot), (question, *_, before, _) in zip(states, table):    # before: what is kept is the solution so far
+        assert question == x and before == rows[x]["answer"].startswith(run.text(t.response[:pivot]))
     after = table[table[:, 4] == 0]
     assert len(after) and after[:, 5].mean() < 0.3                     # a wrong turn is not undone
 

@@ -52,6 +52,11 @@ class Trajectory:
         """All of them: most baselines have several, with K branches of the first, K of the second, and so on."""
         return [] if self.pivot is None else self.pivot if isinstance(self.pivot, list) else [self.pivot]
 
+    @property
+    def ratios(self) -> list[float]:
+        """Those of the pivots."""
+        return [] if self.ratio is None else self.ratio if isinstance(self.ratio, list) else [self.ratio]
+
 
 @dataclass
 class Group:
@@ -166,8 +171,7 @@ def resample(draw, groups, reward, config) -> list[Group]:
 def learn_recoverability(groups, recoverability) -> None:
     """Line 4: one outcome per pivot into the buffer M, then the fit of Eq. (P)."""
     for t in (t for g in groups for t in g.trajectories):
-        ratios = t.ratio if isinstance(t.ratio, list) else [t.ratio]
-        for ratio, (_, siblings) in zip(ratios, branch_groups(t)):
+        for ratio, (_, siblings) in zip(t.ratios, branch_groups(t)):
             recoverability.observe(ratio, any(t.branch_rewards[siblings]))
     recoverability.fit()
 
@@ -238,23 +242,15 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     groups = unmask_prefix(groups, config)
     rows = pack_groups(model, groups, micro_batch_tokens)
     batches = micro_batches(rows, micro_batch_tokens, world_size())
-    metrics = batch_metrics(rows, batches)
-    weighted = [row for group in weights(groups, config) for row in group]               # of every trajectory
-    flat = per_token([w for row in weighted for w in row])                               # (tokens, 3)
-    factors = [None] * len(rows)
-    if config.stapo:
-        logps, entropies, forwarded = score_groups(model, groups, config, micro_batch_tokens)
-        factors = silence_spurious(flat, torch.cat(logps), torch.cat(entropies))
-        flat[:, 1] *= factors
-        factors = list(factors.split([len(row.targets) for row in rows]))
-        metrics["forwarded_tokens"] += forwarded
-    n_tokens, trained = len(flat), int(((flat[:, 0] != 0) & (flat[:, 1] != 0)).sum())
-    del flat
+    metrics, sizes = batch_metrics(rows, batches), [len(row.targets) for row in rows]
     n_main = sum(len(t.response) for g in groups for t in g.trajectories)
-    runs = row_weights(groups, weighted, rows)
+    weighted = [row for group in weights(groups, config) for row in group]               # of every trajectory
+    factors, counts = token_factors(model, groups, config, weighted, micro_batch_tokens)
+    metrics["forwarded_tokens"] += counts.pop("forwarded_tokens")
+    factors = None if factors is None else [*factors.split(sizes), torch.zeros(1)]
     if old_logps is not None:
-        old_logps = [*torch.cat(old_logps).split([len(row.targets) for row in rows]), torch.zeros(1)]
-    rows, runs, factors = [*rows, IDLE], [*runs, [(1.0, 0.0, 0.0, 0.0, 0.0)]], [*factors, torch.zeros(1)]
+        old_logps = [*torch.cat(old_logps).split(sizes), torch.zeros(1)]
+    rows, runs = [*rows, IDLE], [*row_weights(groups, weighted, rows), [(1.0, 0.0, 0.0, 0.0, 0.0)]]
     total, sums = 0.0, {"entropy": 0.0, "kl": 0.0, "clip_fraction": 0.0}
     for batch in batches[rank()::world_size()]:
         batch = batch or [len(rows) - 1]             # nothing left for this rank: it joins in the collectives
@@ -265,7 +261,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
         logp, entropy = as_forward(model, score_rows)(part, config.temperature)          # (N,) loss tokens
         spans = logp.new_tensor([w for i in batch for w in runs[i]])
         advantage, policy, kl, main = spans[:, 1:].repeat_interleave(spans[:, 0].long(), dim=0).T
-        if config.stapo:
+        if factors is not None:
             kept = torch.cat([factors[i] for i in batch]).to(logp)
             policy, kl = policy * kept, kl * kept
         old = logp.detach() if old_logps is None else torch.cat([old_logps[i] for i in batch]).to(logp)
@@ -287,7 +283,18 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
         total = total.new_tensor(sum(part for part, _ in everyone))
         sums = {name: sum(part[name] for _, part in everyone) for name in sums}
     return total, {"entropy": sums["entropy"] / n_main, "kl": sums["kl"] / n_main,
-                   "clip_fraction": sums["clip_fraction"] / n_tokens, "trained_tokens": trained, **metrics}
+                   "clip_fraction": sums["clip_fraction"] / sum(sizes), **counts, **metrics}
+
+
+def token_factors(model, groups, config, weighted, micro_batch_tokens):
+    """(factors of STAPO [loss tokens], or None without it; {trained_tokens, forwarded_tokens for it})."""
+    flat, factors, forwarded = per_token([w for row in weighted for w in row]), None, 0                  # (tokens, 3)
+    if config.stapo:
+        logps, entropies, forwarded = score_groups(model, groups, config, micro_batch_tokens)
+        factors = silence_spurious(flat, torch.cat(logps), torch.cat(entropies))
+        flat[:, 1] *= factors
+    trained = int(((flat[:, 0] != 0) & (flat[:, 1] != 0)).sum())
+    return factors, {"trained_tokens": trained, "forwarded_tokens": forwarded}
 
 
 def row_weights(groups, weighted, rows) -> list[list[tuple]]:
@@ -345,7 +352,7 @@ def summarize(groups, eos_token_ids) -> dict:
     roots = [t for g in groups for t in g.trajectories]
     branches = [y for t in roots for y in t.branches]
     siblings = [t.branch_rewards[part] for t in roots for _, part in branch_groups(t)]         # of a pivot each
-    depths = [r for t in roots if t.branches for r in (t.ratio if isinstance(t.ratio, list) else [t.ratio])]
+    depths = [r for t in roots if t.branches for r in t.ratios]
     mean = lambda values: sum(values) / len(values) if values else None    # noqa: E731 (None: of nothing)
     return {
         "reward": mean([t.reward for t in roots]),

@@ -76,6 +76,25 @@ def parse_args(argv=None, description=None):
     data.add_argument("--select-on-test", action="store_true", help="choose it on --eval-data, as the authors do")
     data.add_argument("--template", choices=TEMPLATES, default="chat", help="chat: the model's own")
     data.add_argument("--max-prompt-tokens", type=int, help="longer questions are named and skipped")
+    add_method_flags(parser)
+    optim = parser.add_argument_group("optimizer (AdamW, betas .9/.999, weight decay .01) and memory")
+    optim.add_argument("--lr", type=float, help="learning rate, constant")
+    optim.add_argument("--max-grad-norm", type=float)
+    optim.add_argument("--micro-batch-tokens", type=int, help="padded, per forward pass of the update")
+    optim.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                       help="compute activations twice instead of keeping them")
+    optim.add_argument("--offload-optimizer", action="store_true",
+                       help="torchrun only: weights, gradients and moments in host memory")
+    args = parser.parse_args(argv)
+    if args.resume is not None:
+        restore_settings(parser, args)
+    else:
+        fill_settings(parser, args)
+    return args
+
+
+def add_method_flags(parser):
+    """The fields of Config as flags."""
     method = parser.add_argument_group("method (the paper's letters; deep_grpo.Config)")
     method.add_argument("--questions", type=int, help="questions x per step")
     method.add_argument("--group-size", type=int, help="G, rollouts per question")
@@ -99,20 +118,6 @@ def parse_args(argv=None, description=None):
                        "--train-prefix": "the prefix of a branch is not masked",
                        "--one-stream": "rollouts and branches are one group, one mean"}.items():
         ablation.add_argument(flag, action="store_true", default=None, help=text)
-    optim = parser.add_argument_group("optimizer (AdamW, betas .9/.999, weight decay .01) and memory")
-    optim.add_argument("--lr", type=float, help="learning rate, constant")
-    optim.add_argument("--max-grad-norm", type=float)
-    optim.add_argument("--micro-batch-tokens", type=int, help="padded, per forward pass of the update")
-    optim.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-                       help="compute activations twice instead of keeping them")
-    optim.add_argument("--offload-optimizer", action="store_true",
-                       help="torchrun only: weights, gradients and moments in host memory")
-    args = parser.parse_args(argv)
-    if args.resume is not None:
-        restore_settings(parser, args)
-    else:
-        fill_settings(parser, args)
-    return args
 
 
 def fill_settings(parser, args):
@@ -164,6 +169,9 @@ def restore_settings(parser, args):
         settings = json.loads((args.resume / "config.json").read_text())["settings"]
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"argument --resume: {args.resume} does not hold a run: {error}")
+    if missing := [f.name for f in fields(Config) if f.name not in settings]:
+        parser.error(f"argument --resume: {args.resume} was made by an older version, which had no {missing[0]}: "
+                     "its meaning may have changed, so it has to begin again")
     for name, value in settings.items():
         setattr(args, name, value)
     args.max_hours = asked["max_hours"]

@@ -18,6 +18,7 @@ The settings were fixed before the first run; all seeds are in the table.
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -27,10 +28,11 @@ from tqdm import tqdm
 
 import tiny
 import train_gsm8k
-from compare import interval
+from compare import interval, positive
 from deep_grpo import Group, resample, roll_out, score_groups, segment_ends
+from loss import branch_groups
 from pivot import candidate_ratios
-from presets import parse_args
+from presets import OneLineParser, parse_args
 from recoverability import Recoverability, sigmoid
 from tasks import make_questions
 
@@ -44,14 +46,11 @@ NAMES = ["constant", "r: Eq. (P)", "r + entropy", "r + difficulty", "r + both", 
 
 def branch_everywhere(groups, config, decode, most):
     """The first `most` failed rollouts of every question with all their states as pivots."""
-    result = []
-    for g in groups:
-        failed = [t for t in g.trajectories if t.reward == 0][:most]
-        for t in failed:
-            t.pivot = [0, *segment_ends(t.response, config, decode)[:-1]]
-            t.ratio = candidate_ratios(len(t.pivot)).tolist()
-        result.append(Group(g.prompt, failed))
-    return result
+    def branched(t):
+        states = [0, *segment_ends(t.response, config, decode)[:-1]]
+        return replace(t, pivot=states, ratio=candidate_ratios(len(states)).tolist())
+
+    return [Group(g.prompt, [branched(t) for t in g.trajectories if t.reward == 0][:most]) for g in groups]
 
 
 def first_error(text, gold) -> int:
@@ -68,16 +67,16 @@ def observe(run, rows, questions, most=2) -> np.ndarray:
     groups = roll_out(run.draw, [q.prompt for q in questions], reward, run.config)
     difficulty = [np.mean([t.reward == 0 for t in g.trajectories]) for g in groups]
     groups = resample(run.draw, branch_everywhere(groups, run.config, run.text, most), reward, run.config)
-    kept = [Group(g.prompt, g.trajectories) for g in groups if g.trajectories]
-    roots = [Group(g.prompt, [type(t)(t.response, t.reward) for t in g.trajectories]) for g in kept]
+    roots = [Group(g.prompt, [replace(t, pivot=None, branches=[]) for t in g.trajectories])
+             for g in groups if g.trajectories]
     _, entropies, _ = score_groups(run.model, roots, run.config, run.args.micro_batch_tokens)
     entropies, table = iter(entropies), []
     for x, g in enumerate(groups):
         for t in g.trajectories:
             entropy, error = next(entropies), first_error(run.text(t.response), rows[x]["answer"])
-            ends, k = [*t.pivot[1:], len(t.response)], run.config.branches
-            for i, (start, end, r) in enumerate(zip(t.pivot, ends, t.ratio)):
-                success = any(t.branch_rewards[i * k:(i + 1) * k])
+            ends = [*t.pivots[1:], len(t.response)]
+            for i, ((start, part), end, r) in enumerate(zip(branch_groups(t), ends, t.ratios)):
+                success = any(t.branch_rewards[part])
                 table.append([x, r, entropy[start:end].mean().item(), difficulty[x], i <= error, success])
     return np.array(table, dtype=float)
 
@@ -99,15 +98,20 @@ def fit_logistic(features, y, l2=1.0) -> np.ndarray:
     return w
 
 
-def predictions(train, test) -> dict[str, np.ndarray]:
-    """P(success) of the rows of `test` by every model of NAMES, fitted to `train`."""
-    r, y = train[:, 1], train[:, 5]
-    result = {"constant": np.full(len(test), (y.sum() + 0.5) / (len(y) + 1))}
-    estimate = Recoverability(window=len(train), min_observations=0)
-    for ratio, success in zip(r, y):
+def fit_depth(table) -> Recoverability:
+    """Eq. (P), fitted to the rows of observe()."""
+    estimate = Recoverability(window=len(table), min_observations=0)
+    for ratio, success in table[:, [1, 5]]:
         estimate.observe(ratio, bool(success))
     estimate.fit()
-    result["r: Eq. (P)"] = estimate.predict(test[:, 1])
+    return estimate
+
+
+def predictions(train, test) -> dict[str, np.ndarray]:
+    """P(success) of the rows of `test` by every model of NAMES, fitted to `train`."""
+    y = train[:, 5]
+    result = {"constant": np.full(len(test), (y.sum() + 0.5) / (len(y) + 1))}
+    result["r: Eq. (P)"] = fit_depth(train).predict(test[:, 1])
     center, scale = train.mean(0), train.std(0) + 1e-12
     for name, columns in {"r + entropy": [1, 2], "r + difficulty": [1, 3], "r + both": [1, 2, 3]}.items():
         w = fit_logistic(((train - center) / scale)[:, columns], y)
@@ -190,10 +194,7 @@ def draw(observed, results, path):
             axis.errorbar(np.array(used) / 10, rate, yerr=1.96 * error, fmt="o", color=color, label=name, markersize=4)
         depth = np.linspace(0.05, 0.95, 50)
         for i, seed in enumerate(tables_):
-            estimate = Recoverability(window=len(seed), min_observations=0)
-            for ratio, success in seed[:, [1, 5]]:
-                estimate.observe(ratio, bool(success))
-            estimate.fit()
+            estimate = fit_depth(seed)
             axis.plot(depth, sigmoid(estimate.w * depth + estimate.b), color="black", alpha=0.5, linewidth=1,
                       label=None if i else "fit of Eq. (P), a line per seed")
         axis.set(title=policy, xlabel="relative depth r of the state", ylabel="at least one of K = 8 branches right",
@@ -214,11 +215,11 @@ def draw(observed, results, path):
 
 def main(argv=None):
     """Measure, fit, write table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(tiny.PRESETS), default="tiny-deep")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--questions", type=int, default=24, help="per seed and policy; at most 2 failures of each")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of DEEP-GRPO before the second measurement")
+    parser.add_argument("--seeds", type=positive, default=5)
+    parser.add_argument("--questions", type=positive, default=24, help="per seed, policy; at most 2 failures of each")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="of DEEP-GRPO before the second measurement")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate"))
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table and figure")
     args = parser.parse_args(argv)

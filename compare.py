@@ -30,7 +30,7 @@ import transformers
 from tqdm import tqdm
 
 from plot import read_metrics
-from presets import parse_args
+from presets import OneLineParser, parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
@@ -119,6 +119,13 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False) -> dict[str
     return directories
 
 
+def positive(text) -> int:
+    """The type of a flag that counts something."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
 def flags_of(experiment, arm, seed, directory) -> list[str]:
     """The flags of train_gsm8k.py for one run."""
     own = f"{experiment.flags} {experiment.arms[arm].flags}".split()
@@ -162,26 +169,25 @@ def tokens_so_far(run_dir):
         return 0
 
 
-def accuracy_at(runs, x_name, x):
-    """Accuracy of every run at x generated tokens (updates if x_name is None), linear between evaluations."""
-    values = []
-    for metrics in map(read_metrics, runs):
-        steps, accuracy = metrics["eval_accuracy"]
-        evaluated_at = np.interp(steps, *metrics["generated_total"]) if x_name else steps
-        values.append(np.interp(x, evaluated_at, accuracy))
-    return np.array(values)
+def seconds_of(metrics) -> np.ndarray:
+    """Seconds of every update of a run, without evaluation; metrics: of read_metrics."""
+    return sum(metrics[f"seconds_{part}"][1] for part in ("rollout", "resample", "score", "update"))
 
+
+def curve(metrics, x_name, y_name="eval_accuracy") -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of a run where y was measured; x_name: generated_total, seconds, or None for updates."""
+    steps, values = metrics[y_name]
+    if x_name == "seconds":
+        return np.concatenate([[0], np.cumsum(seconds_of(metrics))])[steps.astype(int)], values
+    return (np.interp(steps, *metrics[x_name]) if x_name else steps), values
 
 
 def read_run(run) -> dict:
     """What one run got and what it cost: accuracy after half and all of the tokens and as a mean over them; right
     answers, rollouts and branches, per 1,000 tokens of the first third of its updates; sums and means."""
     metrics = read_metrics(run)
-    tokens = metrics["generated_total"][1][-1]
-    steps, accuracy = metrics["eval_accuracy"]
-    grid = np.linspace(0, tokens, 201)
-    accuracy = np.interp(grid, np.interp(steps, *metrics["generated_total"]), accuracy)
-    seconds = sum(metrics[f"seconds_{part}"][1].sum() for part in ("rollout", "resample", "score", "update"))
+    grid = np.linspace(0, metrics["generated_total"][1][-1], 201)
+    accuracy = np.interp(grid, *curve(metrics, "generated_total"))
     sums = {name: metrics[name][1].sum() for name in ("questions", "sequences", "generated_tokens", "forwarded_tokens",
                                                       "trained_tokens", "optimizer_steps")}
     group_size = json.loads((run / "config.json").read_text())["settings"]["group_size"]
@@ -192,7 +198,8 @@ def read_run(run) -> dict:
         right += branch_reward.get(step, 0.0) * (metrics["sequences"][1][i] - roots)
         spent += metrics["generated_tokens"][1][i]
     return {"half": accuracy[100], "all": accuracy[-1], "mean": float(np.mean(accuracy)), **sums,
-            "right": 1000 * right / spent, "dead_groups": metrics["dead_groups"][1].mean(), "seconds": seconds}
+            "right": 1000 * right / spent, "dead_groups": metrics["dead_groups"][1].mean(),
+            "seconds": seconds_of(metrics).sum()}
 
 
 def t_tail(t, df) -> float:
@@ -274,25 +281,17 @@ def tables(experiment, directories) -> str:
 def draw(experiment, directories, path):
     """Accuracy over generated tokens, updates and time, mean and 95 % interval over seeds; the figure is returned."""
     figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), layout="constrained", sharey=True)
-    first = next(iter(directories.values()))
-    unit = np.mean([read_run(d)["seconds"] for d in first])
-    for arm, paths in directories.items():
-        for axis, x_name in zip(axes, ("generated_total", None, "seconds")):
-            curves = []
-            for metrics in map(read_metrics, paths):
-                steps, accuracy = metrics["eval_accuracy"]
-                if x_name == "seconds":
-                    spent = sum(metrics[f"seconds_{part}"][1] for part in ("rollout", "resample", "score", "update"))
-                    x = np.concatenate([[0], np.cumsum(spent)])[steps.astype(int)] / unit
-                else:
-                    x = np.interp(steps, *metrics[x_name]) if x_name else steps
-                curves.append((x, accuracy))
+    runs = {arm: [read_metrics(d) for d in paths] for arm, paths in directories.items()}
+    unit = np.mean([seconds_of(metrics).sum() for metrics in next(iter(runs.values()))])
+    for arm in runs:
+        for axis, x_name, scale in zip(axes, ("generated_total", None, "seconds"), (1, 1, unit)):
+            curves = [(x / scale, y) for x, y in (curve(metrics, x_name) for metrics in runs[arm])]
             grid = np.linspace(0, min(x[-1] for x, _ in curves), 40)
             values = np.array([np.interp(grid, x, y) for x, y in curves])
             mean, width, _ = np.array([interval(v) for v in values.T]).T
             label, _, color = experiment.arms[arm]
             axis.plot(grid, mean, color=color, label=label, linewidth=2)
-            if len(paths) > 1:
+            if len(curves) > 1:
                 axis.fill_between(grid, mean - width, mean + width, color=color, alpha=0.12, linewidth=0)
     unit_name = next(iter(experiment.arms.values())).label
     for axis, name in zip(axes, ("generated tokens", "updates", f"time ({unit_name} = 1)")):
@@ -306,12 +305,12 @@ def draw(experiment, directories, path):
 
 def main(argv=None):
     """Run what is missing, then write table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", choices=EXPERIMENTS, default="methods")
     parser.add_argument("--arms", help="only these, separated by commas, the one to compare with first")
-    parser.add_argument("--seeds", type=int, help="5")
-    parser.add_argument("--budget-tokens", type=int, help="generated tokens per run")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=positive, help="5")
+    parser.add_argument("--budget-tokens", type=positive, help="generated tokens per run")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="run directories, of all experiments")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table and figure")
     args = parser.parse_args(argv)

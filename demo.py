@@ -16,8 +16,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from compare import Arm, Experiment, accuracy_at, run_all
+from compare import Arm, Experiment, curve, positive, run_all, seconds_of
 from plot import read_metrics
+from presets import OneLineParser
 from recoverability import sigmoid
 
 matplotlib.use("Agg")
@@ -33,8 +34,7 @@ def table(directories) -> str:
              "|---|---|---|---|---|---|---|"]
     for method, runs in directories.items():
         metrics = [read_metrics(run) for run in runs]
-        parts = ("rollout", "resample", "score", "update")
-        seconds = [sum(m[f"seconds_{part}"][1].sum() for part in parts) for m in metrics]
+        seconds = [seconds_of(m).sum() for m in metrics]
         columns = [[m["eval_accuracy"][1][0] for m in metrics], [m["eval_accuracy"][1][-1] for m in metrics],
                    [m["grad_norm"][0][-1] for m in metrics], [m["generated_total"][1][-1] for m in metrics],
                    [m["trained_tokens"][1].sum() for m in metrics], seconds]
@@ -51,9 +51,7 @@ def draw_curves(axis, directories, x_name, y_name):
         label, _, color = ARMS[method]
         curves = []
         for run in runs:
-            metrics = read_metrics(run)
-            steps, values = metrics[y_name]
-            x = np.interp(steps, *metrics[x_name]) if x_name else steps
+            x, values = curve(read_metrics(run), x_name, y_name)
             axis.plot(x, values, color=color, alpha=0.25, linewidth=1)
             curves.append((x, values))
         grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 60)
@@ -96,7 +94,8 @@ def caption(directories) -> str:
     for x_name, unit in (("generated_total", "generated tokens"), (None, "updates")):
         most = min(m[x_name][1][-1] if x_name else m["grad_norm"][0][-1] for m in metrics)
         for x in (most / 2, most):
-            grpo, deep = (accuracy_at(directories[m], x_name, x) for m in ("grpo", "deep_grpo"))
+            grpo, deep = (np.array([np.interp(x, *curve(read_metrics(run), x_name)) for run in directories[m]])
+                          for m in ("grpo", "deep_grpo"))
             difference = deep.mean() - grpo.mean()
             error = np.sqrt(sum(np.var(v, ddof=len(v) > 1) / len(v) for v in (grpo, deep)))
             verdict = ("ahead" if difference > 2 * error else
@@ -126,13 +125,12 @@ def draw(directories, path):
 
 def main():
     """Run what is missing, then print the table and write the figure."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=["tiny", "tiny-deep"], default="tiny-deep")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--budget-tokens", type=int, default=80_000, help="generated tokens per run")
     parser.add_argument("--eval-every", type=int, default=4, help="updates between evaluations")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()
     start = time.time()

@@ -30,10 +30,11 @@ import numpy as np
 from tqdm import tqdm
 
 import tiny
-from compare import ARMS, Experiment, interval, run_all
+from compare import ARMS, Experiment, curve, interval, positive, run_all
 from model import load_model
 from pivot import draw_pivots
 from plot import read_metrics
+from presets import OneLineParser
 from recoverability import Recoverability
 from tiny import Lock
 
@@ -106,9 +107,7 @@ def make_base(lock, folder, steps=300) -> dict[str, float]:
 def tokens_to_half(directory) -> float:
     """Generated tokens at which greedy accuracy first reaches .5, linear between evaluations; inf if it has not."""
     try:
-        metrics = read_metrics(directory)
-        steps, accuracy = metrics["eval_accuracy"]
-        tokens = np.interp(steps, *metrics["generated_total"])
+        tokens, accuracy = curve(read_metrics(directory), "generated_total")
     except (OSError, KeyError, ValueError):          # there is no log yet, or its last line is being written
         return np.inf
     for i in np.flatnonzero(accuracy >= 0.5)[:1]:
@@ -189,14 +188,14 @@ def draw(cells, args, path):
 
 def main(argv=None):
     """Predict; measure the cells that are not in results/where.json; write table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predict", action="store_true", help="print the prediction, and end")
     parser.add_argument("--cells", help="only these: names separated by ';', as 'long, late 0.03'")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--updates", type=int, default=UPDATES, help="the most")
-    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, help="generated tokens per update")
-    parser.add_argument("--base-steps", type=int, default=300, help="supervised, to make a cell's base policy")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=positive, default=SEEDS)
+    parser.add_argument("--updates", type=positive, default=UPDATES, help="the most")
+    parser.add_argument("--step-tokens", type=positive, default=STEP_TOKENS, help="generated tokens per update")
+    parser.add_argument("--base-steps", type=positive, default=300, help="supervised, to make a cell's base policy")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/where"))
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table, figure, where.json")
     args = parser.parse_args(argv)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import compare
-from compare import EXPERIMENTS, accuracy_at, draw, flags_of, interval, read_run, t_tail, tables
+from compare import EXPERIMENTS, curve, draw, flags_of, interval, read_run, t_tail, tables
+from plot import read_metrics
 from presets import parse_args
 
 SHORT = "--preset tiny --eval-every 1 --eval-rows 4 --step-tokens 1500 --max-new-tokens 80"
@@ -51,7 +52,10 @@ def write_run(folder, accuracy, tokens=(100, 300, 400), seconds=1.0):
 def test_one_run_by_hand(tmp_path):
     run = write_run(tmp_path / "run", (0.0, 0.6, 0.8))
     # Linear from 0 at 0 to .6 at 300 tokens, to .8 at 400.
-    assert accuracy_at([run], "generated_total", 200)[0] == pytest.approx(0.4)
+    metrics = read_metrics(run)
+    assert np.interp(200, *curve(metrics, "generated_total")) == pytest.approx(0.4)
+    assert [x.tolist() for x in curve(metrics, None)] == [[0, 2, 3], [0.0, 0.6, 0.8]]
+    assert curve(metrics, "seconds")[0].tolist() == [0.0, 4.0, 6.0]
     got = read_run(run)
     assert (got["half"], got["all"]) == (pytest.approx(0.4), pytest.approx(0.8))
     assert got["mean"] == pytest.approx((300 * 0.3 + 100 * 0.7) / 400, abs=5e-3)
@@ -132,3 +136,6 @@ def test_a_short_comparison_of_two_methods(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compare.main(["--arms", "grpo,ppo"])
     assert "--arms: ppo: choose from grpo, " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main(["--seeds", "0"])
+    assert "--seeds: must be at least 1, got 0" in capsys.readouterr().err

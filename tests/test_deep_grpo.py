@@ -80,11 +80,13 @@ def papers_j(model, ref_model, old_model, groups, config):
             surrogate, kl = token_terms(model, ref_model, old_model, g.prompt, t.response, advantage, config)
             total = total + (surrogate - config.beta * kl) / len(t.response) / len(g.trajectories)
         for t in failed:
-            prefix = g.prompt + t.response[:t.pivot]
-            for y, reward in zip(t.branches, t.branch_rewards):
-                advantage = (reward - sum(t.branch_rewards) / len(t.branches)) / spread(t.branch_rewards)
-                surrogate, kl = token_terms(model, ref_model, old_model, prefix, y, advantage, config)
-                l_aux = (surrogate - config.beta * kl) / len(y)
+            k = len(t.branches) // len(t.pivots)                         # siblings: those of one pivot
+            for j, (y, reward) in enumerate(zip(t.branches, t.branch_rewards)):
+                siblings, kept = t.branch_rewards[j // k * k:j // k * k + k], t.response[:t.pivots[j // k]]
+                advantage = (reward - sum(siblings) / k) / spread(siblings)
+                prefix, trained = (g.prompt, kept + y) if config.train_prefix else (g.prompt + kept, y)
+                surrogate, kl = token_terms(model, ref_model, old_model, prefix, trained, advantage, config)
+                l_aux = (surrogate - config.beta * kl) / len(trained)
                 total = total + config.lam * l_aux / len(t.branches) / len(failed)
     return total / len(groups)
 
@@ -167,29 +169,14 @@ def test_the_unmasked_prefix_carries_the_loss_of_every_branch(model, ref_model):
     with torch.no_grad():
         for p in old_model.parameters():
             p += 0.02 * torch.randn_like(p)
-    total = 0.0
-    for g in groups:
-        rewards = [t.reward for t in g.trajectories]
-        failed = [t for t in g.trajectories if t.reward == 0]
-        for t in g.trajectories:
-            advantage = (t.reward - sum(rewards) / len(rewards)) / spread(rewards)
-            surrogate, kl = token_terms(model, ref_model, old_model, g.prompt, t.response, advantage, config)
-            total = total + (surrogate - BETA * kl) / len(t.response) / len(g.trajectories)
-        for t in failed:
-            k = 2 if isinstance(t.pivot, list) else 3
-            for j, (y, reward) in enumerate(zip(t.branches, t.branch_rewards)):
-                siblings = t.branch_rewards[j // k * k:j // k * k + k]
-                advantage = (reward - sum(siblings) / k) / spread(siblings)
-                whole = t.response[:t.pivots[j // k]] + y
-                surrogate, kl = token_terms(model, ref_model, old_model, g.prompt, whole, advantage, config)
-                total = total + 0.4 * (surrogate - BETA * kl) / len(whole) / len(t.branches) / len(failed)
-    (-total / len(groups)).backward()
+    expected = -papers_j(model, ref_model, old_model, groups, config)
+    expected.backward()
     grads = gradients(model)
     old, _, forwarded = score_groups(old_model, groups, config)
     for micro_batch_tokens in (None, 30):
         model.zero_grad()
         loss, metrics = objective(model, groups, config, ref_model, old, micro_batch_tokens, backward=True)
-        assert loss.item() == pytest.approx(-total.item() / len(groups), rel=1e-10)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
         for key, p in model.named_parameters():
             torch.testing.assert_close(p.grad, grads[key], rtol=1e-8, atol=1e-11)
     masked, _ = objective(model, groups, replace(config, train_prefix=False), ref_model)

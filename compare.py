@@ -3,6 +3,7 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
     python compare.py                          # `make compare`: all methods, 5 seeds; results/methods.md and .png
     python compare.py --experiment prefix      # the prefix of a branch masked, and trained
     python compare.py --experiment stapo       # with and without STAPO
+    python compare.py --experiment ablations   # DEEP-GRPO without one of its parts
 
 Every update of every method has the same generated tokens (--step-tokens), so at the end of the budget the number of
 updates is equal, too: a method that needs fewer tokens for a question gets more questions. All start from one base
@@ -67,6 +68,15 @@ ARMS = {
                           "--method deep_grpo --objective authors --train-prefix", "tab:green"),
     "stapo": Arm("DEEP-GRPO + STAPO", "--method deep_grpo --stapo", "tab:blue"),
     "grpo_stapo": Arm("GRPO + STAPO", "--method grpo --questions 4 --stapo", "tab:gray"),
+    "grpo24": Arm("GRPO, G = 24", "--method grpo --group-size 24", "black"),
+    "k4": Arm("K = 4", "--method deep_grpo --branches 4", "tab:orange"),
+    "k16": Arm("K = 16", "--method deep_grpo --branches 16", "tab:brown"),
+    "two_pivots": Arm("two pivots", "--method deep_grpo --pivots 2", "tab:pink"),
+    "uniform": Arm("uniform pivot", "--method deep_grpo --uniform-pivot", "tab:green"),
+    "root": Arm("from the question (gamma = -20)", "--method deep_grpo --gamma -20", "tab:gray"),
+    "branch_all": Arm("right rollouts branched, too", "--method deep_grpo --branch-all", "tab:olive"),
+    "one_stream": Arm("one stream", "--method deep_grpo --one-stream", "tab:purple"),
+    "no_std": Arm("no std", "--method deep_grpo --no-std", "tab:blue"),
 }
 EQUAL = "--preset tiny-deep --eval-every 2 --step-tokens 8000"
 EXPERIMENTS = {
@@ -76,6 +86,8 @@ EXPERIMENTS = {
         name: ARMS[name] for name in ("deep_grpo", "prefix", "authors", "authors_prefix")}),
     "stapo": Experiment("With and without STAPO", 5, 128_000, EQUAL, {
         name: ARMS[name] for name in ("grpo", "grpo_stapo", "deep_grpo", "stapo")}),
+    "ablations": Experiment("DEEP-GRPO without one of its parts", 5, 128_000, EQUAL, {name: ARMS[name] for name in (
+        "deep_grpo", "k4", "k16", "two_pivots", "uniform", "root", "branch_all", "one_stream", "no_std", "grpo24")}),
 }
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tiny
-from compare import ARMS, Experiment, curve, interval, positive, run_all
+from compare import Arm, Experiment, curve, interval, positive, run_all
 from model import load_model
 from pivot import draw_pivots
 from plot import read_metrics
@@ -52,7 +52,8 @@ ROWS = {                                             # name -> lock for a p
     "long, late, 3 hard": lambda p: Lock(LONG, 3, (1, 4), p),
 }
 CELLS = {(row, p): lock(p) for row, lock in ROWS.items() for p in P if lock(p).hard == 1 or p >= 0.1}
-STEP_TOKENS, UPDATES, SEEDS = 8000, 16, 5
+ARMS = {"grpo": Arm("GRPO, G = 8", "--method grpo", "black"),
+        "deep_grpo": Arm("DEEP-GRPO, G = 8, K = 8", "--method deep_grpo", "tab:red")}
 
 
 def predict(lock, branches=8, gamma=2.0, n=2000, seed=0) -> dict[str, float]:
@@ -137,9 +138,9 @@ def measure(lock, out, args) -> dict:
     """Tokens to half accuracy of both methods, every seed (None: not within the budget), in one cell."""
     base = make_base(lock, out / "base", args.base_steps)
     flags = (f"--preset tiny-deep --model {out / 'base'} --data {out / 'base' / 'train.jsonl'} --eval-data "
-             f"{out / 'base' / 'eval.jsonl'} --eval-rows 128 --eval-every 2 --step-tokens {args.step_tokens}")
-    experiment = Experiment("", args.seeds, args.step_tokens * args.updates, flags,
-                            {name: ARMS[name] for name in ("grpo", "deep_grpo")})
+             f"{out / 'base' / 'eval.jsonl'} --eval-rows 128 --eval-every 2 --step-tokens {args.step_tokens} "
+             f"--lr {args.lr}")
+    experiment = Experiment("", args.seeds, args.step_tokens * args.updates, flags, ARMS)
     directories = run_all(experiment, out, args.jobs, lambda d: np.isfinite(tokens_to_half(d)))
     tokens = {name: [tokens_to_half(d) for d in runs] for name, runs in directories.items()}
     return {"base": base, **{name: [t if np.isfinite(t) else None for t in ts] for name, ts in tokens.items()}}
@@ -191,22 +192,23 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predict", action="store_true", help="print the prediction, and end")
     parser.add_argument("--cells", help="only these: names separated by ';', as 'long, late 0.03'")
-    parser.add_argument("--seeds", type=positive, default=SEEDS)
-    parser.add_argument("--updates", type=positive, default=UPDATES, help="the most")
-    parser.add_argument("--step-tokens", type=positive, default=STEP_TOKENS, help="generated tokens per update")
+    parser.add_argument("--seeds", type=positive, default=5)
+    parser.add_argument("--updates", type=positive, default=32, help="the most")
+    parser.add_argument("--step-tokens", type=positive, default=3000, help="generated tokens per update")
+    parser.add_argument("--lr", type=float, default=1.6e-4, help="learning rate of both methods")
     parser.add_argument("--base-steps", type=positive, default=300, help="supervised, to make a cell's base policy")
     parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/where"))
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table, figure, where.json")
     args = parser.parse_args(argv)
-    known, settings = args.results / "where.json", [args.seeds, args.updates, args.step_tokens, args.base_steps]
+    known = args.results / "where.json"
+    settings = {name: getattr(args, name) for name in ("seeds", "updates", "step_tokens", "lr", "base_steps")}
     kept = json.loads(known.read_text()) if known.exists() else {"settings": settings, "cells": {}}
     if args.predict:
         print(table(kept["cells"], args))
         return
     if kept["settings"] != settings:
-        parser.error(f"{known} holds a map with [seeds, updates, step tokens, base steps] = {kept['settings']}, here "
-                     f"they are {settings}: choose another --results")
+        parser.error(f"{known} holds a map with {kept['settings']}, here it is {settings}: choose another --results")
     names = {f"{row} {p}": lock for (row, p), lock in CELLS.items()}
     chosen = args.cells.split(";") if args.cells else list(names)
     if unknown := [name for name in chosen if name not in names]:
@@ -220,8 +222,8 @@ def main(argv=None):
     (args.results / "where.md").write_text(
         "# Where does resampling from pivots pay?\n\n    python where.py\n\n"
         f"Factor: tokens of GRPO (G = 8) to half accuracy over those of DEEP-GRPO (8 + 8), geometric mean of "
-        f"{args.seeds} seeds; at most {args.updates} updates of {args.step_tokens} tokens; - : not within them, and "
-        f"the factor is then a bound.\n\n![map](where.png)\n\n{text}\n")
+        f"{args.seeds} seeds; at most {args.updates} updates of {args.step_tokens} tokens, learning rate {args.lr}; "
+        f"- : not within them, and the factor is then a bound.\n\n![map](where.png)\n\n{text}\n")
     plt.close(draw(kept["cells"], args, args.results / "where.png"))
     print(text)
 

@@ -240,7 +240,7 @@ def main(argv=None):
     text = tables(results)
     (args.results / "calibration.md").write_text(
         "# Is recoverability a function of relative depth alone?\n\n"
-        f"    python calibrate.py {' '.join(sys.argv[1:] if argv is None else argv)}\n\n"
+        f"    {' '.join(['python calibrate.py', *(sys.argv[1:] if argv is None else argv)])}\n\n"
         f"{args.preset}, K = 8 branches from every state of failed rollouts. {counts}.\n\n"
         f"![calibration](calibration.png)\n\n{text}")
     plt.close(draw(observed, results, args.results / "calibration.png"))

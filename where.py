@@ -57,13 +57,13 @@ ARMS = {"grpo": Arm("GRPO, G = 8", "--method grpo", "black"),
 
 
 def predict(lock, branches=8, gamma=2.0, n=2000, seed=0) -> dict[str, float]:
-    """s, q, c and the factor of the docstring, by simulation of n failed rollouts; easy turns are always right.
+    """s, q, c, T and the factor of the docstring, by simulation of n failed rollouts; easy turns are always right.
 
     A response has 9 tokens per turn and 4 of answer; its steps are the turns and the answer.
     """
     rng, draws = random.Random(seed), np.random.default_rng(seed)
     s, estimate = lock.p ** lock.hard, Recoverability()
-    q, c = [], []
+    q, c, lengths = [], [], []
     while len(q) < n:
         turns = tiny.draw_turns(lock, rng)
         hard = [i for i, turn in enumerate(turns) if turn == tiny.HARD]
@@ -81,9 +81,10 @@ def predict(lock, branches=8, gamma=2.0, n=2000, seed=0) -> dict[str, float]:
             estimate.fit()
         q.append(p_branch)
         c.append(1 - kept / length)
+        lengths.append(length)
     q, c = np.mean(q[n // 4:]), np.mean(c[n // 4:])  # after Eq. (P) has learned
     r = (1 - s) * branches
-    return {"s": s, "q/s": q / s, "c": c, "factor": (1 + r * q / s) / (1 + r * c)}
+    return {"s": s, "q/s": q / s, "c": c, "T": np.mean(lengths), "factor": (1 + r * q / s) / (1 + r * c)}
 
 
 def make_base(lock, folder, steps=300) -> dict[str, float]:
@@ -146,25 +147,37 @@ def measure(lock, out, args) -> dict:
     return {"base": base, **{name: [t if np.isfinite(t) else None for t in ts] for name, ts in tokens.items()}}
 
 
+def tokens_of(found) -> list[np.ndarray]:
+    """Tokens to half of GRPO and of DEEP-GRPO, every seed, of a cell as measure() gives it; inf: not there."""
+    return [np.array([np.inf if t is None else t for t in found[name]]) for name in ARMS]
+
+
+def right_per_update(lock, found, args) -> float:
+    """Right answers that GRPO expects among the rollouts of its first update."""
+    return found["base"]["hard"] ** lock.hard * args.step_tokens / predict(lock)["T"]
+
+
 def table(cells, args) -> str:
     """Markdown: prediction and measurement of every cell."""
-    lines = ["| cell | p | base policy, hard turn | q/s | c | predicted | measured (95 %) | GRPO, tokens to half | "
-             "DEEP-GRPO |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| cell | p | base policy, hard turn | right per update, GRPO | q/s | c | predicted | measured (95 %) | "
+             "GRPO, tokens to half | DEEP-GRPO |", "|---" * 10 + "|"]
     for (row, p), lock in CELLS.items():
         expected, found = predict(lock), cells.get(f"{row} {p}")
-        measured = [""] * 4
+        measured = [""] * 5
         if found:
-            grpo, deep = (np.array([np.inf if t is None else t for t in found[m]]) for m in ("grpo", "deep_grpo"))
-            shown = [" ".join("-" if np.isinf(t) else f"{t / 1000:.0f}k" for t in ts) for ts in (grpo, deep)]
-            measured = [f"{found['base']['hard']:.3f}", factor(grpo, deep, args.step_tokens * args.updates)[2], *shown]
-        lines.append(f"| {row} | {p} | {measured[0]} | {expected['q/s']:.2f} | {expected['c']:.2f} | "
-                     f"{expected['factor']:.2f} | {' | '.join(measured[1:])} |")
+            both = tokens_of(found)
+            shown = [" ".join("-" if np.isinf(t) else f"{t / 1000:.0f}k" for t in ts) for ts in both]
+            measured = [f"{found['base']['hard']:.3f}", f"{right_per_update(lock, found, args):.1f}",
+                        factor(*both, args.step_tokens * args.updates)[2], *shown]
+        lines.append(f"| {row} | {p} | {measured[0]} | {measured[1]} | {expected['q/s']:.2f} | {expected['c']:.2f} | "
+                     f"{expected['factor']:.2f} | {' | '.join(measured[2:])} |")
     return "\n".join(lines)
 
 
 def draw(cells, args, path):
-    """The map, predicted beside measured: color is the factor, red where DEEP-GRPO needs fewer tokens."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    """The map, predicted beside measured: color is the factor, red where DEEP-GRPO needs fewer tokens. And the measured
+    factor over what GRPO has in an update, of the base policy as it is: its right answers."""
+    figure, axes = plt.subplots(1, 3, figsize=(19, 5), layout="constrained")
     for axis, title in zip(axes, ("predicted: right answers per token", "measured: tokens to half accuracy")):
         values, texts = np.full((len(ROWS), len(P)), np.nan), {}
         for (row, p), lock in CELLS.items():
@@ -173,16 +186,29 @@ def draw(cells, args, path):
                 values[at] = predict(lock)["factor"]
                 texts[at] = f"{values[at]:.2f}"
             elif f"{row} {p}" in cells:
-                found = cells[f"{row} {p}"]
-                both = (np.array([np.inf if t is None else t for t in found[m]]) for m in ("grpo", "deep_grpo"))
-                values[at], _, text = factor(*both, args.step_tokens * args.updates)
+                values[at], _, text = factor(*tokens_of(cells[f"{row} {p}"]), args.step_tokens * args.updates)
                 texts[at] = text.replace(" (", "\n(")
         image = axis.imshow(np.log2(values), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
         for (y, x), text in texts.items():
             axis.text(x, y, text, ha="center", va="center", fontsize=8)
         axis.set(title=title, xticks=range(len(P)), xticklabels=P, yticks=range(len(ROWS)), yticklabels=list(ROWS),
                  xlabel="probability p that the base policy does a hard turn right")
-    figure.colorbar(image, ax=axes, label="log2(tokens of GRPO / tokens of DEEP-GRPO)")
+    figure.colorbar(image, ax=axes[:2], label="log2(tokens of GRPO / tokens of DEEP-GRPO)")
+    for row, marker in zip(ROWS, "ovos^D"):
+        found = [(right_per_update(lock, cells[f"{row} {p}"], args),
+                  *factor(*tokens_of(cells[f"{row} {p}"]), args.step_tokens * args.updates)[:2])
+                 for (name, p), lock in CELLS.items() if name == row and f"{row} {p}" in cells]
+        if found:
+            right, value, width = np.array(found).T
+            bars = value * (1 - np.exp(-width)), value * np.minimum(np.exp(width) - 1, 10)
+            axes[2].errorbar(right, value, yerr=bars, fmt=marker, label=row, capsize=2,
+                             color="tab:red" if "late" in row else "tab:blue",
+                             fillstyle="none" if "short" in row else "full")
+            axes[2].legend(fontsize=8)
+    axes[2].axhline(1, color="black", linewidth=0.8)
+    axes[2].axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes[2].set(xscale="log", yscale="log", title="measured, and why", ylabel="tokens of GRPO / tokens of DEEP-GRPO",
+                xlabel="right answers in an update of GRPO, at the base policy")
     figure.savefig(path, dpi=90)
     return figure
 

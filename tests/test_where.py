@@ -1,5 +1,6 @@
 """The map: its prediction against an enumeration, tokens to half accuracy by hand, one cell in small."""
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from test_compare import write_run
 import where
 from pivot import candidate_ratios, pivot_distribution
 from tiny import Lock
-from where import CELLS, factor, predict, tokens_to_half
+from where import CELLS, factor, predict, right_per_update, tokens_to_half
 
 
 @pytest.mark.parametrize("place, p", [((1, 1), 0.5), ((3, 3), 0.5), ((5, 5), 1e-6)])
@@ -21,7 +22,7 @@ def test_prediction_by_enumeration(place, p, monkeypatch):
     before = q[:6 - place[0] + 1].sum()                                # states with at most so many turns
     again = sum(q[i] * (1 - 9 * i / 58) for i in range(7))             # of 6 * 9 + 4 tokens
     assert got["s"] == p and got["q/s"] == pytest.approx(before, abs=0.01)
-    assert got["c"] == pytest.approx(again, abs=0.005)
+    assert got["c"] == pytest.approx(again, abs=0.005) and got["T"] == 58
     r = 8 * (1 - p)
     assert got["factor"] == pytest.approx((1 + r * before) / (1 + r * again), rel=0.02)
 
@@ -43,6 +44,11 @@ def test_the_boundary_is_where_a_branch_is_as_good_per_token():
         assert (got["factor"] > 1) == (got["q/s"] > got["c"])
     late, early = predict(CELLS["long, late", 0.03]), predict(CELLS["long, early", 0.03])
     assert late["factor"] > 1.5 and early["factor"] < 0.6
+
+
+def test_right_answers_of_an_update_by_hand():
+    """580 tokens are 10 rollouts of 58; two hard turns, each right in half of the cases."""
+    assert right_per_update(Lock((6, 6), 2, (1, 2), 0.3), {"base": {"hard": 0.5}}, Namespace(step_tokens=580)) == 2.5
 
 
 def test_tokens_to_half_by_hand(tmp_path):

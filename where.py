@@ -18,6 +18,9 @@ Resampling pays where q/s > c: where a branch is more often right than a new rol
 is the probability f that the pivot comes before it, so the boundary is f = c, whatever p is: late errors pay, early
 ones do not. Eq. (P) moves pivots to where f is high, but there c is high, too: after early errors the factor comes back
 to about 1 at best. q and c are computed here from Eq. (Q), and an Eq. (P) fitted to simulated outcomes.
+
+Measured, that is the limit of rare right answers: a step of AdamW is as long for one of them as for ten, so with more
+than about one in an update the factor goes to 1 (results/README.md).
 """
 import argparse
 import json
@@ -167,7 +170,7 @@ def table(cells, args) -> str:
         if found:
             both = tokens_of(found)
             shown = [" ".join("-" if np.isinf(t) else f"{t / 1000:.0f}k" for t in ts) for ts in both]
-            measured = [f"{found['base']['hard']:.3f}", f"{right_per_update(lock, found, args):.1f}",
+            measured = [f"{found['base']['hard']:.3f}", f"{right_per_update(lock, found, args):.2g}",
                         factor(*both, args.step_tokens * args.updates)[2], *shown]
         lines.append(f"| {row} | {p} | {measured[0]} | {measured[1]} | {expected['q/s']:.2f} | {expected['c']:.2f} | "
                      f"{expected['factor']:.2f} | {' | '.join(measured[2:])} |")

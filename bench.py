@@ -42,7 +42,7 @@ from deep_grpo import Config, Group, Trajectory, objective, score_groups
 from loss import sequence_weights, weighted_objective
 from model import precision
 from packing import attention_length, micro_batches, pack, score_rows
-from presets import OneLineParser
+from presets import OneLineParser, command_line, count
 
 # Qwen2.5's proportions. "0.5b" are its own; the vocabulary of the smaller ones is trimmed to 8k.
 SIZES = {"test": (1, 32, 4, 1, 96, 64), "5m": (3, 256, 4, 1, 1392, 8192), "12m": (8, 256, 4, 1, 1392, 8192),
@@ -578,15 +578,13 @@ def main(argv=None) -> int:
                         "first seven")
     parser.add_argument("--gpu", action="store_true", help="the rows of the paper's step, Qwen2.5-0.5B's shapes")
     parser.add_argument("--size", choices=SIZES, help="model; default: 12m, with a GPU or --gpu 0.5b")
-    parser.add_argument("--repeats", type=int, default=5, help="runs that count")
+    parser.add_argument("--repeats", type=count, default=5, help="runs that count")
     parser.add_argument("--json", type=Path, help="write all records, with hardware and versions")
     args = parser.parse_args(argv)
     rows = args.rows or [*(GPU_ROWS if args.gpu else ROWS)]
     for name in rows:
         if name not in ROWS | GPU_ROWS:
             parser.error(f"argument ROW: {name!r} is not one of {', '.join(ROWS | GPU_ROWS)}")
-    if args.repeats < 1:
-        parser.error(f"argument --repeats: must be at least 1, got {args.repeats}")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"argument --json: there is no folder {args.json.parent}")
     cuda = torch.cuda.is_available()
@@ -595,7 +593,7 @@ def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
     about = {"device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
              "torch": torch.__version__, "transformers": transformers.__version__, "size": args.size,
-             "command": " ".join(["python bench.py", *(argv if argv is not None else sys.argv[1:])])}
+             "command": command_line("bench.py", argv)}
     print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
     print("| row | variant | x | seconds | peak MB | work |\n|---|---|---|---|---|---|")
     records = []

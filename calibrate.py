@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 import tiny
 import train_gsm8k
-from compare import interval, positive
+from compare import interval
 from deep_grpo import Group, resample, roll_out, score_groups, segment_ends
 from loss import branch_groups
 from pivot import candidate_ratios
-from presets import OneLineParser, parse_args
+from presets import OneLineParser, command_line, count, parse_args
 from recoverability import Recoverability, sigmoid
 from tasks import make_questions
 
@@ -217,9 +217,9 @@ def main(argv=None):
     """Measure, fit, write table and figure."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(tiny.PRESETS), default="tiny-deep")
-    parser.add_argument("--seeds", type=positive, default=5)
-    parser.add_argument("--questions", type=positive, default=24, help="per seed, policy; at most 2 failures of each")
-    parser.add_argument("--steps", type=positive, default=STEPS, help="of DEEP-GRPO before the second measurement")
+    parser.add_argument("--seeds", type=count, default=5)
+    parser.add_argument("--questions", type=count, default=24, help="per seed, policy; at most 2 failures of each")
+    parser.add_argument("--steps", type=count, default=STEPS, help="of DEEP-GRPO before the second measurement")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate"))
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table and figure")
     args = parser.parse_args(argv)
@@ -240,7 +240,7 @@ def main(argv=None):
     text = tables(results)
     (args.results / "calibration.md").write_text(
         "# Is recoverability a function of relative depth alone?\n\n"
-        f"    {' '.join(['python calibrate.py', *(sys.argv[1:] if argv is None else argv)])}\n\n"
+        f"    {command_line('calibrate.py', argv)}\n\n"
         f"{args.preset}, K = 8 branches from every state of failed rollouts. {counts}.\n\n"
         f"![calibration](calibration.png)\n\n{text}")
     plt.close(draw(observed, results, args.results / "calibration.png"))

@@ -31,7 +31,7 @@ import transformers
 from tqdm import tqdm
 
 from plot import read_metrics
-from presets import OneLineParser, parse_args
+from presets import OneLineParser, command_line, count, parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
@@ -129,13 +129,6 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False) -> dict[str
             bar.n = sum(min(experiment.budget_tokens, tokens_so_far(d)) for _, _, d in everything)
             bar.refresh()
     return directories
-
-
-def positive(text) -> int:
-    """The type of a flag that counts something."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
 
 
 def flags_of(experiment, arm, seed, directory) -> list[str]:
@@ -320,9 +313,9 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", choices=EXPERIMENTS, default="methods")
     parser.add_argument("--arms", help="only these, separated by commas, the one to compare with first")
-    parser.add_argument("--seeds", type=positive, help="5")
-    parser.add_argument("--budget-tokens", type=positive, help="generated tokens per run")
-    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=count, help="5")
+    parser.add_argument("--budget-tokens", type=count, help="generated tokens per run")
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="run directories, of all experiments")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table and figure")
     args = parser.parse_args(argv)
@@ -337,8 +330,7 @@ def main(argv=None):
     directories = run_all(experiment, args.out, args.jobs)
     text = tables(experiment, directories)
     args.results.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python compare.py", *(sys.argv[1:] if argv is None else argv)])
-    about = (f"# {experiment.title}\n\n    {command}\n\n"
+    about = (f"# {experiment.title}\n\n    {command_line('compare.py', argv)}\n\n"
              f"{experiment.flags}, {experiment.budget_tokens:,} tokens; {platform.processor() or platform.machine()}, "
              f"torch {torch.__version__}, transformers {transformers.__version__}.\n\n"
              f"![accuracy]({args.experiment}.png)\n\n")

@@ -16,9 +16,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from compare import Arm, Experiment, curve, positive, run_all, seconds_of
+from compare import Arm, Experiment, curve, run_all, seconds_of
 from plot import read_metrics
-from presets import OneLineParser
+from presets import OneLineParser, count
 from recoverability import sigmoid
 
 matplotlib.use("Agg")
@@ -127,10 +127,10 @@ def main():
     """Run what is missing, then print the table and write the figure."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=["tiny", "tiny-deep"], default="tiny-deep")
-    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--seeds", type=count, default=3)
     parser.add_argument("--budget-tokens", type=int, default=80_000, help="generated tokens per run")
     parser.add_argument("--eval-every", type=int, default=4, help="updates between evaluations")
-    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()
     start = time.time()

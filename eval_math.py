@@ -43,7 +43,7 @@ import tiny
 from checkpoint import append_lines, write_whole
 from grading import grade_gsm8k, grade_last_number, grade_math
 from model import load_model
-from presets import OneLineParser
+from presets import OneLineParser, count
 from ranks import device, end, fail, first, gather, rank, start, world_size
 from resample import sample
 from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
@@ -69,24 +69,20 @@ def parse_args(argv=None):
     parser.add_argument("--data-dir", type=Path,
                         help="folder with gsm8k_test.jsonl, eval_aime24.jsonl, ...; default: the hub")
     parser.add_argument("--out", type=Path, help="folder to write or to go on in; default: runs/eval-MODEL")
-    parser.add_argument("--samples", type=int, default=1, help="k answers per question")
+    parser.add_argument("--samples", type=count, default=1, help="k answers per question")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--template", choices=TEMPLATES, default="chat",
                         help="chat: the model's own; others are for base models")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--max-new-tokens", type=int, default=3000,
+    parser.add_argument("--max-new-tokens", type=count, default=3000,
                         help="cap of an answer (GSM8K training has 512)")
-    parser.add_argument("--batch-tokens", type=int, default=262_144,
+    parser.add_argument("--batch-tokens", type=count, default=262_144,
                         help="answers at a time, times their greatest length")
     args = parser.parse_args(argv)
     args.sets = list(dict.fromkeys(name.strip() for name in args.sets.split(",")))
     for name in args.sets:
         if name not in SETS and name not in tiny.PRESETS:
             parser.error(f"argument --sets: {name!r} is not one of {', '.join([*SETS, *tiny.PRESETS])}")
-    for name in ("samples", "max_new_tokens", "batch_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, "
-                         f"got {getattr(args, name)}")
     if not 0 <= args.temperature < float("inf"):
         parser.error(f"argument --temperature: must be 0 (greedy) or positive, got {args.temperature}")
     if args.samples > 1 and args.temperature == 0:

@@ -4,6 +4,7 @@ A flag that is given wins over the method's settings, these over the preset, tha
 """
 import argparse
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -48,6 +49,22 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
+def count(text) -> int:
+    """The type of a flag that is at least 1."""
+    try:
+        value = int(text)
+    except ValueError:                               # in argparse's words: it would name this function, not int
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def command_line(program, argv) -> str:
+    """What was typed, for a report; argv: that of the program's main()."""
+    return " ".join(["python", program, *(sys.argv[1:] if argv is None else argv)])
+
+
 def parse_args(argv=None, description=None):
     """The settings of a run: flags, filled up by the preset, filled up by the defaults of Config."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -58,29 +75,29 @@ def parse_args(argv=None, description=None):
     run.add_argument("--out", type=Path, help="run directory, a new one; default: runs/PRESET-METHOD-SEED")
     run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--steps", type=int, help="batches of questions to train on")
-    run.add_argument("--budget-tokens", type=int, help="end after the step that reaches this many generated ones")
-    run.add_argument("--step-tokens", type=int, help="as many batches of --questions per step as generate this many")
+    run.add_argument("--steps", type=count, help="batches of questions to train on")
+    run.add_argument("--budget-tokens", type=count, help="end after the step that reaches this many generated ones")
+    run.add_argument("--step-tokens", type=count, help="as many batches of --questions per step as generate this many")
     run.add_argument("--eval-every", type=int, help="greedy evaluation every N steps, before and after; 0: never")
     run.add_argument("--save-every", type=int, help="checkpoint every N steps; also the best so far, and the last")
     run.add_argument("--max-hours", type=float, help="save and end in time; --resume goes on")
     run.add_argument("--dry-run", action="store_true", help="print the GPU memory that this takes (memory.py), and end")
-    run.add_argument("--gpus", type=int, help="for --dry-run; 1")
+    run.add_argument("--gpus", type=count, help="for --dry-run; 1")
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", help="hub name or local folder")
     sets = ", ".join([*tiny.PRESETS, *SETS])
     data.add_argument("--data", help=f"training questions: local .jsonl, hub name, or one of {sets}")
     data.add_argument("--eval-data", help="the same, to evaluate on; default: the last --eval-rows rows of --data")
-    data.add_argument("--eval-rows", type=int, help="questions to evaluate on")
+    data.add_argument("--eval-rows", type=count, help="questions to evaluate on")
     data.add_argument("--val-rows", type=int, help="with --eval-data: last rows of --data, to choose a checkpoint on")
     data.add_argument("--select-on-test", action="store_true", help="choose it on --eval-data, as the authors do")
     data.add_argument("--template", choices=TEMPLATES, default="chat", help="chat: the model's own")
-    data.add_argument("--max-prompt-tokens", type=int, help="longer questions are named and skipped")
+    data.add_argument("--max-prompt-tokens", type=count, help="longer questions are named and skipped")
     add_method_flags(parser)
     optim = parser.add_argument_group("optimizer (AdamW, betas .9/.999, weight decay .01) and memory")
     optim.add_argument("--lr", type=float, help="learning rate, constant")
     optim.add_argument("--max-grad-norm", type=float)
-    optim.add_argument("--micro-batch-tokens", type=int, help="padded, per forward pass of the update")
+    optim.add_argument("--micro-batch-tokens", type=count, help="padded, per forward pass of the update")
     optim.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                        help="compute activations twice instead of keeping them")
     optim.add_argument("--offload-optimizer", action="store_true",
@@ -96,7 +113,7 @@ def parse_args(argv=None, description=None):
 def add_method_flags(parser):
     """The fields of Config as flags."""
     method = parser.add_argument_group("method (the paper's letters; deep_grpo.Config)")
-    method.add_argument("--questions", type=int, help="questions x per step")
+    method.add_argument("--questions", type=count, help="questions x per step")
     method.add_argument("--group-size", type=int, help="G, rollouts per question")
     method.add_argument("--branches", type=int, help="K, continuations per pivot")
     method.add_argument("--gamma", type=float, help="exponent of depth in Eq. (Q)")
@@ -150,10 +167,6 @@ def fill_settings(parser, args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
-    for name in ("steps", "questions", "eval_rows", "max_prompt_tokens", "micro_batch_tokens", "budget_tokens",
-                 "step_tokens", "gpus"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
     for name in ("eval_every", "save_every", "val_rows", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"argument --{name.replace('_', '-')}: must be 0 or more, got {getattr(args, name)}")

@@ -25,7 +25,9 @@ than about one in an update the factor goes to 1 (results/README.md).
 import argparse
 import json
 import random
+import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -33,11 +35,11 @@ import numpy as np
 from tqdm import tqdm
 
 import tiny
-from compare import Arm, Experiment, curve, interval, positive, run_all
+from compare import ARMS, Experiment, curve, interval, run_all
 from model import load_model
 from pivot import draw_pivots
 from plot import read_metrics
-from presets import OneLineParser
+from presets import OneLineParser, command_line, count
 from recoverability import Recoverability
 from tiny import Lock
 
@@ -55,10 +57,10 @@ ROWS = {                                             # name -> lock for a p
     "long, late, 3 hard": lambda p: Lock(LONG, 3, (1, 4), p),
 }
 CELLS = {(row, p): lock(p) for row, lock in ROWS.items() for p in P if lock(p).hard == 1 or p >= 0.1}
-ARMS = {"grpo": Arm("GRPO, G = 8", "--method grpo", "black"),
-        "deep_grpo": Arm("DEEP-GRPO, G = 8, K = 8", "--method deep_grpo", "tab:red")}
+METHODS = {name: ARMS[name]._replace(flags=f"--method {name}") for name in ("grpo", "deep_grpo")}
 
 
+@cache
 def predict(lock, branches=8, gamma=2.0, n=2000, seed=0) -> dict[str, float]:
     """s, q, c, T and the factor of the docstring, by simulation of n failed rollouts; easy turns are always right.
 
@@ -95,6 +97,7 @@ def make_base(lock, folder, steps=300) -> dict[str, float]:
 
     Returns (and keeps, in base.json) its probabilities of doing an easy and a hard turn right.
     """
+    settings = {"lock": asdict(lock), "steps": steps}
     if not (folder / "base.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         model, tokenizer = load_model(str(tiny.ASSETS / "tiny-deep"))
@@ -105,8 +108,12 @@ def make_base(lock, folder, steps=300) -> dict[str, float]:
         for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
             rows = tiny.make_rows(lock, n, seed)
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "base.json").write_text(json.dumps({"easy": easy, "hard": hard, "lock": asdict(lock)}))
-    return json.loads((folder / "base.json").read_text())
+        (folder / "base.json").write_text(json.dumps({"easy": easy, "hard": hard, **settings}))
+    base = json.loads((folder / "base.json").read_text())
+    if any(base.get(name) != value for name, value in json.loads(json.dumps(settings)).items()):
+        sys.exit(f"error: {folder} holds the base policy of another lock or number of steps: delete {folder.parent}, "
+                 "or choose another --out")
+    return base
 
 
 def tokens_to_half(directory) -> float:
@@ -144,15 +151,20 @@ def measure(lock, out, args) -> dict:
     flags = (f"--preset tiny-deep --model {out / 'base'} --data {out / 'base' / 'train.jsonl'} --eval-data "
              f"{out / 'base' / 'eval.jsonl'} --eval-rows 128 --eval-every 2 --step-tokens {args.step_tokens} "
              f"--lr {args.lr}")
-    experiment = Experiment("", args.seeds, args.step_tokens * args.updates, flags, ARMS)
+    experiment = Experiment("", args.seeds, args.step_tokens * args.updates, flags, METHODS)
     directories = run_all(experiment, out, args.jobs, lambda d: np.isfinite(tokens_to_half(d)))
     tokens = {name: [tokens_to_half(d) for d in runs] for name, runs in directories.items()}
     return {"base": base, **{name: [t if np.isfinite(t) else None for t in ts] for name, ts in tokens.items()}}
 
 
+def factor_of(found, args) -> tuple[float, float, str]:
+    """factor() of a cell as measure() gives it."""
+    return factor(*tokens_of(found), args.step_tokens * args.updates)
+
+
 def tokens_of(found) -> list[np.ndarray]:
     """Tokens to half of GRPO and of DEEP-GRPO, every seed, of a cell as measure() gives it; inf: not there."""
-    return [np.array([np.inf if t is None else t for t in found[name]]) for name in ARMS]
+    return [np.array([np.inf if t is None else t for t in found[name]]) for name in METHODS]
 
 
 def right_per_update(lock, found, args) -> float:
@@ -168,10 +180,9 @@ def table(cells, args) -> str:
         expected, found = predict(lock), cells.get(f"{row} {p}")
         measured = [""] * 5
         if found:
-            both = tokens_of(found)
-            shown = [" ".join("-" if np.isinf(t) else f"{t / 1000:.0f}k" for t in ts) for ts in both]
+            shown = [" ".join("-" if np.isinf(t) else f"{t / 1000:.0f}k" for t in ts) for ts in tokens_of(found)]
             measured = [f"{found['base']['hard']:.3f}", f"{right_per_update(lock, found, args):.2g}",
-                        factor(*both, args.step_tokens * args.updates)[2], *shown]
+                        factor_of(found, args)[2], *shown]
         lines.append(f"| {row} | {p} | {measured[0]} | {measured[1]} | {expected['q/s']:.2f} | {expected['c']:.2f} | "
                      f"{expected['factor']:.2f} | {' | '.join(measured[2:])} |")
     return "\n".join(lines)
@@ -189,7 +200,7 @@ def draw(cells, args, path):
                 values[at] = predict(lock)["factor"]
                 texts[at] = f"{values[at]:.2f}"
             elif f"{row} {p}" in cells:
-                values[at], _, text = factor(*tokens_of(cells[f"{row} {p}"]), args.step_tokens * args.updates)
+                values[at], _, text = factor_of(cells[f"{row} {p}"], args)
                 texts[at] = text.replace(" (", "\n(")
         image = axis.imshow(np.log2(values), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
         for (y, x), text in texts.items():
@@ -198,8 +209,7 @@ def draw(cells, args, path):
                  xlabel="probability p that the base policy does a hard turn right")
     figure.colorbar(image, ax=axes[:2], label="log2(tokens of GRPO / tokens of DEEP-GRPO)")
     for row, marker in zip(ROWS, "ovos^D"):
-        found = [(right_per_update(lock, cells[f"{row} {p}"], args),
-                  *factor(*tokens_of(cells[f"{row} {p}"]), args.step_tokens * args.updates)[:2])
+        found = [(right_per_update(lock, cells[f"{row} {p}"], args), *factor_of(cells[f"{row} {p}"], args)[:2])
                  for (name, p), lock in CELLS.items() if name == row and f"{row} {p}" in cells]
         if found:
             right, value, width = np.array(found).T
@@ -221,15 +231,17 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predict", action="store_true", help="print the prediction, and end")
     parser.add_argument("--cells", help="only these: names separated by ';', as 'long, late 0.03'")
-    parser.add_argument("--seeds", type=positive, default=5)
-    parser.add_argument("--updates", type=positive, default=32, help="the most")
-    parser.add_argument("--step-tokens", type=positive, default=3000, help="generated tokens per update")
+    parser.add_argument("--seeds", type=count, default=5)
+    parser.add_argument("--updates", type=count, default=32, help="the most")
+    parser.add_argument("--step-tokens", type=count, default=3000, help="generated tokens per update")
     parser.add_argument("--lr", type=float, default=1.6e-4, help="learning rate of both methods")
-    parser.add_argument("--base-steps", type=positive, default=300, help="supervised, to make a cell's base policy")
-    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--base-steps", type=count, default=300, help="supervised, to make a cell's base policy")
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/where"))
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table, figure, where.json")
     args = parser.parse_args(argv)
+    if not 0 < args.lr < np.inf:
+        parser.error(f"argument --lr: must be positive, got {args.lr}")
     known = args.results / "where.json"
     settings = {name: getattr(args, name) for name in ("seeds", "updates", "step_tokens", "lr", "base_steps")}
     kept = json.loads(known.read_text()) if known.exists() else {"settings": settings, "cells": {}}
@@ -249,7 +261,7 @@ def main(argv=None):
         known.write_text(json.dumps(kept, indent=1) + "\n")
     text = table(kept["cells"], args)
     (args.results / "where.md").write_text(
-        "# Where does resampling from pivots pay?\n\n    python where.py\n\n"
+        f"# Where does resampling from pivots pay?\n\n    {command_line('where.py', argv)}\n\n"
         f"Factor: tokens of GRPO (G = 8) to half accuracy over those of DEEP-GRPO (8 + 8), geometric mean of "
         f"{args.seeds} seeds; at most {args.updates} updates of {args.step_tokens} tokens, learning rate {args.lr}; "
         f"- : not within them, and the factor is then a bound.\n\n![map](where.png)\n\n{text}\n")

@@ -87,5 +87,10 @@ def test_one_cell_in_small(tmp_path, monkeypatch, capsys):
         where.main([*flags[:3], "3", *flags[4:]])
     assert "choose another --results" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        where.main([*flags, "--lr", "0"])
+    assert "--lr: must be positive, got 0.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the base policy of another lock or number of steps: delete .*long-late-0.3"):
+        where.main([*flags[:7], "3", *flags[8:-1], str(tmp_path / "others")])
+    with pytest.raises(SystemExit):
         where.main([*flags, "--cells", "nowhere 1"])
     assert "--cells: nowhere 1: choose from long, late 0.3" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -87,14 +88,15 @@ def on_two(settings, tokens, checkpointing):
     expected = update_estimate(model, tokens, 2, torch.bfloat16, checkpointing)
     parts = estimate(model, 2, 96, 64, 1)["sampling"]
     model = shard(model, torch.bfloat16)
-    update = update_peak(model, tokens, 4), expected
+    # Collectives of a layer overlap with the next as the scheduler has it: a peak is one draw, so a median of several.
+    update = median(update_peak(model, tokens, 4) for _ in range(5)), expected
 
     def run():
         with gathered(model):
             sample(model, [[5, 6, 7] * 8] * 12, 8, max_new_tokens=40, eos_token_id=1, pad_token_id=0)
 
     run()
-    return update, (peak(run), parts["gathered"] + parts["KV cache"] + parts["logits"])
+    return update, (median(peak(run) for _ in range(3)), parts["gathered"] + parts["KV cache"] + parts["logits"])
 
 
 @pytest.mark.parametrize("settings, tokens, checkpointing", [

@@ -1,6 +1,7 @@
 r"""Methods side by side on the embedded task, at an equal budget of generated tokens and of updates.
 
     python compare.py                          # `make compare`: all methods, 5 seeds; results/methods.md and .png
+    python compare.py --experiment rare        # the same where GRPO has one right answer in 20 updates; 10 seeds
     python compare.py --experiment prefix      # the prefix of a branch masked, and trained
     python compare.py --experiment stapo       # with and without STAPO
     python compare.py --experiment ablations   # DEEP-GRPO without one of its parts
@@ -20,6 +21,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +32,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import tiny
+from model import load_model
 from plot import read_metrics
 from presets import OneLineParser, command_line, count, parse_args
+from tiny import Lock
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
@@ -45,12 +50,14 @@ class Arm(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """Arms that run with equal budgets; the first one is what the others are compared with."""
+    """Arms that run with equal budgets; the first one is what the others are compared with. lock: a difficulty of the
+    embedded task for which a base policy is made first (None: that of the preset)."""
     title: str
     seeds: int
     budget_tokens: int
     flags: str
     arms: dict[str, Arm]
+    lock: Lock | None = None
 
 
 ARMS = {
@@ -79,9 +86,11 @@ ARMS = {
     "no_std": Arm("no std", "--method deep_grpo --no-std", "tab:blue"),
 }
 EQUAL = "--preset tiny-deep --eval-every 2 --step-tokens 8000"
+METHODS = {name: ARMS[name] for name in ("grpo", "grpo64", "dr_grpo", "deep_grpo", "treerl", "attnrl", "fr3e", "rrpo")}
 EXPERIMENTS = {
-    "methods": Experiment("The methods at equal budget", 5, 128_000, EQUAL, {name: ARMS[name] for name in (
-        "grpo", "grpo64", "dr_grpo", "deep_grpo", "treerl", "attnrl", "fr3e", "rrpo")}),
+    "methods": Experiment("The methods at equal budget", 5, 128_000, EQUAL, METHODS),
+    "rare": Experiment("The methods where right answers are rare", 10, 128_000, f"{EQUAL} --lr 1.6e-4", METHODS,
+                       Lock(turns=(12, 14), hard=3, place=(1, 4), p=0.1)),
     "prefix": Experiment("The prefix of a branch masked, and trained", 5, 128_000, EQUAL, {
         name: ARMS[name] for name in ("deep_grpo", "prefix", "authors", "authors_prefix")}),
     "stapo": Experiment("With and without STAPO", 5, 128_000, EQUAL, {
@@ -89,6 +98,36 @@ EXPERIMENTS = {
     "ablations": Experiment("DEEP-GRPO without one of its parts", 5, 128_000, EQUAL, {name: ARMS[name] for name in (
         "deep_grpo", "k4", "k16", "two_pivots", "uniform", "root", "branch_all", "one_stream", "no_std", "grpo24")}),
 }
+
+
+def make_base(lock, folder, steps=300) -> dict[str, float]:
+    """The base policy of tiny-deep trained on for this lock, with training and evaluation rows beside it.
+
+    Returns (and keeps, in base.json) its probabilities of doing an easy and a hard turn right.
+    """
+    settings = {"lock": asdict(lock), "steps": steps}
+    if not (folder / "base.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = load_model(str(tiny.ASSETS / "tiny-deep"))
+        model = tiny.pretrain(lock, tokenizer, steps, lr=5e-4, log=lambda line: None, model=model)
+        easy, hard = tiny.measure(model, tokenizer, lock, n=1024)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
+            rows = tiny.make_rows(lock, n, seed)
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "base.json").write_text(json.dumps({"easy": easy, "hard": hard, **settings}))
+    base = json.loads((folder / "base.json").read_text())
+    if any(base.get(name) != value for name, value in json.loads(json.dumps(settings)).items()):
+        sys.exit(f"error: {folder} holds the base policy of another lock or number of steps: delete {folder.parent}, "
+                 "or choose another --out")
+    return base
+
+
+def base_flags(folder) -> str:
+    """The flags of train_gsm8k.py for the base policy and the rows that make_base() has put there."""
+    return (f"--model {folder} --data {folder / 'train.jsonl'} --eval-data {folder / 'eval.jsonl'} "
+            "--eval-rows 128")
 
 
 def run_all(experiment, out, jobs=2, enough=lambda directory: False) -> dict[str, list[Path]]:
@@ -326,8 +365,12 @@ def main(argv=None):
     experiment = experiment._replace(arms={name: ARMS[name] for name in names},
                                      seeds=args.seeds or experiment.seeds,
                                      budget_tokens=args.budget_tokens or experiment.budget_tokens)
-    start = time.time()
-    directories = run_all(experiment, args.out, args.jobs)
+    start, out = time.time(), args.out
+    if experiment.lock:
+        out = out / args.experiment
+        make_base(experiment.lock, out / "base")
+        experiment = experiment._replace(flags=f"{experiment.flags} {base_flags(out / 'base')}")
+    directories = run_all(experiment, out, args.jobs)
     text = tables(experiment, directories)
     args.results.mkdir(parents=True, exist_ok=True)
     about = (f"# {experiment.title}\n\n    {command_line('compare.py', argv)}\n\n"

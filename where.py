@@ -25,8 +25,6 @@ than about one in an update the factor goes to 1 (results/README.md).
 import argparse
 import json
 import random
-import sys
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -35,8 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tiny
-from compare import ARMS, Experiment, curve, interval, run_all
-from model import load_model
+from compare import ARMS, Experiment, base_flags, curve, interval, make_base, run_all
 from pivot import draw_pivots
 from plot import read_metrics
 from presets import OneLineParser, command_line, count
@@ -92,30 +89,6 @@ def predict(lock, branches=8, gamma=2.0, n=2000, seed=0) -> dict[str, float]:
     return {"s": s, "q/s": q / s, "c": c, "T": np.mean(lengths), "factor": (1 + r * q / s) / (1 + r * c)}
 
 
-def make_base(lock, folder, steps=300) -> dict[str, float]:
-    """The base policy of tiny-deep trained on for this lock, with training and evaluation rows beside it.
-
-    Returns (and keeps, in base.json) its probabilities of doing an easy and a hard turn right.
-    """
-    settings = {"lock": asdict(lock), "steps": steps}
-    if not (folder / "base.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = load_model(str(tiny.ASSETS / "tiny-deep"))
-        model = tiny.pretrain(lock, tokenizer, steps, lr=5e-4, log=lambda line: None, model=model)
-        easy, hard = tiny.measure(model, tokenizer, lock, n=1024)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
-            rows = tiny.make_rows(lock, n, seed)
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "base.json").write_text(json.dumps({"easy": easy, "hard": hard, **settings}))
-    base = json.loads((folder / "base.json").read_text())
-    if any(base.get(name) != value for name, value in json.loads(json.dumps(settings)).items()):
-        sys.exit(f"error: {folder} holds the base policy of another lock or number of steps: delete {folder.parent}, "
-                 "or choose another --out")
-    return base
-
-
 def tokens_to_half(directory) -> float:
     """Generated tokens at which greedy accuracy first reaches .5, linear between evaluations; inf if it has not."""
     try:
@@ -148,8 +121,7 @@ def factor(grpo, deep, budget) -> tuple[float, float, str]:
 def measure(lock, out, args) -> dict:
     """Tokens to half accuracy of both methods, every seed (None: not within the budget), in one cell."""
     base = make_base(lock, out / "base", args.base_steps)
-    flags = (f"--preset tiny-deep --model {out / 'base'} --data {out / 'base' / 'train.jsonl'} --eval-data "
-             f"{out / 'base' / 'eval.jsonl'} --eval-rows 128 --eval-every 2 --step-tokens {args.step_tokens} "
+    flags = (f"--preset tiny-deep {base_flags(out / 'base')} --eval-every 2 --step-tokens {args.step_tokens} "
              f"--lr {args.lr}")
     experiment = Experiment("", args.seeds, args.step_tokens * args.updates, flags, METHODS)
     directories = run_all(experiment, out, args.jobs, lambda d: np.isfinite(tokens_to_half(d)))

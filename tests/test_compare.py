@@ -1,6 +1,7 @@
 """The comparison: what it computes from run directories, its tests against tables of Student's t, a short run."""
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 import compare
+import tiny
 from compare import EXPERIMENTS, curve, draw, flags_of, interval, read_run, t_tail, tables
 from plot import read_metrics
 from presets import parse_args
+from tiny import Lock
 
 SHORT = "--preset tiny --eval-every 1 --eval-rows 4 --step-tokens 1500 --max-new-tokens 80"
 
@@ -139,3 +142,15 @@ def test_a_short_comparison_of_two_methods(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compare.main(["--seeds", "0"])
     assert "--seeds: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_an_experiment_with_a_lock_makes_its_base_policy_first(tmp_path, monkeypatch):
+    out, lock = tmp_path / "runs", Lock((2, 2), 1, (1, 1), 0.9)
+    monkeypatch.setattr(compare, "make_base", partial(compare.make_base, steps=2))
+    monkeypatch.setitem(EXPERIMENTS, "rare", EXPERIMENTS["rare"]._replace(flags=SHORT, lock=lock))
+    compare.main(["--experiment", "rare", "--arms", "grpo", "--seeds", "1", "--budget-tokens", "1500",
+                  "--out", str(out), "--results", str(tmp_path / "results")])
+    settings = json.loads((out / "rare" / "grpo-0" / "config.json").read_text())["settings"]
+    assert settings["model"] == str(out / "rare" / "base") and settings["eval_rows"] == 128
+    rows = [json.loads(line) for line in (out / "rare" / "base" / "train.jsonl").read_text().splitlines()]
+    assert rows == tiny.make_rows(lock, 4096, 1) and (tmp_path / "results" / "rare.md").exists()

@@ -109,7 +109,7 @@ def make_base(lock, folder, steps=300) -> dict[str, float]:
     if not (folder / "base.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         model, tokenizer = load_model(str(tiny.ASSETS / "tiny-deep"))
-        model = tiny.pretrain(lock, tokenizer, steps, lr=5e-4, log=lambda line: None, model=model)
+        model = tiny.pretrain(lock, tokenizer, steps, lr=5e-4, log=None, model=model)
         easy, hard = tiny.measure(model, tokenizer, lock, n=1024)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -180,8 +180,9 @@ def measure(model, tokenizer, lock, n=256, seed=1):
 def pretrain(lock, tokenizer, steps, batch=32, lr=2e-3, seed=0, log=print, model=None):
     """A base policy for `lock`: a Llama with .56 M parameters, trained on demonstrations. Returns the model.
 
-    model: the base policy of another lock, to be trained on. (Not a Qwen2: AutoTokenizer gives every folder with
-    that model type a Qwen2Tokenizer, whatever its tokenizer.json says.)
+    model: the base policy of another lock, to be trained on. log: gets a line every 100 steps (None: no measuring).
+    (Not a Qwen2: AutoTokenizer gives every folder with that model type a Qwen2Tokenizer, whatever its tokenizer.json
+    says.)
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -202,7 +203,7 @@ def pretrain(lock, tokenizer, steps, batch=32, lr=2e-3, seed=0, log=print, model
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0 or step == steps:
+        if log and (step % 100 == 0 or step == steps):
             easy, hard = measure(model, tokenizer, lock, n=64 if step < steps else 1024)
             log(f"step {step:5d}  loss {loss.item():.4f}  p_easy {easy:.4f}  p_hard {hard:.4f}")
     return model

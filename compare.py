@@ -228,22 +228,22 @@ def curve(metrics, x_name, y_name="eval_accuracy") -> tuple[np.ndarray, np.ndarr
 
 def read_run(run) -> dict:
     """What one run got and what it cost: accuracy after half and all of the tokens and as a mean over them; right
-    answers, rollouts and branches, per 1,000 tokens of the first third of its updates; sums and means."""
+    answers, rollouts and branches, per 1,000 tokens of the first third of its updates, and generated tokens up to the
+    end of the first update that has one (inf: none has); sums and means."""
     metrics = read_metrics(run)
     grid = np.linspace(0, metrics["generated_total"][1][-1], 201)
     accuracy = np.interp(grid, *curve(metrics, "generated_total"))
     sums = {name: metrics[name][1].sum() for name in ("questions", "sequences", "generated_tokens", "forwarded_tokens",
                                                       "trained_tokens", "optimizer_steps")}
-    group_size = json.loads((run / "config.json").read_text())["settings"]["group_size"]
-    branch_reward, right, spent = dict(zip(*metrics.get("branch_reward", ((), ())))), 0.0, 0.0
-    for i, step in enumerate(metrics["questions"][0][:math.ceil(sums["optimizer_steps"] / 3)]):
-        roots = metrics["questions"][1][i] * group_size
-        right += metrics["reward"][1][i] * roots
-        right += branch_reward.get(step, 0.0) * (metrics["sequences"][1][i] - roots)
-        spent += metrics["generated_tokens"][1][i]
+    roots = metrics["questions"][1] * json.loads((run / "config.json").read_text())["settings"]["group_size"]
+    branch_reward = dict(zip(*metrics.get("branch_reward", ((), ()))))
+    branch_reward = np.array([branch_reward.get(step, 0.0) for step in metrics["questions"][0]])
+    right = metrics["reward"][1] * roots + branch_reward * (metrics["sequences"][1] - roots)
+    spent, third = np.cumsum(metrics["generated_tokens"][1]), math.ceil(len(right) / 3)
     return {"half": accuracy[100], "all": accuracy[-1], "mean": float(np.mean(accuracy)), **sums,
-            "right": 1000 * right / spent, "dead_groups": metrics["dead_groups"][1].mean(),
-            "seconds": seconds_of(metrics).sum()}
+            "right": 1000 * right[:third].sum() / spent[third - 1],
+            "first": next((spent[i] for i in np.flatnonzero(right)), np.inf),
+            "dead_groups": metrics["dead_groups"][1].mean(), "seconds": seconds_of(metrics).sum()}
 
 
 def t_tail(t, df) -> float:
@@ -300,7 +300,9 @@ def tables(experiment, directories) -> str:
         for name in ("optimizer_steps", "questions", "sequences", "generated_tokens", "forwarded_tokens",
                      "trained_tokens"):
             yield f"{column(arm, name).mean():,.0f}"
-        yield f"{column(arm, 'right').mean():.2f}"
+        yield f"{column(arm, 'right').mean():.3g}"
+        first = np.median(column(arm, "first"))
+        yield f"{first:,.0f}" if np.isfinite(first) else "-"
         yield f"{column(arm, 'dead_groups').mean():.2f}"
         yield f"{np.mean(column(arm, 'seconds') / column(base, 'seconds')):.2f}"
 
@@ -315,9 +317,10 @@ def tables(experiment, directories) -> str:
         "number of methods.", "",
         *lines(("half of the tokens", "all tokens", "mean over the run", f"minus {label}", "p"), accuracy), "",
         "Cost of a run, means. Right: right answers per 1,000 generated tokens in the first third of the updates.",
+        "First: generated tokens up to the end of the first update with one, median (-: half of the runs have none).",
         f"Time: relative to {label}, same seed, two runs at a time on two cores.", "",
-        *lines(("updates", "questions", "sequences", "generated", "forwarded", "trained", "right", "dead groups",
-                "time"), cost),
+        *lines(("updates", "questions", "sequences", "generated", "forwarded", "trained", "right", "first",
+                "dead groups", "time"), cost),
         "", "Mean over the run, every seed:", "",
         *lines([str(seed) for seed in range(experiment.seeds)], seeds)])
 

@@ -63,11 +63,22 @@ def test_one_run_by_hand(tmp_path):
     assert (got["half"], got["all"]) == (pytest.approx(0.4), pytest.approx(0.8))
     assert got["mean"] == pytest.approx((300 * 0.3 + 100 * 0.7) / 400, abs=5e-3)
     # The first of three updates: 6 rollouts, 2 branches, 100 tokens.
-    assert got["right"] == pytest.approx(1000 * (0.25 * 6 + 0.5 * 2) / 100)
+    assert got["right"] == pytest.approx(1000 * (0.25 * 6 + 0.5 * 2) / 100) and got["first"] == 100
     assert got["seconds"] == 6.0 and got["dead_groups"] == pytest.approx(0.5)          # without those of evaluation
     expected = {"questions": 6, "sequences": 48, "generated_tokens": 400, "forwarded_tokens": 3000,
                 "trained_tokens": 30, "optimizer_steps": 3}
     assert {name: got[name] for name in expected} == expected
+
+
+def test_the_first_right_answer_may_be_a_branch_or_never_come(tmp_path):
+    """No rollout is right; branches, of which there are some from the second update on, are from the third on."""
+    run = write_run(tmp_path / "run", (0.0, 0.0, 0.0))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for third, first in ((0.5, 400), (0.0, np.inf)):
+        for row, share in zip(rows[1:], (None, 0.0, third)):
+            row |= {"reward": 0.0, "branch_reward": share}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert read_run(run)["first"] == first and read_run(run)["right"] == 0
 
 
 def test_tables_and_curves_by_hand(tmp_path):
@@ -83,7 +94,7 @@ def test_tables_and_curves_by_hand(tmp_path):
     mean, width, p = interval(differences)
     assert first[3].split(" | ")[-2:] == [f"{mean:+.3f} ± {width:.3f}", f"{p:.3f} |"]
     assert first[2].startswith("| GRPO, G = 8 | 0.200 ± ") and first[2].endswith("|  |  |")
-    assert costs[3] == "| TreeRL, 6 trees | 3 | 6 | 48 | 400 | 3,000 | 30 | 25.00 | 0.50 | 2.00 |"
+    assert costs[3] == "| TreeRL, 6 trees | 3 | 6 | 48 | 400 | 3,000 | 30 | 25 | 100 | 0.50 | 2.00 |"
     assert seeds[2] == f"| GRPO, G = 8 | {means['grpo'][0]:.3f} | {means['grpo'][1]:.3f} |"
 
     figure = draw(experiment, directories, tmp_path / "figure.png")

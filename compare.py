@@ -21,7 +21,6 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -32,11 +31,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import tiny
-from model import load_model
 from plot import read_metrics
 from presets import OneLineParser, command_line, count, parse_args
-from tiny import Lock
+from tiny import Lock, make_base
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
@@ -100,32 +97,8 @@ EXPERIMENTS = {
 }
 
 
-def make_base(lock, folder, steps=300) -> dict[str, float]:
-    """The base policy of tiny-deep trained on for this lock, with training and evaluation rows beside it.
-
-    Returns (and keeps, in base.json) its probabilities of doing an easy and a hard turn right.
-    """
-    settings = {"lock": asdict(lock), "steps": steps}
-    if not (folder / "base.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = load_model(str(tiny.ASSETS / "tiny-deep"))
-        model = tiny.pretrain(lock, tokenizer, steps, lr=5e-4, log=None, model=model)
-        easy, hard = tiny.measure(model, tokenizer, lock, n=1024)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
-            rows = tiny.make_rows(lock, n, seed)
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "base.json").write_text(json.dumps({"easy": easy, "hard": hard, **settings}))
-    base = json.loads((folder / "base.json").read_text())
-    if any(base.get(name) != value for name, value in json.loads(json.dumps(settings)).items()):
-        sys.exit(f"error: {folder} holds the base policy of another lock or number of steps: delete {folder.parent}, "
-                 "or choose another --out")
-    return base
-
-
 def base_flags(folder) -> str:
-    """The flags of train_gsm8k.py for the base policy and the rows that make_base() has put there."""
+    """The flags of train_gsm8k.py for the base policy and the rows that tiny.make_base has put there."""
     return (f"--model {folder} --data {folder / 'train.jsonl'} --eval-data {folder / 'eval.jsonl'} "
             "--eval-rows 128")
 
@@ -368,16 +341,17 @@ def main(argv=None):
     experiment = experiment._replace(arms={name: ARMS[name] for name in names},
                                      seeds=args.seeds or experiment.seeds,
                                      budget_tokens=args.budget_tokens or experiment.budget_tokens)
-    start, out = time.time(), args.out
+    start, out, flags = time.time(), args.out, experiment.flags
     if experiment.lock:
         out = out / args.experiment
         make_base(experiment.lock, out / "base")
-        experiment = experiment._replace(flags=f"{experiment.flags} {base_flags(out / 'base')}")
-    directories = run_all(experiment, out, args.jobs)
+        flags += f" {base_flags(out / 'base')}"
+    directories = run_all(experiment._replace(flags=flags), out, args.jobs)
     text = tables(experiment, directories)
     args.results.mkdir(parents=True, exist_ok=True)
     about = (f"# {experiment.title}\n\n    {command_line('compare.py', argv)}\n\n"
-             f"{experiment.flags}, {experiment.budget_tokens:,} tokens; {platform.processor() or platform.machine()}, "
+             f"{experiment.flags}, {experiment.budget_tokens:,} tokens; {experiment.lock or 'the lock of the preset'}; "
+             f"{platform.processor() or platform.machine()}, "
              f"torch {torch.__version__}, transformers {transformers.__version__}.\n\n"
              f"![accuracy]({args.experiment}.png)\n\n")
     (args.results / f"{args.experiment}.md").write_text(about + text + "\n")

@@ -22,6 +22,7 @@ DEEP-GRPO is about; `place` moves it.
     python tiny.py --preset tiny        # trains the base model again: assets/tiny, and pretrain.log beside it
 """
 import argparse
+import json
 import math
 import random
 import re
@@ -34,6 +35,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from model import load_model
 from tasks import GSM8K_INSTRUCTION, chat_prompt
 
 EASY = [f"{dial}+{k}" for dial in "LR" for k in range(1, 10)]
@@ -207,6 +209,30 @@ def pretrain(lock, tokenizer, steps, batch=32, lr=2e-3, seed=0, log=print, model
             easy, hard = measure(model, tokenizer, lock, n=64 if step < steps else 1024)
             log(f"step {step:5d}  loss {loss.item():.4f}  p_easy {easy:.4f}  p_hard {hard:.4f}")
     return model
+
+
+def make_base(lock, folder, steps=300) -> dict[str, float]:
+    """The base policy of tiny-deep trained on for this lock, with training and evaluation rows beside it.
+
+    Returns (and keeps, in base.json) its probabilities of doing an easy and a hard turn right.
+    """
+    settings = {"lock": asdict(lock), "steps": steps}
+    if not (folder / "base.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = load_model(str(ASSETS / "tiny-deep"))
+        model = pretrain(lock, tokenizer, steps, lr=5e-4, log=None, model=model)
+        easy, hard = measure(model, tokenizer, lock, n=1024)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
+            rows = make_rows(lock, n, seed)
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "base.json").write_text(json.dumps({"easy": easy, "hard": hard, **settings}))
+    base = json.loads((folder / "base.json").read_text())
+    if any(base.get(name) != value for name, value in json.loads(json.dumps(settings)).items()):
+        sys.exit(f"error: {folder} holds the base policy of another lock or number of steps: delete {folder.parent}, "
+                 "or choose another --out")
+    return base
 
 
 def main():

@@ -33,12 +33,12 @@ import numpy as np
 from tqdm import tqdm
 
 import tiny
-from compare import ARMS, Experiment, base_flags, curve, interval, make_base, run_all
+from compare import ARMS, Experiment, base_flags, curve, interval, run_all
 from pivot import draw_pivots
 from plot import read_metrics
 from presets import OneLineParser, command_line, count
 from recoverability import Recoverability
-from tiny import Lock
+from tiny import Lock, make_base
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)

@@ -2,6 +2,7 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
 
     python compare.py                          # `make compare`: all methods, 5 seeds; results/methods.md and .png
     python compare.py --experiment rare        # the same where GRPO has one right answer in 20 updates; 10 seeds
+    python compare.py --experiment branches    # K = 4, 8, 16 and TreeRL there; 20 seeds
     python compare.py --experiment prefix      # the prefix of a branch masked, and trained
     python compare.py --experiment stapo       # with and without STAPO
     python compare.py --experiment ablations   # DEEP-GRPO without one of its parts
@@ -83,11 +84,13 @@ ARMS = {
     "no_std": Arm("no std", "--method deep_grpo --no-std", "tab:blue"),
 }
 EQUAL = "--preset tiny-deep --eval-every 2 --step-tokens 8000"
+RARE = Lock(turns=(12, 14), hard=3, place=(1, 4), p=0.1)
 METHODS = {name: ARMS[name] for name in ("grpo", "grpo64", "dr_grpo", "deep_grpo", "treerl", "attnrl", "fr3e", "rrpo")}
 EXPERIMENTS = {
     "methods": Experiment("The methods at equal budget", 5, 128_000, EQUAL, METHODS),
-    "rare": Experiment("The methods where right answers are rare", 10, 128_000, f"{EQUAL} --lr 1.6e-4", METHODS,
-                       Lock(turns=(12, 14), hard=3, place=(1, 4), p=0.1)),
+    "rare": Experiment("The methods where right answers are rare", 10, 128_000, f"{EQUAL} --lr 1.6e-4", METHODS, RARE),
+    "branches": Experiment("How many branches where right answers are rare", 20, 128_000, f"{EQUAL} --lr 1.6e-4", {
+        name: ARMS[name] for name in ("deep_grpo", "k4", "k16", "treerl")}, RARE),
     "prefix": Experiment("The prefix of a branch masked, and trained", 5, 128_000, EQUAL, {
         name: ARMS[name] for name in ("deep_grpo", "prefix", "authors", "authors_prefix")}),
     "stapo": Experiment("With and without STAPO", 5, 128_000, EQUAL, {

@@ -135,7 +135,7 @@ def tree_weights(groups, config):
             for pivot, part in branch_groups(t):                             # by depth
                 leaves = [t.reward, *t.branch_rewards[part.start:]]          # those of this pivot and of deeper ones
                 nodes.append(node(pivot - start, leaves, v_parent))
-                v_parent, start = mean(leaves), pivot
+                v_parent, start = mean(leaves) if pivot else v_root, pivot   # at 0: the parent is the question
                 suffixes += [node(len(y), [r], v_parent) for y, r in zip(t.branches[part], t.branch_rewards[part])]
             weights[-1].append([*nodes, node(len(t.response) - start, [t.reward], v_parent), *suffixes])
     return weights

@@ -69,7 +69,7 @@ class Group:
 class Config:
     """Hyper-parameters, with the paper's letters; the defaults are those of the authors' GSM8K script.
 
-    Impossible values raise ValueError.
+    But for objective and std: theirs are "authors" and False. Impossible values raise ValueError.
     """
     group_size: int = 8          # G
     branches: int = 8            # K; 0 is GRPO
@@ -234,8 +234,8 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     result; with backward the gradient of the loss is added to the parameters' .grad one micro-batch at a
     time, and the returned loss is detached. weights: those of another method than Eq. (J) (baselines.py).
     metrics, over tokens of root responses unless said: entropy, kl (k3), both in nats; clip_fraction (all
-    loss tokens); trained_tokens (with A != 0), forwarded_tokens (of the packed rows), padding (share of what
-    went through the model besides), imbalance (of the ranks' micro-batches, most tokens over mean).
+    loss tokens); trained_tokens (neither A nor weight 0), forwarded_tokens (of the packed rows), padding (share of
+    what went through the model besides), imbalance (of the ranks' micro-batches, most tokens over mean).
     With several ranks (ranks.py) all have the same groups, each does a part of the micro-batches, and the
     results are those of the whole: loss and metrics summed here, detached, gradients by FSDP.
     """

@@ -15,8 +15,8 @@ GSM8K: the answer is the one number that the text after the marker `####` states
    number must be equal (3 = 5 is wrong).
  5 The last marker counts (unless empty, as in `#### 18 ####`), and every sentence or line with a digit after
    it must state the same value: repeats are right, conflicts and further working are wrong. An earlier marker
-   must state it, too, unless it is a heading (`#### Step 1: Add 3 and 4`). More than 2,000 characters after
-   the last marker are wrong: this bounds the cost.
+   that states a value, or begins with a number, must state it, too; others are headings (`#### Add 3 and 4`,
+   also `#### Step 1: Add 3`). More than 2,000 characters after the last marker are wrong: this bounds the cost.
 
 MATH-style answers have a grader of their own, grading_math.py (rules 6 to 12); grade_math is imported from there.
 """

@@ -12,8 +12,9 @@ cannot change the gradient. The compared methods (baselines.py) are other weight
 
 Config.objective = "authors" is the form of the authors' code: A = R - mean, sequences with |A| < 1e-8 left
 out (no KL either), sum over surviving main tokens / T_main + lambda * sum over surviving branch tokens /
-T_branch, and a KL term that lambda does not touch. Not copied from it: dual clip and clamps (inert with their
-one optimizer step per batch) and the rule that drops all branches of a step when fewer than 128 survive.
+T_branch, and a KL term that lambda does not touch. Not copied from it: dual clip and the clamp of log rho (inert
+with their one optimizer step per batch), k3 cut at 10 (where a token is 14 times likelier under the reference) and
+the rule that drops all branches of a step when fewer than 128 survive.
 
 Two options that compose with every method: STAPO, which leaves out spurious tokens (`silence_spurious`), and
 MASPO, which replaces the clip (`soft_surrogate`).
@@ -101,7 +102,7 @@ def sequence_weights(groups, config) -> list[list[list[Weights]]]:
     """The constants of Eq. (J): result[x][i] = [root rollout i of question x, its branch 1, ..., branch K].
 
     groups: Groups with rewards filled in. config: reads objective, std, one_stream, lam, beta. T_fail of a question
-    are its trajectories with branches (those with reward 0, when K > 0); without any, there is no auxiliary term.
+    are its trajectories with branches (K > 0: those with reward 0); without any, there is no auxiliary term.
     """
     if config.one_stream:
         return one_stream_weights(groups, config)

@@ -44,7 +44,9 @@ def pack(prompt, response, pivot=None, branches=()) -> Row:
     if not prompt:
         raise ValueError("prompt must have at least one token, it predicts the first one of the response")
     forks = fork_points(pivot, branches)
-    if branches and not all(fork is not None and 0 <= fork <= len(response) for fork in forks):
+    if len(forks) != len(branches):
+        raise ValueError(f"branches must be equally many for each pivot, got {len(branches)} for pivot {pivot}")
+    if not all(fork is not None and 0 <= fork <= len(response) for fork in forks):
         raise ValueError(f"pivot must be 0 to the {len(response)} tokens of the response when there are "
                          f"branches, got {pivot}")
     ids, positions = [*prompt], [*range(len(prompt))]

@@ -75,6 +75,14 @@ def test_tree_advantages_of_the_papers_example():
     assert [w.policy for w in (*a, *b)] == pytest.approx([2 / paths, 1 / paths, 1 / paths, 1 / paths], rel=1e-12)
 
 
+def test_branches_of_the_question_itself_have_it_as_parent():
+    # Four draws from one question, two of them right: V_root = 1/2 is also the value of their parent.
+    groups = [Group([3], [Trajectory([5, EOS], 0.0, [0], [[8, EOS], [7, EOS]], [1.0, 0.0]), Trajectory([9, EOS], 1.0)])]
+    (a, b), = tree_weights(groups, Config())
+    assert [(w.tokens, w.advantage) for w in a[1:]] == [(2, -1.0), (2, 1.0), (2, -1.0)] and a[0].tokens == 0
+    assert [(w.tokens, w.advantage) for w in b] == [(2, 1.0)]
+
+
 def forest():
     """Two questions: rollouts with two forks, with one at the question itself, with none; and all wrong but one."""
     return [Group([3, 5], [Trajectory([6, 7, 8, 9, 6, EOS], 0.0, [1, 4], [[5, EOS], [7, 7, EOS], [9, EOS], [8, EOS]],
@@ -112,8 +120,7 @@ def tree_j(model, ref_model, groups):
                 below = [[i] if left_at is not None and d >= left_at else
                          [j for j, (*_, other) in enumerate(paths) if other is None or other > d]
                          for d in range(len(path))]
-                # From the question on: all leaves below the rollout's first node; a fork at 0 leaves it there, too.
-                seen = [list(range(len(paths)))] if 0 in t.pivots else []
+                seen = []                            # nodes from the question on, whose own value is V_root
                 for d, token in enumerate(path):
                     if not seen or seen[-1] != below[d]:
                         seen.append(below[d])

@@ -188,6 +188,9 @@ def test_bad_arguments_are_named():
     for pivot in (None, -1, 3):
         with pytest.raises(ValueError, match="pivot"):
             pack([1], [2, 3], pivot, [[4]])
+    for pivot, branches in (([], [[4]]), ([0, 1], [[4], [5], [6]])):
+        with pytest.raises(ValueError, match=f"equally many for each pivot, got {len(branches)} for pivot"):
+            pack([1], [2, 3], pivot, branches)
     model = make_model()
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="sdpa"):

@@ -40,7 +40,7 @@ import deep_grpo
 import resample
 from deep_grpo import Config, Group, Trajectory, objective, score_groups
 from loss import sequence_weights, weighted_objective
-from model import precision
+from model import checkpoint_activations, precision
 from packing import attention_length, micro_batches, pack, score_rows
 from presets import OneLineParser, command_line, count
 
@@ -521,8 +521,7 @@ def paper_update(args):
 
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
-            model.train()
+            checkpoint_activations(model)
         for tokens in (8192, 16384, 32768):
             for record in side_by_side(args, f"update, {tokens} tokens" + ", gradient checkpointing" * checkpointing, {
                     "packed": lambda tokens=tokens: run(ALWAYS, tokens),
@@ -551,8 +550,7 @@ def paper_whole(args):
 
     for title, tokens in (("whole step", 16384), ("whole step in 24 GB, gradient checkpointing", 8192)):
         if "24 GB" in title:
-            model.gradient_checkpointing_enable()
-            model.train()
+            checkpoint_activations(model)
             if torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(24 * 2**30 / torch.cuda.mem_get_info()[1])
         times.clear()

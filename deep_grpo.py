@@ -218,7 +218,8 @@ def score_groups(model, groups, config, micro_batch_tokens=None) -> tuple[list[t
     for batch in batches[rank()::world_size()]:
         batch = batch or [len(rows) - 1]
         both = torch.stack(as_forward(model, score_rows)([rows[i] for i in batch], config.temperature))     # (2, N)
-        scores.update(zip(batch, both.cpu().split([len(rows[i].targets) for i in batch], dim=1)))
+        parts = both.cpu().split([len(rows[i].targets) for i in batch], dim=1)
+        scores.update((i, part.clone()) for i, part in zip(batch, parts))    # a view is pickled with the whole
     scores = {i: both for part in gather(lambda: scores) for i, both in part.items()}
     sizes = [sum(map(len, [t.response, *t.branches])) for g in groups for t in g.trajectories]
     logps, entropies = torch.cat([scores[i] for i in range(len(rows) - 1)], dim=1)
@@ -342,6 +343,7 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         optimizer.step()
+        torch.clear_autocast_cache()                 # bf16 copies of the weights, as they were before
     optimizer.zero_grad()                            # no gradients are kept while the next batch is generated
     return {"loss": loss.item(), "grad_norm": norm.item(), **metrics,
             "forwarded_tokens": forwarded, "optimizer_steps": config.updates}

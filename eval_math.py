@@ -95,8 +95,8 @@ def parse_args(argv=None):
 def describe(args, model, stop, questions):
     """All that an answer depends on, for config.json; weights and questions as checksums."""
     flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
-    weights = sum(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item()
-                  for p in model.parameters())
+    weights = sum(part.view(torch.uint8).sum(dtype=torch.int64).item()      # in parts: the sum copies to int64
+                  for p in model.parameters() for part in p.detach().reshape(-1).split(2**24))
     digests = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
                for name, asked in questions.items()}
     return {name: getattr(args, name) for name in flags} | {

@@ -104,10 +104,18 @@ def fill(model, weights, offload=False):
     whole = weights.state_dict() if rank() == 0 else {}
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     # Buffers that are no part of a state dict (the frequencies of rotary positions) are undefined after to_empty.
-    for name, value in first(lambda: dict(weights.named_buffers())).items():
+    buffers, model.generation_config = first(lambda: (dict(weights.named_buffers()), weights.generation_config))
+    for name, value in buffers.items():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, value.to(device()), persistent=False)
     return model
+
+
+def checkpoint_activations(model):
+    """From now on activations are computed twice instead of kept: in training mode only (dropout is 0: load_model)."""
+    # Its name from transformers 5.23 on, and before.
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    model.train()
 
 
 @contextmanager
@@ -132,7 +140,8 @@ def as_forward(model, function: Callable) -> Callable:
     """
     if not isinstance(model, FSDPModule):
         return partial(function, model)
-    if not hasattr(model, function.__name__):
-        setattr(model, function.__name__, MethodType(function, model))
-        register_fsdp_forward_method(model, function.__name__)
-    return getattr(model, function.__name__)
+    if not hasattr(model, "run_as_forward"):
+        model.run_as_forward = MethodType(lambda self, call: call(), model)
+        register_fsdp_forward_method(model, "run_as_forward")
+    # Closed in: FSDP looks for tensors in arguments, through every number of a list, which takes as long as a layer.
+    return lambda *args: model.run_as_forward(lambda: function(model, *args))

@@ -107,6 +107,9 @@ def parse_args(argv=None, description=None):
         restore_settings(parser, args)
     else:
         fill_settings(parser, args)
+    for name in ("lr", "max_hours"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
+            parser.error(f"argument --{name.replace('_', '-')}: must be positive, got {getattr(args, name)}")
     return args
 
 
@@ -160,19 +163,21 @@ def fill_settings(parser, args):
             if getattr(args, name) is not None and args.method not in methods:
                 flag = "no-std" if name == "std" else name.replace("_", "-")
                 parser.error(f"argument --{flag}: has no part in --method {args.method}, only in {', '.join(methods)}")
+    preset = PRESETS[args.preset]
+    if args.eval_data is None and args.data not in (None, preset["data"]):       # others than it has a test set for
+        preset = preset | dict(eval_data=None, val_rows=0, eval_rows=preset.get("val_rows", preset["eval_rows"]))
     defaults = {f.name: f.default for f in fields(Config)}
     defaults |= dict(budget_tokens=None, step_tokens=None, save_every=0, eval_data=None, val_rows=0,
                      gradient_checkpointing=False)
-    for name, value in (defaults | PRESETS[args.preset] | settings).items():
+    for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
+    if args.val_rows and args.eval_data is None:
+        parser.error("argument --val-rows: only with --eval-data; without, --eval-rows rows are held out, and choose")
     for name in ("eval_every", "save_every", "val_rows", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"argument --{name.replace('_', '-')}: must be 0 or more, got {getattr(args, name)}")
-    for name in ("lr", "max_hours"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
-            parser.error(f"argument --{name.replace('_', '-')}: must be positive, got {getattr(args, name)}")
 
 
 def restore_settings(parser, args):
@@ -185,11 +190,10 @@ def restore_settings(parser, args):
     if missing := [f.name for f in fields(Config) if f.name not in settings]:
         parser.error(f"argument --resume: {args.resume} was made by an older version, which had no {missing[0]}: "
                      "its meaning may have changed, so it has to begin again")
-    for name, value in settings.items():
-        setattr(args, name, value)
-    args.max_hours = asked["max_hours"]
-    for name in ("steps", "budget_tokens"):
-        if asked[name] is not None:
-            setattr(args, name, asked[name])
-    args.out = args.resume
+    for name, value in (settings | {"out": args.resume}).items():        # a folder may be moved
+        new = asked.get(name) not in (None, parser.get_default(name), value)
+        if new and name not in ("steps", "budget_tokens"):
+            parser.error(f"argument --{name.replace('_', '-')}: the run that goes on has {value}, not {asked[name]}; "
+                         "only --steps, --budget-tokens and --max-hours may change")
+        setattr(args, name, asked[name] if new else value)
     print(f"preset {args.preset}: that of the run {args.out}, which goes on")

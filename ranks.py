@@ -33,6 +33,10 @@ def start() -> None:
     """
     gpu = torch.cuda.is_available()
     if "WORLD_SIZE" in os.environ and not distributed():
+        if gpu and (n := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
+            if os.environ["LOCAL_RANK"] == "0":
+                print(f"error: torchrun --nproc-per-node {n}, and {torch.cuda.device_count()} GPUs", file=sys.stderr)
+            sys.exit(2)
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Two hours: rank 0 may load and write for long. (A rank that dies is torchrun's business, at once.)

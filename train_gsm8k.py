@@ -39,7 +39,7 @@ from deep_grpo import Config, learn_recoverability, resample, roll_out, summariz
 from grading import grade_gsm8k, grade_math
 from loss import branch_groups
 from memory import report
-from model import gathered, load_model, place, precision
+from model import checkpoint_activations, gathered, load_model, place, precision
 from plot import plot_run
 from presets import parse_args
 from ranks import distributed, end, fail, first, gather, imbalance, rank, seed_rank, share, start, world_size
@@ -138,8 +138,7 @@ def prepare(args) -> Run:
     model = place(weights, model_config, args.offload_optimizer)
     ref_model = place(weights, model_config, frozen=True) if config.beta > 0 else None
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()                                # or transformers checkpoints nothing; dropout: see load_model
+        checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     run = Run(args, config, model, ref_model, tokenizer, stop, questions, eval_questions, val_questions, skipped,
               optimizer, Recoverability(), np.random.default_rng(args.seed))
@@ -161,7 +160,7 @@ def encode_questions(args, rows, tokenizer):
     if skipped or eval_skipped:
         print(f"skipped {len(skipped)} of {len(rows[0])} training and "
               f"{len(eval_skipped)} of {len(rows[1]) + len(rows[2])} evaluation questions")
-    if not questions or (args.eval_every and not eval_questions):
+    if not questions or (args.eval_every and not eval_questions) or (rows[2] and not val_questions):
         raise ValueError(f"no question is left: all are longer than --max-prompt-tokens {args.max_prompt_tokens}")
     return questions, eval_questions, val_questions, len(skipped) + len(eval_skipped)
 
@@ -325,7 +324,8 @@ def stop_after_this_step(signals) -> list:
         received.append(signal.Signals(number).name)
         if rank() == 0:
             print(f"\n{received[0]}: ending after this step"
-                  + ("" if distributed() else "; once more to end at once"), file=sys.stderr)
+                  + (", if torchrun waits for that: 30 seconds, or its --shutdown-timeout" if distributed()
+                     else "; once more to end at once"), file=sys.stderr)
         for number in signals:
             signal.signal(number, signal.SIG_IGN if distributed() else signal.SIG_DFL)
 

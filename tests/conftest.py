@@ -1,6 +1,9 @@
 """Small models for all tests. float64: equal is then equal to 1e-10, and no wrong sign hides in noise."""
-import pytest
-import torch
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # equal bit for bit is a promise of CPUs
+import pytest  # noqa: E402
+import torch  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 

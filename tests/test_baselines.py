@@ -87,7 +87,7 @@ def forest():
     """Two questions: rollouts with two forks, with one at the question itself, with none; and all wrong but one."""
     return [Group([3, 5], [Trajectory([6, 7, 8, 9, 6, EOS], 0.0, [1, 4], [[5, EOS], [7, 7, EOS], [9, EOS], [8, EOS]],
                                       [1.0, 0.0, 1.0, 1.0]),
-                           Trajectory([9, 2, EOS], 1.0, [0], [[5, 5, EOS], [4, EOS]], [0.0, 1.0]),
+                           Trajectory([9, 2, EOS], 1.0, [0], [[5, 5, EOS], [4, EOS]], [0.0, 0.0]),
                            Trajectory([7, EOS], 1.0)]),
             Group([7], [Trajectory([4, 5, 6, 7], 0.0, [2], [[EOS], [6, 8, EOS]], [0.0, 1.0]),
                         Trajectory([4, EOS], 0.0)])]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import EOS
+from conftest import EOS, make_model
 
 import deep_grpo
 from deep_grpo import (
@@ -239,6 +239,18 @@ def test_maspo_in_the_update_acts_from_the_second_step_on(model):
         metrics[config.maspo] = update(m, torch.optim.SGD(m.parameters(), lr=0.05), example(), config)
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
     assert metrics[True]["clip_fraction"] == 0 < metrics[False]["clip_fraction"]
+
+
+def test_a_second_update_in_half_precision_is_that_of_the_new_weights():
+    # autocast keeps its copies of the weights for as long as it is on: those of before the first update.
+    results = []
+    for cached in (True, False):
+        model = make_model(dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
+            metrics = update(model, torch.optim.SGD(model.parameters(), lr=0.05), example(), Config(beta=0, updates=2))
+        results.append((metrics, list(model.parameters())))
+    assert results[0][0] == results[1][0] and results[0][0]["clip_fraction"] > 0
+    assert all(torch.equal(p, q) for p, q in zip(results[0][1], results[1][1]))
 
 
 def test_the_prefix_of_a_branch_carries_no_loss(model):

@@ -15,7 +15,7 @@ import ranks
 import train_gsm8k
 from deep_grpo import Config, Group, Trajectory, objective, pack_groups
 from memory import GB, KNOWN, estimate, largest, load_geometry
-from model import gathered, shard
+from model import checkpoint_activations, gathered, shard
 from resample import sample
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +38,7 @@ def make(hidden=64, depth=3, inner=128, vocabulary=256, tied=True, checkpointing
                          num_attention_heads=hidden // 32, num_key_value_heads=1, tie_word_embeddings=tied)
     model = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").eval()
     if checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()
+        checkpoint_activations(model)
     return model
 
 
@@ -79,6 +78,20 @@ def test_the_update_on_one_device(shape, compute, checkpointing):
     model = make(**settings, checkpointing=checkpointing)
     measured = update_peak(model, tokens, 2, compute == torch.bfloat16)
     assert 0.85 < update_estimate(model, tokens, 1, compute, checkpointing) / measured < 1.15
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_sampling_on_one_device(compute):
+    model = make(depth=6, vocabulary=32)
+    parts = estimate(model, 1, 48, 128, 1, compute=compute)["sampling"]
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
+            sample(model, [[5, 6, 7] * 32] * 6, 8, max_new_tokens=32, eos_token_id=33, pad_token_id=0)
+
+    run()
+    expected = parts["gathered"] + parts["KV cache"] + parts["logits"]
+    assert parts["KV cache"] > 0.8 * expected and 0.8 < expected / peak(run) < 1.2
 
 
 def on_two(settings, tokens, checkpointing):

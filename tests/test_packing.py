@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_model
 
+from model import checkpoint_activations
 from packing import Row, attention_length, micro_batches, pack, pack_or_split, score_rows, tree_mask
 
 ROLLOUTS = [  # prompt, response, pivot, branches: ragged, pivot at the root and inside, an empty branch
@@ -59,8 +60,7 @@ def test_mask_by_its_definition():
 def test_log_probabilities_and_gradients_equal_those_of_separate_rows(checkpointing, chunk):
     model, twin = make_model(), make_model()
     if checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()                                        # transformers checkpoints in training mode only
+        checkpoint_activations(model)
     calls, heads = [], []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     model.lm_head.register_forward_pre_hook(lambda module, args: heads.append(len(args[0])))

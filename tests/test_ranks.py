@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ import ranks
 import tiny
 import train_gsm8k
 from deep_grpo import Config, Group, Trajectory, objective, score_groups, update
-from model import fsdp_modules, gathered, shard
+from model import checkpoint_activations, fsdp_modules, gathered, shard
 from ranks import deal, distributed, rank, world_size
 
 ROOT = Path(__file__).parents[1]
@@ -219,8 +220,7 @@ def learn(case, same_policy, checkpointing, tied):
     if distributed():
         model, old, ref = shard(model), shard(old), shard(ref)
     if checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()
+        checkpoint_activations(model)
     scored, score = set(), deep_grpo.score_rows
 
     @wraps(score)
@@ -485,6 +485,27 @@ def test_the_checkpoint_of_a_sharded_run_is_a_model_for_everybody(uninterrupted)
                                                         "trainer.pt", "optimizer"}
     assert "optimizer" not in torch.load(folder / "trainer.pt", weights_only=False)
     assert len(list((folder / "optimizer").glob("*.distcp"))) == 2                  # a part of each rank
+
+
+def test_the_stop_ids_of_a_hub_model_survive_sharding(on_ranks, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(ROOT / "assets" / "tiny", base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "pad_token_id": 0}))
+    on_ranks(2, "train", run_flags(out, 1, "--model", str(base)))
+    kept = json.loads((out / "checkpoints" / "step_1" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == [1, 2]
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_more_processes_than_gpus_is_one_line_of_the_first(local_rank, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        ranks.start()
+    said = "error: torchrun --nproc-per-node 2, and 1 GPUs\n" if local_rank == "0" else ""
+    assert capsys.readouterr().err == said
 
 
 def test_only_rank_0_prints_and_writes(on_ranks, tmp_path):

@@ -8,6 +8,7 @@ from conftest import EOS, PAD, VOCABULARY, argmax_step_by_step, make_model
 from transformers import GenerationConfig
 
 import resample
+from model import checkpoint_activations
 from resample import sample
 
 RAGGED = [[5, 6, 7, 8, 9, 10], [3], [4, 4], [9, 8, 7, 6, 5, 4, 3, 2, 2, 3, 4]]
@@ -192,8 +193,9 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_comes_back_as_it_was(training):
-    model = make_model(attention_dropout=0.5).train(training)
-    model.gradient_checkpointing_enable()
+    model = make_model(attention_dropout=0.5)
+    checkpoint_activations(model)
+    model.train(training)
     config = model.generation_config
     greedy = draw(model)
     assert model.training == training and model.generation_config is config

@@ -219,6 +219,7 @@ def test_gsm8k_rows_with_the_qwen_tokenizer(tmp_path, capsys):
 
 GOOD_ROW = {"question": "The dials show 37.\n(a) L+3\nWhat do they show?",
             "answer": "(a) L+3: 37 -> 67.\n#### 67"}
+LONG_ROW = GOOD_ROW | {"question": GOOD_ROW["question"].replace("(a) L+3\n", "(a) L+3\n(b) R+1\n(c) R+1\n(d) R+1\n")}
 
 
 def bad_inputs(tmp_path):
@@ -230,7 +231,8 @@ def bad_inputs(tmp_path):
                         "no_answer": [json.dumps(GOOD_ROW), "", json.dumps({"question": "Why?", "answer": "Because."})],
                         "words": [json.dumps({"question": "Why?", "answer": "#### many"})],
                         "field": [json.dumps({"text": "1+1", "answer": "#### 2"})],
-                        "one": [json.dumps(GOOD_ROW)]}.items():
+                        "one": [json.dumps(GOOD_ROW)], "three": [json.dumps(GOOD_ROW)] * 3,
+                        "long_last": [json.dumps(GOOD_ROW), json.dumps(LONG_ROW)]}.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     return {
         "no such file": (["--data", tmp_path / "none.jsonl"], "cannot read the data file .*none.jsonl"),
@@ -259,6 +261,9 @@ def bad_inputs(tmp_path):
         "deep without branches": (["--branches", 0], "K = 0 is GRPO, ask for it with --method grpo"),
         "output is a file": (["--out", tmp_path / "file"], "file already holds a run"),
         "resume from nothing": (["--resume", tmp_path / "folder"], "folder does not hold a run"),
+        "validation without a test set": (["--val-rows", 8], "--val-rows: only with --eval-data"),
+        "no validation left": (["--data", tmp_path / "long_last.jsonl", "--eval-data", tmp_path / "three.jsonl",
+                                "--val-rows", 1, "--max-prompt-tokens", 14], "all are longer than"),
     }
 
 
@@ -275,6 +280,15 @@ def test_bad_input_is_one_clear_line(case, tmp_path, capsys, monkeypatch):
     assert "Traceback" not in err and sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--lr", "0.5"], "--lr: the run that goes on has 0.0001, not 0.5"), (["--out", "elsewhere"], "--out: the run"),
+    (["--stapo"], "--stapo: the run that goes on has False, not True"), (["--max-hours", -1], "--max-hours: must be")])
+def test_a_resumed_run_keeps_its_settings(flags, message, short_run, capsys):
+    before = {p: p.stat().st_mtime_ns for p in short_run.rglob("*")}
+    assert train("--resume", short_run, *flags) == 2
+    assert message in capsys.readouterr().err and {p: p.stat().st_mtime_ns for p in short_run.rglob("*")} == before
+
+
 def test_an_output_directory_that_holds_a_run_is_left_alone(short_run, capsys):
     before = {p: p.stat().st_mtime_ns for p in short_run.rglob("*")}
     assert train(*FAST, "--steps", 1, "--out", short_run) == 2
@@ -283,10 +297,8 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(short_run, capsys):
 
 
 def test_long_questions_are_named_counted_and_skipped(tmp_path, capsys):
-    turns = "(a) L+3\n(b) R+1\n(c) R+1\n(d) R+1\n"
-    long = GOOD_ROW | {"question": GOOD_ROW["question"].replace("(a) L+3\n", turns)}
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in [GOOD_ROW, long, GOOD_ROW, GOOD_ROW]))
+    data.write_text("".join(json.dumps(row) + "\n" for row in [GOOD_ROW, LONG_ROW, GOOD_ROW, GOOD_ROW]))
     assert train(*FAST, "--data", data, "--steps", 1, "--max-prompt-tokens", 14, "--out", tmp_path / "run") == 0
     out = capsys.readouterr().out
     assert "skipped, longer than 14 prompt tokens: 'The dials show 37.\\n(a) L+3\\n(b) R+1" in out
@@ -338,6 +350,14 @@ def test_the_gsm8k_preset_is_the_authors_script():
                     max_grad_norm=1.0, model="Qwen/Qwen2.5-0.5B-Instruct", data="gsm8k_train", eval_data="gsm8k",
                     eval_rows=1319, val_rows=256)
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--data my.jsonl", (None, 0, 256)), ("--data my.jsonl --eval-data mine.jsonl", ("mine.jsonl", 256, 1319)),
+    ("--data gsm8k_train", ("gsm8k", 256, 1319)), ("--data my.jsonl --eval-rows 50", (None, 0, 50))])
+def test_data_of_your_own_is_not_evaluated_on_gsm8k(flags, expected):
+    args = train_gsm8k.parse_args(["--preset", "gsm8k", *flags.split()])
+    assert (args.eval_data, args.val_rows, args.eval_rows) == expected
 
 
 def test_help_names_every_flag_and_the_command_can_be_typed():

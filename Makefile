@@ -1,4 +1,4 @@
-# make demo: watch GRPO and DEEP-GRPO learn.   make compare: all methods at equal budget, an hour.   make test: check every formula.   make test-slow: a whole run of two processes.
+# make demo: watch GRPO and DEEP-GRPO learn.   make compare: all methods at equal budget, 35 minutes.   make test: check every formula.   make test-slow: a whole run of two processes.
 # All make .venv first when it is missing.
 PYTHON ?= python3
 

@@ -16,7 +16,8 @@ trl         a GRPO step (K = 0) against TRL's GRPOTrainer
 
 Weights are random, responses have lengths drawn beforehand (log-normal, as on GSM8K: sigma .4), so that all variants
 do equal work. Every number is the median of --repeats runs in one process, variants alternating, after one that does
-not count; memory is the peak above the start of a further run. `x` is time over that of the first variant.
+not count; memory is the peak above the start of a run, on a CPU of a further one. `x` is time over that of the first
+variant. A row that fails is named, and the next one begins.
 """
 import argparse
 import ctypes
@@ -27,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -167,14 +169,7 @@ def all_logits(model, rows):
 # Measuring
 
 def peak_memory(run):
-    """Megabytes above the start at the worst moment of run(); None where the system does not tell."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    """Megabytes of this process above the start at the worst moment of run(); None where the system does not tell."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")          # Linux: the peak counts from now on
@@ -192,20 +187,26 @@ def process_status(name):
 
 def side_by_side(args, row, variants, work=None):
     """One row of the table: {variant: function} -> medians of alternating runs. work: {variant: text}."""
-    seconds = {name: [] for name in variants}
+    seconds, peaks, cuda = {name: [] for name in variants}, {}, torch.cuda.is_available()
     for repeat in range(args.repeats + 1):
         for name, run in variants.items():
             synchronize()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             start = time.perf_counter()
             run()
             synchronize()
             if repeat:                                         # the first one warms up
                 seconds[name].append(time.perf_counter() - start)
+            if cuda:
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
             args.bar.update()
+    peaks = peaks or {name: peak_memory(run) for name, run in variants.items()}
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     first = next(iter(medians.values()))
     return [{"row": row, "variant": name, "x": medians[name] / first, "seconds": medians[name], "runs": seconds[name],
-             "peak_mb": peak_memory(run), "work": (work or {}).get(name, "")} for name, run in variants.items()]
+             "peak_mb": peaks[name], "work": (work or {}).get(name, "")} for name in variants]
 
 
 def synchronize():
@@ -505,31 +506,41 @@ def decode(args):
                 "generate, static cache": lambda ids=ids: generate(ids, cache_implementation="static"),
                 "static cache, CUDA graph": lambda ids=ids: decode_static(model, ids, n)}):
             yield record | {"work": f"{1000 * record['seconds'] / n:.2f} ms per step"}
+    if torch.cuda.is_available():                              # graphs keep their memory
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def paper_update(args):
-    """The update of the paper's step: packed and separate, by micro-batch, with and without checkpointing."""
-    model = make_model(args.size)
-    groups, config = Work(model, **paper_step(args)).groups(), Config(beta=0.0)
-    loss_tokens = sum(len(y) for g in groups for t in g.trajectories for y in (t.response, *t.branches))
+    """The update of the paper's step: packed and separate, DEEP-GRPO and GRPO; by micro-batch; with checkpointing."""
+    model, config = make_model(args.size), Config(beta=0.0)
     head_size = model.get_output_embeddings().weight.numel()
     layers_size = sum(p.numel() for p in model.parameters()) - head_size               # tied: counted once
 
-    def run(a, tokens):
-        with_length(a, lambda: update_ours(model, groups, config, None, tokens))
-        model.zero_grad()
+    def measured(title, k, tokens, lengths):
+        groups = Work(model, **paper_step(args), branches=k).groups()
+        loss_tokens = sum(len(y) for g in groups for t in g.trajectories for y in (t.response, *t.branches))
 
-    for checkpointing in (False, True):
-        if checkpointing:
-            checkpoint_activations(model)
-        for tokens in (8192, 16384, 32768):
-            for record in side_by_side(args, f"update, {tokens} tokens" + ", gradient checkpointing" * checkpointing, {
-                    "packed": lambda tokens=tokens: run(ALWAYS, tokens),
-                    "separate": lambda tokens=tokens: run(NEVER, tokens)}):
-                through = tokens_through(model, groups, ALWAYS if record["variant"] == "packed" else NEVER)
-                rate = 6 * (layers_size * through + head_size * loss_tokens) / record["seconds"]
-                yield record | {"work": f"{loss_tokens / record['seconds']:.0f} loss tokens/s, {through} tokens, "
-                                        f"{100 * rate / PEAK:.1f} % of {PEAK / 1e12:.0f} TFLOP/s (without attention)"}
+        def run(a):
+            with_length(a, lambda: update_ours(model, groups, config, None, tokens))
+            model.zero_grad()
+
+        variants = {name: lambda a=a: run(a) for name, a in lengths.items()}
+        for record in side_by_side(args, f"{title}, micro-batches of {tokens}", variants):
+            through = tokens_through(model, groups, lengths[record["variant"]])
+            rate = 6 * (layers_size * through + head_size * loss_tokens) / record["seconds"]
+            yield record | {"work": f"{loss_tokens / record['seconds']:.0f} loss tokens/s, {through} tokens, "
+                                    f"{100 * rate / PEAK:.1f} % of {PEAK / 1e12:.0f} TFLOP/s (without attention)"}
+
+    packed, both = {"packed": ALWAYS}, {"packed": ALWAYS, "separate": NEVER}
+    yield from measured("update, K=8", 8, 16384, both)
+    yield from measured("update, K=0 (GRPO)", 0, 16384, both)
+    for tokens in (8192, 32768):
+        yield from measured("update, K=8", 8, tokens, packed)
+    checkpoint_activations(model)
+    for tokens in (8192, 16384, 32768):
+        yield from measured("update, K=8, gradient checkpointing", 8, tokens, packed)
 
 
 def paper_whole(args):
@@ -548,15 +559,23 @@ def paper_whole(args):
         synchronize()
         times.append((rolled - start, branched - rolled, time.perf_counter() - branched))
 
-    for title, tokens in (("whole step", 16384), ("whole step in 24 GB, gradient checkpointing", 8192)):
-        if "24 GB" in title:
-            checkpoint_activations(model)
-            if torch.cuda.is_available():
-                torch.cuda.set_per_process_memory_fraction(24 * 2**30 / torch.cuda.mem_get_info()[1])
+    def measured(title, tokens):
         times.clear()
-        for record in side_by_side(args, title, {"as shipped": lambda tokens=tokens: run(tokens)}):
+        for record in side_by_side(args, title, {"as shipped": lambda: run(tokens)}):
             yield record | {"work": "rollouts {:.2f} s, branches {:.2f} s, update {:.2f} s".format(
                 *(statistics.median(column) for column in zip(*times[1:args.repeats + 1])))}
+
+    yield from measured("whole step", 16384)
+    checkpoint_activations(model)
+    cuda = torch.cuda.is_available()
+    try:
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(24 * 2**30 / torch.cuda.mem_get_info()[1])
+        yield from measured("whole step in 24 GB, gradient checkpointing", 8192)
+    finally:
+        if cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def paper_step(args):
@@ -576,9 +595,10 @@ def main(argv=None) -> int:
                         "first seven")
     parser.add_argument("--gpu", action="store_true", help="the rows of the paper's step, Qwen2.5-0.5B's shapes")
     parser.add_argument("--size", choices=SIZES, help="model; default: 12m, with a GPU or --gpu 0.5b")
-    parser.add_argument("--repeats", type=count, default=5, help="runs that count")
+    parser.add_argument("--repeats", type=count, help="runs that count; 5, with --gpu 3")
     parser.add_argument("--json", type=Path, help="write all records, with hardware and versions")
     args = parser.parse_args(argv)
+    args.repeats = args.repeats or (3 if args.gpu else 5)
     rows = args.rows or [*(GPU_ROWS if args.gpu else ROWS)]
     for name in rows:
         if name not in ROWS | GPU_ROWS:
@@ -594,16 +614,27 @@ def main(argv=None) -> int:
              "command": command_line("bench.py", argv)}
     print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
     print("| row | variant | x | seconds | peak MB | work |\n|---|---|---|---|---|---|")
-    records = []
+    records, failed = [], []
+
+    def keep(record):
+        records.append(record)
+        peak = "" if record["peak_mb"] is None else f"{record['peak_mb']:.0f}"
+        args.bar.write(f"| {record['row']} | {record['variant']} | {record['x']:.2f} | {record['seconds']:.3f} "
+                       f"| {peak} | {record['work']} |", file=sys.stdout)
+        if args.json:
+            args.json.write_text(json.dumps(about | {"records": records}, indent=1) + "\n")
+
     with tqdm(desc="runs", unit="run") as args.bar:
-        for record in (record for name in rows for record in (ROWS | GPU_ROWS)[name](args)):
-            records.append(record)
-            peak = "" if record["peak_mb"] is None else f"{record['peak_mb']:.0f}"
-            args.bar.write(f"| {record['row']} | {record['variant']} | {record['x']:.2f} | {record['seconds']:.3f} "
-                           f"| {peak} | {record['work']} |", file=sys.stdout)
-            if args.json:
-                args.json.write_text(json.dumps(about | {"records": records}, indent=1) + "\n")
-    return 0
+        for name in rows:
+            try:
+                for record in (ROWS | GPU_ROWS)[name](args):
+                    keep(record)
+            except Exception:                        # the others are worth having
+                failed.append(name)
+                args.bar.write(traceback.format_exc(), file=sys.stderr)
+    if failed:
+        print(f"error: failed, see above: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

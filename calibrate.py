@@ -23,7 +23,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import tiny
@@ -141,9 +140,8 @@ def cross_validate(table, folds=5) -> dict[str, float]:
 
 def measure(model, seed, n, args) -> np.ndarray:
     """observe() on n questions of their own, with the policy in a folder."""
-    torch.manual_seed(seed)
     run = train_gsm8k.prepare(parse_args(["--preset", args.preset, "--model", str(model), "--beta", "0",
-                                          "--out", str(args.out / "nothing")]))
+                                          "--seed", str(seed), "--out", str(args.out / "nothing")]))
     rows = tiny.make_rows(tiny.PRESETS[args.preset], n, 1000 + seed)
     questions, _ = make_questions(rows, run.tokenizer, run.args.max_prompt_tokens)
     return observe(run, rows, questions)
@@ -151,14 +149,16 @@ def measure(model, seed, n, args) -> np.ndarray:
 
 def trained(seed, args) -> Path:
     """The checkpoint after STEPS steps of DEEP-GRPO; trained now if it is not there."""
-    folder = args.out / f"deep_grpo-{seed}"
+    folder = args.out / f"deep_grpo-{args.preset}-{args.steps}-{seed}"
     checkpoint = folder / "checkpoints" / f"step_{args.steps}"
     if not checkpoint.exists():
         program = str(Path(__file__).parent / "train_gsm8k.py")
+        flags = ["--preset", args.preset, "--seed", str(seed), "--steps", str(args.steps), "--eval-every", "0",
+                 "--out", str(folder)]
+        if (folder / "config.json").exists():        # it was interrupted
+            flags = ["--resume", str(folder)]
         with open(folder.with_suffix(".log"), "w") as log:
-            subprocess.run([sys.executable, program, "--preset", args.preset, "--seed", str(seed), "--steps",
-                            str(args.steps), "--eval-every", "0", "--out", str(folder)],
-                           check=True, stdout=log, stderr=log)
+            subprocess.run([sys.executable, program, *flags], check=True, stdout=log, stderr=log)
     return checkpoint
 
 
@@ -228,8 +228,8 @@ def main(argv=None):
     observed = {policy: [] for policy in policies}
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in tqdm(range(args.seeds), desc="seeds"):
-        for i, (policy, model) in enumerate(policies.items()):
-            path = args.out / f"states-{i}-{seed}.npy"
+        for steps, (policy, model) in zip((0, args.steps), policies.items()):
+            path = args.out / f"states-{args.preset}-{args.questions}-{steps}-{seed}.npy"
             if not path.exists():
                 np.save(path, measure(model(seed), seed, args.questions, args))
             observed[policy].append(np.load(path))

@@ -81,7 +81,7 @@ class Config:
     temperature: float = 1.0     # T of the policy softmax(logits / T), in sampling and in the loss alike
     objective: str = "paper"     # or "authors": see loss.py
     segment_tokens: int = 0      # states of a response: 0 = its sentences, n = every n tokens
-    max_new_tokens: int = 512    # cap of a response, pivot and branch together
+    max_new_tokens: int = 768    # cap of a response, pivot and branch together
     updates: int = 1             # optimizer steps on one batch
     max_grad_norm: float = 1.0
     # Ablations, and options that compose with every method.

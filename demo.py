@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from checkpoint import find_checkpoints
 from compare import Arm, Experiment, curve, run_all, seconds_of
 from plot import read_metrics
 from presets import OneLineParser, count
@@ -62,8 +63,8 @@ def draw_curves(axis, directories, x_name, y_name):
 
 def draw_pivots(fit_axis, where_axis, runs):
     """The fit of Eq. (P) over the observed recovery rates, and where pivots were drawn, from all seeds."""
-    trainers = [next(run.glob("checkpoints/step_*/trainer.pt")) for run in runs]
-    states = [torch.load(path, weights_only=False)["recoverability"] for path in trainers]
+    newest = [find_checkpoints(run)[-1][1] for run in runs]
+    states = [torch.load(folder / "trainer.pt", weights_only=False)["recoverability"] for folder in newest]
     ratio, success = np.array([outcome for state in states for outcome in state["outcomes"]]).T
     place = np.rint(10 * ratio)                                              # depths to the nearest tenth
     used = np.unique(place)

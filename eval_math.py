@@ -88,7 +88,8 @@ def parse_args(argv=None):
     if args.samples > 1 and args.temperature == 0:
         parser.error(f"argument --samples: {args.samples} greedy answers would all be the same; "
                      "give a --temperature above 0")
-    args.out = args.out or Path("runs") / f"eval-{Path(args.model).name}"
+    *_, run, folder, name = "", "", "", *Path(args.model).parts          # RUN/checkpoints/step_N: with the run's name
+    args.out = args.out or Path("runs") / f"eval-{f'{run}-' if folder == 'checkpoints' else ''}{name}"
     return args
 
 

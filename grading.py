@@ -12,7 +12,7 @@ GSM8K: the answer is the one number that the text after the marker `####` states
    (x-18, 18+, 18!, < 18, ±18), a word that makes it another number or none (or, not, half, million, twenty,
    18k), any character not known here.
  4 Of an equation the last side counts; nothing is evaluated: 2+3 = 5 is 5. An earlier side that reads as a
-   number must be equal (3 = 5 is wrong).
+   number must be equal (3 = 5 is wrong), and so must one before a bracket with working: 17 (9 + 9 = 18) is wrong.
  5 The last marker counts (unless empty, as in `#### 18 ####`), and every sentence or line with a digit after
    it must state the same value: repeats are right, conflicts and further working are wrong. An earlier marker
    that states a value, or begins with a number, must state it, too; others are headings (`#### Add 3 and 4`,
@@ -35,9 +35,12 @@ SIGNED = re.compile(rf"(?:([-+])[{DECOR}]*)?({NUMBER.pattern})(?:\s*/\s*({NUMBER
 TEXT = re.compile(rf"(?:[{L}{DECOR}.,:'’\"()\[\]¢%°]|(?<=[{L}])[-²³]|/(?=\s?[{L}]))*")
 TOUCHES = re.compile(rf"[{L}.,)\]][\"(\[*_]*$")  # x18, .5, f(18), (x)18
 MULTIPLIER = re.compile(rf"[{DECOR})\]-]*(?:[kKMBTxe]|bn|mn)(?![{L}])")  # 18k, 18x, 2e; but 18 m is metres
-HEADING = re.compile(r"\W*(?:[A-Za-z]+ )?[0-9]+ ?[:.)]\W*[A-Za-z]")  # #### Step 1: ..., #### 2. ...
+HEADING = re.compile(r"\W*(?:[A-Za-z]+ )?[0-9]+ ?[:.)]\W*[A-Za-z]"    # #### Step 1: ..., #### 2. ..., #### Step 1
+                     r"|\W*(?i:step|part|day|case) [0-9]+\W*\Z")
+WORKING = re.compile(r"([^(]*(?:\*\*\s*|[^\s0-9*(]\s*|[0-9]\s+))\([^=]*=")  # 18 (9 + 9 = 18); not 2(4 + 5) = 18
 STATES = re.compile(rf"[{DECOR}(\[]*[-+]?[{DECOR}]*[0-9]")           # begins with a number
 CLEAN = [(re.compile(pattern), new) for pattern, new in (
+    (r"(?<=[0-9{])~", " "),                                               # 18~dollars
     (r"<[^<>0-9\s]{1,30}>", " "),                                         # <|im_end|>, </s>, <b>
     ("[−–]", "-"),
     (r"(?i)\b(?:minus|negative) (?=\$?[0-9])", "-"),
@@ -116,6 +119,8 @@ def _sentence_value(sentence):
     """The value that a sentence states, as a Fraction; None when there is none, or several, or doubt."""
     *earlier, last = sentence.split("=")
     value = _side_value(last)
+    if stated := WORKING.match(sentence):
+        earlier.append(stated[1].split("=")[-1])
     conflict = OTHER_VALUE.search(sentence) or any(_side_value(side) not in (None, value) for side in earlier)
     return None if conflict else value
 

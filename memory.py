@@ -12,8 +12,7 @@ a chunk of the head (packing.score_rows):
                                     and of two layers the weights, 4 B; in the backward pass (16 + 4/N) B: weights of
                                     one, the next in a buffer and out of it, 6 B; a gradient, 2 B, two in fp32 on their
                                     way to be summed, 8 B, and the own part of the sum
-    KV cache                        sampling: 2 L kv_heads head_dim * 2 per token of a row, prompt and new ones; * 4 on
-                                    one GPU, where autocast leaves rotary positions, and with them the keys, in fp32
+    KV cache                        sampling: 2 L kv_heads head_dim * 2 per token of a row, prompt and new ones
     logits                          sampling: 14 V per row. Update: 12 V C, log-probabilities and two gradients, fp32
     activations                     what a layer keeps for its backward pass, per token:
                                     2 norms: fp32 input, normalised, and a bf16 copy for each product that reads it
@@ -56,7 +55,7 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     static["reference"] = 4 * P / gpus if reference else 0
 
     sampling = {"gathered": 0 if s == 4 else 2 * P,
-                "KV cache": rows * row_tokens * 2 * depth * config.num_key_value_heads * head_dim * residual,
+                "KV cache": rows * row_tokens * 2 * depth * config.num_key_value_heads * head_dim * s,
                 "activations": 0, "logits": rows * vocabulary * (s + 12)}
 
     layer = T * (2 * (4 + residual) * h + (5 if autocast else 2) * s * h + 5 * q * s + 4 * inner * s + T * s)

@@ -27,6 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ranks import device, distributed, first, rank, world_size
 
+# On Hopper torch takes cuDNN's attention first. With a mask its backward pass gives NaN at some widths (torch 2.11 to
+# 2.13: pytorch issue 196678, trl issue 7181 with Qwen2.5-0.5B), and it makes a plan anew for each shape: here for each
+# token. Next in line are the flash and the memory-efficient kernel.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def load_model(name, dtype=torch.float32):
     """(model with sdpa attention, tokenizer) from a folder or the hub; ValueError when there is none."""

@@ -18,8 +18,9 @@ from tasks import SETS, TEMPLATES
 
 EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64,
                 micro_batch_tokens=1024)
-# The authors' scripts: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4; prompt + response tokens
-# 512 + 512 and 1024 + 3072. Ours: 256 rows to choose the best checkpoint on; theirs is --select-on-test.
+# The authors' scripts: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4; prompts of at most 512 (MATH:
+# 1024) tokens, and with the response 1024 (4096). Here a response has what the longest prompt would leave, 256 of GSM8K
+# (MATH: 1024). Ours, too: 256 rows to choose the best checkpoint on; theirs is --select-on-test.
 AUTHORS = dict(questions=64, lr=1e-6, eval_every=5, val_rows=256, micro_batch_tokens=16384, save_every=50)
 MATH = dict(AUTHORS, steps=1000, max_prompt_tokens=1024, max_new_tokens=3072, data="math_train",
             eval_data="math500", eval_rows=500, gradient_checkpointing=True)
@@ -27,7 +28,7 @@ PRESETS = {
     "tiny": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny"), data="tiny", max_new_tokens=96),
     "tiny-deep": dict(EMBEDDED, model=str(tiny.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160,
                       questions=1, lr=4e-5),
-    "gsm8k": dict(AUTHORS, steps=1000, max_prompt_tokens=512, max_new_tokens=512, data="gsm8k_train",
+    "gsm8k": dict(AUTHORS, steps=1000, max_prompt_tokens=512, max_new_tokens=768, data="gsm8k_train",
                   eval_data="gsm8k", eval_rows=1319, model="Qwen/Qwen2.5-0.5B-Instruct"),
     "math-1.5b": dict(MATH, model="Qwen/Qwen2.5-Math-1.5B"),
     "math-7b": dict(MATH, model="Qwen/Qwen2.5-Math-7B"),
@@ -71,10 +72,10 @@ def parse_args(argv=None, description=None):
     parser = OneLineParser(description=description, formatter_class=raw, allow_abbrev=False)
     run = parser.add_argument_group("run")
     run.add_argument("--preset", choices=PRESETS, help="fills in the flags; default: gsm8k with a GPU, tiny without")
-    run.add_argument("--method", choices=METHODS, default="deep_grpo", help="grpo: K = 0; others: baselines.py")
+    run.add_argument("--method", choices=METHODS, help="deep_grpo; grpo: K = 0; others: baselines.py")
     run.add_argument("--out", type=Path, help="run directory, a new one; default: runs/PRESET-METHOD-SEED")
     run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=int, help="0")
     run.add_argument("--steps", type=count, help="batches of questions to train on")
     run.add_argument("--budget-tokens", type=count, help="end after the step that reaches this many generated ones")
     run.add_argument("--step-tokens", type=count, help="as many batches of --questions per step as generate this many")
@@ -91,7 +92,7 @@ def parse_args(argv=None, description=None):
     data.add_argument("--eval-rows", type=count, help="questions to evaluate on")
     data.add_argument("--val-rows", type=int, help="with --eval-data: last rows of --data, to choose a checkpoint on")
     data.add_argument("--select-on-test", action="store_true", help="choose it on --eval-data, as the authors do")
-    data.add_argument("--template", choices=TEMPLATES, default="chat", help="chat: the model's own")
+    data.add_argument("--template", choices=TEMPLATES, help="chat: the model's own, the default")
     data.add_argument("--max-prompt-tokens", type=count, help="longer questions are named and skipped")
     add_method_flags(parser)
     optim = parser.add_argument_group("optimizer (AdamW, betas .9/.999, weight decay .01) and memory")
@@ -153,6 +154,7 @@ def fill_settings(parser, args):
         parser.error("argument --gpus: is for --dry-run; a run has as many as torchrun --nproc-per-node N starts")
     if args.offload_optimizer and not distributed() and not args.dry_run:
         parser.error("argument --offload-optimizer: FSDP does it, so start with torchrun --nproc-per-node N")
+    args.method = args.method or "deep_grpo"
     settings = METHODS[args.method].settings
     if settings.get("branches") == 0 and args.branches not in (None, 0):
         parser.error(f"argument --branches: --method {args.method} is K = 0, got {args.branches}")
@@ -167,8 +169,8 @@ def fill_settings(parser, args):
     if args.eval_data is None and args.data not in (None, preset["data"]):       # others than it has a test set for
         preset = preset | dict(eval_data=None, val_rows=0, eval_rows=preset.get("val_rows", preset["eval_rows"]))
     defaults = {f.name: f.default for f in fields(Config)}
-    defaults |= dict(budget_tokens=None, step_tokens=None, save_every=0, eval_data=None, val_rows=0,
-                     gradient_checkpointing=False)
+    defaults |= dict(seed=0, template="chat", budget_tokens=None, step_tokens=None, save_every=0, eval_data=None,
+                     val_rows=0, gradient_checkpointing=False)
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -21,6 +21,18 @@ from transformers import DynamicCache, GenerationConfig
 BLOCK = 16                               # tokens between two looks at which rows have ended
 
 
+class Cache(DynamicCache):
+    """Keys and values in the type in which attention reads them: under autocast they come in fp32 (rotary positions
+    are), and all of them would be kept so, and cast again for every token."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        kind = key_states.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_tokens: int | list[int],
            eos_token_id: int | list[int], pad_token_id: int, temperature: float = 1.0) -> list[list[list[int]]]:
     """Draw k continuations of each prefix from softmax(logits / temperature); temperature 0 is greedy.
@@ -65,21 +77,22 @@ def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_toke
 
 def _continue_rows(model, prefixes, rows, caps, settings):
     """One continuation for each entry of `rows`, which are indices into prefixes and caps."""
-    if not rows:
-        return []
-    try:
-        return _generate(model, prefixes, rows, caps, settings)
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            raise
-    # Outside of the except block: the traceback would keep the failed attempt's tensors alive.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = len(rows) // 2
-    warnings.warn(f"out of memory while generating {len(rows)} sequences at once; going on with {half}",
-                  stacklevel=3)
-    return (_continue_rows(model, prefixes, rows[:half], caps, settings)
-            + _continue_rows(model, prefixes, rows[half:], caps, settings))
+    tails, size = [], len(rows)
+    while len(tails) < len(rows):
+        part = rows[len(tails):len(tails) + size]
+        try:
+            tails += _generate(model, prefixes, part, caps, settings)
+            continue
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+        # Outside of the except block: the traceback would keep the failed attempt's tensors alive.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        size = len(part) // 2                        # from here on, in this call
+        warnings.warn(f"out of memory while generating {len(part)} sequences at once; going on with {size}",
+                      stacklevel=3)
+    return tails
 
 
 @torch.no_grad()
@@ -97,7 +110,7 @@ def _generate(model, prefixes, rows, caps, settings):
     if width > 1:
         # All but the last: `generate` needs a token left to feed, or it silently processes the prompt twice.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=model.config)
+        cache = Cache(config=model.config)
         out = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
                     past_key_values=cache, use_cache=True, logits_to_keep=1)
         if not torch.isfinite(out.logits).all():     # multinomial would fail with a riddle

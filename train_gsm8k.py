@@ -251,13 +251,14 @@ def train_step(run) -> tuple[dict, dict, list, list]:
 
 def evaluate(run) -> tuple[dict, dict]:
     """(metrics, timing): greedy accuracy on the evaluation and validation questions; notes the best."""
-    start, metrics = time.perf_counter(), {}
-    for name, questions in (("eval_accuracy", run.eval_questions), ("val_accuracy", run.val_questions)):
-        if questions:
-            with gathered(run.model):
-                answers = run.draw([q.prompt for q in questions], 1, max_new_tokens=run.config.max_new_tokens,
-                                   temperature=0)
-            metrics[name] = sum(run.rewards([(q, y) for q, (y,) in zip(questions, answers)])) / len(questions)
+    start, metrics, questions = time.perf_counter(), {}, run.eval_questions + run.val_questions
+    with gathered(run.model):                            # all at once: the longest answer takes the time
+        answers = run.draw([q.prompt for q in questions], 1, max_new_tokens=run.config.max_new_tokens, temperature=0)
+    rewards = run.rewards([(q, y) for q, (y,) in zip(questions, answers)])
+    for name, part in (("eval_accuracy", rewards[:len(run.eval_questions)]),
+                       ("val_accuracy", rewards[len(run.eval_questions):])):
+        if part:
+            metrics[name] = sum(part) / len(part)
     accuracy = metrics[selection(run)]
     if run.step and accuracy > run.best_accuracy:
         run.best_step, run.best_accuracy = run.step, accuracy
@@ -398,7 +399,8 @@ def conclude(run, why) -> int:
     print(f"done after {run.step} steps and {run.generated_total} generated tokens; the model is in "
           f"{args.out / 'checkpoints' / f'step_{run.step}'}, the figure in {args.out / 'run.png'}")
     if run.best_step is not None:
-        chosen = "the test set, as in the authors' code" if args.select_on_test else "held-out questions"
+        chosen = ("the test set, as in the authors' code" if args.select_on_test else
+                  "held-out questions" if args.val_rows or not args.eval_data else "those of --eval-data")
         print(f"the best checkpoint by {selection(run)} ({chosen}) is step_{run.best_step}: {run.best_accuracy:.3f}")
     return 0
 

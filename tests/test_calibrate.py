@@ -104,5 +104,6 @@ def test_a_short_run_writes_table_and_figure(tmp_path):
     assert (tmp_path / "results" / "calibration.png").read_bytes()[:4] == b"\x89PNG"
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.npy")}
     calibrate.main(flags)                                              # nothing is measured twice
-    assert len(before) == 4 and {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.npy")} == before
+    assert len(before) == 4 == len({p.read_bytes() for p in before})   # other questions, other draws
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.npy")} == before
     assert (tmp_path / "results" / "calibration.md").read_text() == text

@@ -529,7 +529,7 @@ def test_summary_by_hand():
 def test_defaults_are_those_of_the_authors_script():
     assert Config() == Config(group_size=8, branches=8, gamma=2.0, lam=1.0, beta=1e-4, clip_low=0.2,
                               clip_high=0.2, temperature=1.0, objective="paper", segment_tokens=0,
-                              max_new_tokens=512, updates=1, max_grad_norm=1.0, std=True, pivots=1,
+                              max_new_tokens=768, updates=1, max_grad_norm=1.0, std=True, pivots=1,
                               uniform_pivot=False, branch_all=False, train_prefix=False, one_stream=False,
                               stapo=False, maspo=False)
     assert Config(branches=0, lam=0.0, beta=0.0, clip_low=0.0, clip_high=0.0)      # off, not impossible

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import demo as program
+from checkpoint import find_checkpoints
 from plot import plot_run, read_metrics
 from recoverability import sigmoid
 
@@ -75,7 +76,7 @@ def test_figure_shows_what_the_runs_hold(demo):
     assert (out / "again.png").read_bytes()[:4] == b"\x89PNG" and (out / "comparison.png").exists()
     by_title = {axis.get_title(): axis for axis in figure.axes}
     fit = by_title["P(success | r): at least one of K branches right"]
-    trainers = [next(run.glob("checkpoints/*/trainer.pt")) for run in runs["deep_grpo"]]
+    trainers = [find_checkpoints(run)[-1][1] / "trainer.pt" for run in runs["deep_grpo"]]
     states = [torch.load(path, weights_only=False)["recoverability"] for path in trainers]
     for line, state in zip([line for line in fit.lines if len(line.get_xdata()) == 50], states):
         np.testing.assert_allclose(line.get_ydata(), sigmoid(state["w"] * line.get_xdata() + state["b"]))

@@ -53,6 +53,10 @@ def sampled(golds, one_in):
         "4 1/2", "10-18",
                                                                 "18\nIt was 20 before."]),
     ("equations", "5", ["2+3 = 5", "x = 5", "2 + 3 = $5"], ["3 = 5", "5 = 3", "x = 5 = 6", "3 or 5 = 5"]),
+    ("working", "18", ["18 (9 + 9 = 18)", "**18** eggs (9 + 9 = 18).", "2(4+5) = 18", "2*(4+5) = 18", "2 * (4+5) = 18",
+                       "36 / (1+1) = 18", "Total (9+9) = 18", "(9+9) = 18"],
+     ["17 (9 + 9 = 18)", "**17** (9 + 9 = 18)", "$20 (9 eggs * $2 = $18)", "x = 17 (9 + 9 = 18)", "18 (9 + 8 = 17)"]),
+    ("tildes", "18", ["18~dollars", r"$18 \mathrm{~dollars}$"], ["~18"]),
     ("none", "18", [], ["", "eighteen", "eighteen 18", "#"])])
 def test_gsm8k_rules(rule, gold, right, wrong):
     for text in right:
@@ -65,6 +69,7 @@ def test_gsm8k_markers():
     """The last marker counts. Markdown headings of four hashes are working; an earlier answer is not."""
     for response in ("#### 14", "####14", "##### 14", "####\n14", "a\n#### 14\n#### 14", "#### 14 ####",
         "3+4 = 7 #### 14",
+                     "#### Step 1\n3+4=7\n#### Step 2\n7*2=14\n#### 14",
                      "#### Step 1: Add 3 and 4\n3+4=7\n#### Step 2: Double\n7*2=14\n#### 14",
                          "#### 1. Add\n7\n#### 2. Double\n#### 14",
                      "#### **Step 1:** Add 3 and 4\n7\n\n#### **14**",

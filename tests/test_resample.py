@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import EOS, PAD, VOCABULARY, argmax_step_by_step, make_model
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 import resample
 from model import checkpoint_activations
@@ -33,6 +33,26 @@ def test_greedy_equals_argmax_for_ragged_prefixes(seed, block, monkeypatch):
     assert draw(model, k=3) == expected
     alone = [row for p in RAGGED for row in draw(model, [p])]            # among them one of length 1
     assert alone == [row[:1] for row in expected]
+
+
+def test_under_autocast_the_cache_is_in_half_precision_and_the_samples_are_the_same(monkeypatch):
+    model, drawn, types = make_model(dtype=torch.float32), [], set()
+
+    class Plain(DynamicCache):
+        pass
+
+    class Watched(resample.Cache):
+        def update(self, *args, **kwargs):
+            keys, values = super().update(*args, **kwargs)
+            types.update({keys.dtype, values.dtype})
+            return keys, values
+
+    for cache in (Plain, Watched):
+        monkeypatch.setattr(resample, "Cache", cache)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            drawn.append(draw(model, k=20, temperature=1.0))
+    assert drawn[0] == drawn[1] and types == {torch.bfloat16}
 
 
 def chi_square(counts, p):
@@ -180,7 +200,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
     monkeypatch.setattr(resample, "_generate", small_memory)
     with pytest.warns(UserWarning, match="generating 12 sequences at once; going on with 6"):
         assert draw(model, k=3) == expected
-    assert sizes == [12, 6, 3, 3, 6, 3, 3]
+    assert sizes == [12, 6, 3, 3, 3, 3]                 # what did not fit is not tried again
 
     def no_memory(*_):
         raise torch.OutOfMemoryError("never any room")

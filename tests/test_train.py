@@ -107,6 +107,64 @@ def test_metrics_of_the_run_by_hand(short_run):
     assert rows[-1]["eval_accuracy"] == right / 8
 
 
+def prepared(tmp_path, *flags):
+    return train_gsm8k.prepare(train_gsm8k.parse_args([*FAST, *flags, "--out", str(tmp_path / "run")]))
+
+
+@pytest.mark.parametrize("flags, best", [([], 2), (["--select-on-test"], 3)])
+def test_the_best_checkpoint_is_the_one_of_the_validation_rows_unless_asked(flags, best, tmp_path, monkeypatch):
+    for name, n in (("train", 8), ("test", 5)):
+        rows = tiny.make_rows(tiny.PRESETS["tiny"], n, seed=3)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = prepared(tmp_path, "--data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "test.jsonl"),
+                   "--val-rows", "4", *flags)
+    assert (len(run.questions), len(run.eval_questions), len(run.val_questions)) == (4, 5, 4)
+    right = {}                                       # step -> right answers of (evaluation, validation)
+    tests, vals = ([q.text for q in part] for part in (run.eval_questions, run.val_questions))
+
+    def rewards(pairs):
+        assert [q.text for q, _ in pairs] == tests + vals
+        n_test, n_val = right[run.step]
+        return [float(i < n_test) for i in range(5)] + [float(i < n_val) for i in range(4)]
+
+    run.rewards = rewards
+    run.draw = lambda prompts, k, *, max_new_tokens, temperature: [[[1]] for _ in prompts]
+    for run.step, right[run.step] in enumerate([(5, 4), (2, 1), (1, 3), (4, 2)]):     # the start is no checkpoint
+        metrics, _ = train_gsm8k.evaluate(run)
+        n_test, n_val = right[run.step]
+        assert (metrics["eval_accuracy"], metrics["val_accuracy"]) == (n_test / 5, n_val / 4)
+    assert run.best_step == best
+
+
+def test_the_reference_is_the_start_and_the_policy_is_sampled_at_its_temperature(tmp_path, monkeypatch):
+    temperatures, sample = [], train_gsm8k.sample
+    monkeypatch.setattr(train_gsm8k, "sample", lambda *args, temperature, **more: temperatures.append(temperature)
+                        or sample(*args, temperature=temperature, **more))
+    run = prepared(tmp_path, "--temperature", "1.5", "--lr", "1e-3", "--beta", "0.1", "--branches", "4")
+    run.rewards = lambda pairs: [float(i % 2) for i in range(len(pairs))]
+    first, second = (train_gsm8k.train_step(run)[0] for _ in range(2))
+    assert first["grad_norm"] > 0 and abs(first["kl"]) < 1e-6 < 1e-4 < second["kl"]
+    assert set(temperatures) == {1.5} and len(temperatures) >= 4
+    train_gsm8k.evaluate(run)
+    assert temperatures[-1] == 0
+
+
+def test_the_seconds_of_a_step_are_counted_once(tmp_path, monkeypatch):
+    run, now = prepared(tmp_path, "--beta", "0"), [0.0]
+    monkeypatch.setattr(train_gsm8k.time, "perf_counter", lambda: now[0])
+
+    def taking(seconds, function):
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+        return slow
+
+    run.draw, run.rewards = taking(1, run.draw), taking(10, lambda pairs: [0.0 for _ in pairs])
+    monkeypatch.setattr(train_gsm8k, "update", taking(100, train_gsm8k.update))
+    _, timing, _, _ = train_gsm8k.train_step(run)
+    assert [timing[f"seconds_{part}"] for part in ("rollout", "resample", "score", "update")] == [1, 1, 20, 100]
+
+
 def test_samples_hold_text_pivots_and_branches(short_run):
     samples = read(short_run, "samples.jsonl")
     failed = [s for s in samples if s["reward"] == 0]
@@ -346,7 +404,7 @@ def test_without_flags_the_machine_decides_and_the_first_line_says_so(gpu, prese
 def test_the_gsm8k_preset_is_the_authors_script():
     args = train_gsm8k.parse_args(["--preset", "gsm8k"])
     expected = dict(questions=64, group_size=8, branches=8, gamma=2.0, lam=1.0, lr=1e-6, beta=1e-4, clip_low=0.2,
-                    clip_high=0.2, temperature=1.0, max_prompt_tokens=512, max_new_tokens=512, eval_every=5, updates=1,
+                    clip_high=0.2, temperature=1.0, max_prompt_tokens=512, max_new_tokens=768, eval_every=5, updates=1,
                     max_grad_norm=1.0, model="Qwen/Qwen2.5-0.5B-Instruct", data="gsm8k_train", eval_data="gsm8k",
                     eval_rows=1319, val_rows=256)
     assert {name: getattr(args, name) for name in expected} == expected

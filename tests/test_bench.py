@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_model
+from test_resample import chi_square
 
 import bench
 from deep_grpo import Config
@@ -48,6 +49,15 @@ def test_the_static_decoder_continues_as_generate_does():
     ids = torch.randint(2, 23, (3, 7))
     greedy = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=99, pad_token_id=0)[:, 7:]
     assert torch.equal(bench.decode_static(model, ids, 9), greedy)
+
+
+def test_the_static_decoder_samples_from_softmax():
+    model, ids = make_model(), torch.tensor([[5, 6, 7]]).repeat(4000, 1)
+    torch.manual_seed(0)
+    counts = bench.decode_static(model, ids, 1)[:, 0].bincount(minlength=model.config.vocab_size).tolist()
+    p = model(input_ids=ids[:1]).logits[0, -1].softmax(-1).tolist()
+    statistic, freedom = chi_square(counts, p)
+    assert freedom > 5 and statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
 def test_x_is_time_over_that_of_the_first_and_seconds_are_a_median(monkeypatch):

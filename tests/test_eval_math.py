@@ -374,7 +374,7 @@ def test_the_command(checkpoint, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "| tiny | 256 | 0.0 | 0.0 to 1.5 |" in done.stdout
     assert "256/256" in done.stderr
-    assert (tmp_path / "runs" / f"eval-{checkpoint.parents[1].name}-{checkpoint.name}" / "results.json").exists()
+    assert (tmp_path / "runs" / f"eval-{checkpoint.name}" / "results.json").exists()
 
 
 def test_help(capsys):

@@ -398,8 +398,10 @@ def test_n_ranks_make_the_steps_of_one_process(on_ranks, n, flags):
         for (metrics, pivots), (own_metrics, own_pivots) in zip(got["steps"], expected["steps"]):
             assert pivots == own_pivots and sum(p is not None for g in pivots for p, *_ in g) > 3
             assert metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)             # float32
-        for name, weights in expected["weights"].items():
-            torch.testing.assert_close(got["weights"][name], weights, rtol=0, atol=1e-6)
+        for name, weights in expected["weights"].items():      # lr is 1e-4: an Adam step is about that long ...
+            difference = got["weights"][name] - weights        # ... in either direction: single entries whose gradient
+            assert difference.abs().max() < 1e-5               # is next to 0 make its rounding large, the rest not
+            assert difference.square().mean().sqrt() < 1e-7
 
 
 @pytest.mark.parametrize("method, more", [("treerl", ["--branches", "2"]), ("attnrl", ["--segment-tokens", "3"]),

@@ -12,7 +12,8 @@ head        log-probabilities of loss tokens, in chunks, against logits of every
 step        a whole step against the same with every trick off
 growth      how the parts of a step grow with K, G, response length, model size
 trl         a GRPO step (K = 0) against TRL's GRPOTrainer
---gpu       decode: milliseconds per step; paper_update: by micro-batch; paper_whole, also in 24 GB; trl
+--gpu       decode: milliseconds per step; paper_update: by micro-batch; paper_whole, also in 24 GB; sharded: one GPU as
+            it is and under fully_shard, against memory.py; trl
 
 Weights are random, responses have lengths drawn beforehand (log-normal, as on GSM8K: sigma .4), so that all variants
 do equal work. Every number is the median of --repeats runs in one process, variants alternating, after one that does
@@ -34,6 +35,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StaticCache
@@ -42,13 +44,15 @@ import deep_grpo
 import resample
 from deep_grpo import Config, Group, Trajectory, objective, score_groups
 from loss import sequence_weights, weighted_objective
-from model import checkpoint_activations, precision
+from memory import estimate
+from model import checkpoint_activations, gathered, precision, shard
 from packing import attention_length, micro_batches, pack, score_rows
 from presets import OneLineParser, command_line, count
 
-# Qwen2.5's proportions. "0.5b" are its own; the vocabulary of the smaller ones is trimmed to 8k.
+# Qwen2.5's proportions. "0.5b" and "1.5b" are its own; the vocabulary of the smaller ones is trimmed to 8k.
 SIZES = {"test": (1, 32, 4, 1, 96, 64), "5m": (3, 256, 4, 1, 1392, 8192), "12m": (8, 256, 4, 1, 1392, 8192),
-         "18m": (8, 320, 5, 1, 1736, 8192), "0.5b": (24, 896, 14, 2, 4864, 151936)}
+         "18m": (8, 320, 5, 1, 1736, 8192), "0.5b": (24, 896, 14, 2, 4864, 151936),
+         "1.5b": (28, 1536, 12, 2, 8960, 151936)}
 PEAK = 790e12                            # bf16 operations per second measured on one H200
 
 
@@ -578,6 +582,45 @@ def paper_whole(args):
             torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def sharded(args):
+    """Sampling and update on one device, as they are and under `fully_shard` with nobody to share with.
+
+    What FSDP costs where it gains nothing, and peak memory above that of weights beside the estimate of memory.py.
+    16 questions, with gradient checkpointing.
+    """
+    cuda = torch.cuda.is_available()
+    shape = paper_step(args) | ({} if args.size == "test" else dict(questions=16, cap=256))
+    compute = torch.bfloat16 if cuda else torch.float32
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for size in ("test",) if args.size == "test" else ("0.5b", "1.5b"):
+            models = {"one device": make_model(size), "fully_shard": shard(make_model(size), compute)}
+            work = Work(models["one device"], **shape)
+            groups, rows = work.groups(), len(work.prompts) * work.G
+            tokens = min(8192, tokens_through(models["one device"], groups, NEVER))
+            width = max(map(len, work.prompts)) + int(work.lengths.max())
+            parts = estimate(models["one device"], 1, rows, width, tokens, False, True, compute=compute)
+
+            def sampling(model):
+                with gathered(model):
+                    Work(model, **shape).rollouts(draw_ours)
+
+            def learning(model, groups=groups, tokens=tokens):
+                update_ours(model, groups, Config(beta=0.0), None, tokens)
+                model.zero_grad()
+
+            for model in models.values():
+                checkpoint_activations(model)
+            for phase, run, before in (("sampling", sampling, ("weights", "gradients", "moments")),
+                                       ("update", learning, ("weights", "moments"))):
+                computed = sum(n for name, n in parts[phase].items() if name not in before)
+                yield from side_by_side(args, f"{size}, {phase}", {
+                    name: lambda model=model, run=run: run(model) for name, model in models.items()},
+                    {"one device": f"memory.py: {computed / 2**20:.0f} MB"})
+    finally:
+        dist.destroy_process_group()
+
+
 def paper_step(args):
     """The questions and lengths of GSM8K in the paper's step; few and short for a test."""
     small = args.size == "test"
@@ -585,7 +628,7 @@ def paper_step(args):
 
 
 ROWS = {row.__name__: row for row in (update, generation, passes, head, step, growth, trl)}
-GPU_ROWS = {row.__name__: row for row in (decode, paper_update, paper_whole, trl)}
+GPU_ROWS = {row.__name__: row for row in (decode, paper_update, paper_whole, sharded, trl)}
 
 
 def main(argv=None) -> int:

@@ -94,7 +94,7 @@ def test_memory_of_a_run_is_the_peak_above_its_start():
 
 @pytest.mark.parametrize("argv, rows", [
     (["update", "generation", "passes", "head", "step"], 22), (["growth"], 13),
-    (["--gpu", "decode", "paper_update", "paper_whole"], 17)])
+    (["--gpu", "decode", "paper_update", "paper_whole", "sharded"], 21)])
 def test_every_row_runs_and_json_keeps_it(argv, rows, tmp_path, capsys):
     assert bench.main([*argv, "--size", "test", "--repeats", "1", "--json", str(tmp_path / "bench.json")]) == 0
     kept = json.loads((tmp_path / "bench.json").read_text())

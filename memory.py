@@ -8,10 +8,10 @@ a chunk of the head (packing.score_rows):
 
     weights, gradients, reference   4 P/N each, moments 8 P/N; the reference if beta > 0. Offloaded: the reference only
     gathered                        bf16 copies of the weights. Sampling: 2 P. Update, one GPU: 2 P, by autocast, in a
-                                    layer its gradient in bf16 and fp32, 6 B. Sharded: weights and gradients of R, 4 R,
-                                    and of two layers the weights, 4 B; in the backward pass (16 + 4/N) B: weights of
-                                    one, the next in a buffer and out of it, 6 B; a gradient, 2 B, two in fp32 on their
-                                    way to be summed, 8 B, and the own part of the sum
+                                    layer its gradient in bf16 and fp32, 6 B. Sharded: weights of R and the gradient of
+                                    the head, 2 R + 2 V h; in a layer's backward pass 10 B more: its weights and
+                                    gradients, the weights of the layer to come, and the gradients of the one before,
+                                    fp32, on their way to be summed
     KV cache                        sampling: 2 L kv_heads head_dim * 2 per token of a row, prompt and new ones
     logits                          sampling: 14 V per row. Update: 12 V C, log-probabilities and two gradients, fp32
     activations                     what a layer keeps for its backward pass, per token:
@@ -46,6 +46,7 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
     q, P, B = config.num_attention_heads * head_dim, size["P"], size["B"]
     R, T, C = P - depth * B, micro_batch_tokens, min(micro_batch_tokens, 4096)
+    outside = 2 * R + 2 * vocabulary * h             # the layers: gathered once for both passes
     s = compute.itemsize
     sharded = gpus > 1
     autocast = s == 2 and not sharded
@@ -63,9 +64,9 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     moments = {                                      # of the update, not of Adam
         "at the head": {"activations": kept + T * (4 + 3 * residual) * h,
                         "logits": max(12 * C, 6 * h if autocast else 0) * vocabulary,
-                        "gathered": sharded * (4 * R + 4 * B) + autocast * 2 * P},
+                        "gathered": sharded * outside + autocast * 2 * P},
         "in the last layer": {"activations": kept + checkpointing * layer + T * 3 * inner * s, "logits": 0,
-                              "gathered": sharded * (4 * R + (16 + 4 / gpus) * B) + autocast * (2 * P + 6 * B)}}
+                              "gathered": sharded * (outside + 10 * B) + autocast * (2 * P + 6 * B)}}
     update = max(moments.values(), key=lambda parts: sum(parts.values()))
     return {"sampling": static | sampling, "update": static | {"KV cache": 0} | update}
 

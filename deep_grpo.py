@@ -69,7 +69,8 @@ class Group:
 class Config:
     """Hyper-parameters, with the paper's letters; the defaults are those of the authors' GSM8K script.
 
-    But for objective and std: theirs are "authors" and False. Impossible values raise ValueError.
+    But for objective and std, theirs are "authors" and False, and max_new_tokens: theirs is what the prompt leaves
+    of 1024. Impossible values raise ValueError.
     """
     group_size: int = 8          # G
     branches: int = 8            # K; 0 is GRPO
@@ -149,7 +150,8 @@ def choose_pivots(groups, config, recoverability, decode, rng) -> list[Group]:
 def resample(draw, groups, reward, config) -> list[Group]:
     """Line 3: the same groups with K branches on every pivot, all drawn in one call.
 
-    draw is also told how long a branch may become, by which it can divide the work: as the rest that failed.
+    draw is also told expected_tokens=, a length per state: that of the rest that failed, by which ranks.py divides
+    the work. (resample.sample has no use for it, and no such argument.)
     """
     states = [(x, g, t, pivot) for x, g in enumerate(groups) for t in g.trajectories for pivot in t.pivots]
     if not states or not config.branches:
@@ -260,7 +262,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
             with torch.no_grad():                    # first: its logits need room that is free only now
                 ref, _ = as_forward(ref_model, score_rows)(part, config.temperature)
         logp, entropy = as_forward(model, score_rows)(part, config.temperature)          # (N,) loss tokens
-        spans = logp.new_tensor([w for i in batch for w in runs[i]])
+        spans = logp.new_tensor([w for i in batch for w in runs[i]]).view(-1, 5)
         advantage, policy, kl, main = spans[:, 1:].repeat_interleave(spans[:, 0].long(), dim=0).T
         if factors is not None:
             kept = torch.cat([factors[i] for i in batch]).to(logp)

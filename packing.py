@@ -74,7 +74,7 @@ def attention_length(model) -> float:
 
     Per token and layer those are 2 P operations forward and 4 P backward, P parameters; attention in a row of
     n tokens is 4 n d forward and 10 n d backward (scores are computed again), d = heads * head_dim. Equal at
-    n = 3 P / 7 d: 7.1k for Qwen2.5-0.5B, 28k for 7B, 1 to 3k for toys.
+    n = 3 P / 7 d: 7.1k for Qwen2.5-0.5B, 28k for 7B, .6k for the models of assets/.
     """
     config, embeddings = model.config, model.get_input_embeddings()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -169,8 +169,8 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     hidden = model.base_model(input_ids=padded([r.ids for r in rows], 0), position_ids=positions,
                               attention_mask=mask, use_cache=False).last_hidden_state          # (B, L, d)
     predictors = [b * width + i for b, row in enumerate(rows) for i in row.predictors]
-    hidden = hidden.flatten(0, 1)[torch.tensor(predictors, device=model.device)]               # (N, d)
-    targets = torch.tensor([t for row in rows for t in row.targets], device=model.device)      # (N,)
+    hidden = hidden.flatten(0, 1)[torch.tensor(predictors, dtype=torch.long, device=model.device)]           # (N, d)
+    targets = torch.tensor([t for row in rows for t in row.targets], dtype=torch.long, device=model.device)    # (N,)
     head = model.get_output_embeddings()
 
     def score(x, target):

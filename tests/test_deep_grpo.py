@@ -183,6 +183,20 @@ def test_the_unmasked_prefix_carries_the_loss_of_every_branch(model, ref_model):
     assert abs(masked.item() - loss.item()) > 1e-3 and forwarded == metrics["forwarded_tokens"]
 
 
+def test_rows_without_a_loss_token(model, ref_model):
+    """sample() never draws an empty sequence; one that is given counts for nothing, alone in a micro-batch, too."""
+    groups = [Group([3, 4], [Trajectory([], 0.0), Trajectory([4], 1.0)]),
+              Group([3], [Trajectory([4, 5], 0.0, 1, [[], [7]], [1.0, 0.0]), Trajectory([4], 1.0)])]
+    whole, _ = objective(model, groups, Config(beta=BETA), ref_model)
+    whole.backward()
+    grads = gradients(model)
+    model.zero_grad()
+    loss, _ = objective(model, groups, Config(beta=BETA), ref_model, micro_batch_tokens=1, backward=True)
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-10)
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[key], rtol=1e-8, atol=1e-11)
+
+
 def test_a_trained_prefix_is_a_smaller_lambda_in_the_authors_form(model):
     """Siblings share the prefix, their advantages sum to 0 and all tokens weigh the same: at rho = 1 the prefix has no
     gradient. What is left is the larger T_branch, which counts prefix tokens."""

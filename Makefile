@@ -10,13 +10,13 @@ PYTHON ?= python3
 	@touch $@
 
 demo: .venv/installed
-	.venv/bin/python demo.py
+	.venv/bin/python -m experiments.demo
 
 compare: .venv/installed
-	.venv/bin/python compare.py
+	.venv/bin/python -m experiments.compare
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests/test_train.py tests/test_ranks.py tests/test_checkpoint.py tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests/trainer/test_train.py tests/trainer/test_ranks.py tests/trainer/test_checkpoint.py tests
 
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow tests

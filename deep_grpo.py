@@ -28,11 +28,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from loss import branch_groups, k3_kl, per_token, sequence_weights, silence_spurious, weighted_objective
-from model import as_forward
 from packing import attention_length, micro_batches, pack, pack_or_split, score_rows
 from pivot import draw_pivots, fixed_ends, sentence_ends
-from ranks import gather, rank, world_size
 from recoverability import Recoverability
+from trainer.model import as_forward
+from trainer.ranks import gather, rank, world_size
 
 IDLE = pack([0], [0])                                # a row of weight 0, for a rank without rows (ranks.py)
 

@@ -39,14 +39,14 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import tiny
-from checkpoint import append_lines, write_whole
+import tasks.lock
 from grading import grade_gsm8k, grade_last_number, grade_math
-from model import load_model
-from presets import OneLineParser, count
-from ranks import device, end, fail, first, gather, rank, start, world_size
 from resample import sample
 from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
+from trainer.checkpoint import append_lines, write_whole
+from trainer.model import load_model
+from trainer.ranks import device, end, fail, first, gather, rank, start, world_size
+from trainer.settings import OneLineParser, count
 
 MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
 TOTAL_TOKENS = 4096                                  # prompt and answer together
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            allow_abbrev=False)
     parser.add_argument("--model", required=True, help="hub name or local folder")
-    parser.add_argument("--sets", required=True, help=f"comma-separated: {', '.join([*SETS, *tiny.PRESETS])}")
+    parser.add_argument("--sets", required=True, help=f"comma-separated: {', '.join([*SETS, *tasks.lock.PRESETS])}")
     parser.add_argument("--data-dir", type=Path,
                         help="folder with gsm8k_test.jsonl, eval_aime24.jsonl, ...; default: the hub")
     parser.add_argument("--out", type=Path, help="folder to write or to go on in; default: runs/eval-MODEL")
@@ -81,8 +81,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.sets = list(dict.fromkeys(name.strip() for name in args.sets.split(",")))
     for name in args.sets:
-        if name not in SETS and name not in tiny.PRESETS:
-            parser.error(f"argument --sets: {name!r} is not one of {', '.join([*SETS, *tiny.PRESETS])}")
+        if name not in SETS and name not in tasks.lock.PRESETS:
+            parser.error(f"argument --sets: {name!r} is not one of {', '.join([*SETS, *tasks.lock.PRESETS])}")
     if not 0 <= args.temperature < float("inf"):
         parser.error(f"argument --temperature: must be 0 (greedy) or positive, got {args.temperature}")
     if args.samples > 1 and args.temperature == 0:
@@ -278,7 +278,7 @@ def prepare(args):
     """
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ValueError(f"--data-dir {args.data_dir} is not a folder")
-    rows = {name: tiny.make_rows(tiny.PRESETS[name], 256, seed=0) if name in tiny.PRESETS
+    rows = {name: tasks.lock.make_rows(tasks.lock.PRESETS[name], 256, seed=0) if name in tasks.lock.PRESETS
             else load_set(name, args.data_dir) for name in args.sets}
     model, tokenizer = load_model(args.model, torch.bfloat16 if device().type == "cuda" else torch.float32)
     model.to(device()).eval()

@@ -32,20 +32,20 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import tiny
-from baselines import METHODS
-from checkpoint import append_lines, cut_logs, load_run, moving_parts, save_run, write_whole
+import tasks.lock
 from deep_grpo import Config, learn_recoverability, resample, roll_out, summarize, update
 from grading import grade_gsm8k, grade_math
 from loss import branch_groups
-from memory import report
-from model import checkpoint_activations, gathered, load_model, place, precision
-from plot import plot_run
-from presets import parse_args
-from ranks import distributed, end, fail, first, gather, imbalance, rank, seed_rank, share, start, world_size
 from recoverability import Recoverability
 from resample import sample
 from tasks import SETS, chat_prompt, load_rows, load_set, make_questions, split_validation, stop_ids
+from trainer.checkpoint import append_lines, cut_logs, load_run, moving_parts, save_run, write_whole
+from trainer.memory import report
+from trainer.model import checkpoint_activations, gathered, load_model, place, precision
+from trainer.plot import plot_run
+from trainer.ranks import distributed, end, fail, first, gather, imbalance, rank, seed_rank, share, start, world_size
+from trainer.settings import parse_args
+from variants import METHODS
 
 
 @dataclass
@@ -168,16 +168,16 @@ def encode_questions(args, rows, tokenizer):
 def load_questions(args):
     """(training rows, evaluation rows, validation rows); the last are held out when there is a test set."""
     def rows_of(source, split):
-        if source in tiny.PRESETS:                   # evaluation rows are the same for every --seed
+        if source in tasks.lock.PRESETS:                   # evaluation rows are the same for every --seed
             n, seed = (4096, args.seed + 1) if split == "train" else (args.eval_rows, 0)
-            return tiny.make_rows(tiny.PRESETS[source], n, seed)
+            return tasks.lock.make_rows(tasks.lock.PRESETS[source], n, seed)
         return load_set(source) if source in SETS else load_rows(source, split)
 
     rows = rows_of(args.data, "train")
     if args.eval_data is not None:
         train, val = split_validation(rows, args.val_rows) if args.val_rows else (rows, [])
         return train, rows_of(args.eval_data, "test")[:args.eval_rows], val
-    if args.data in tiny.PRESETS:
+    if args.data in tasks.lock.PRESETS:
         return rows, rows_of(args.data, "test"), []
     if len(rows) < 2:
         raise ValueError(f"{args.data} has {len(rows)} row: at least 2 are needed, one to hold out "

@@ -1,0 +1,210 @@
+"""Packed rows against separate rows: the mask token by token, log-probabilities and gradients to rounding."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+
+from packing import Row, attention_length, micro_batches, pack, pack_or_split, score_rows, tree_mask
+from trainer.model import checkpoint_activations
+
+ROLLOUTS = [  # prompt, response, pivot, branches: ragged, pivot at the root and inside, an empty branch
+    ([3, 4, 5], [6, 7, 8, 9, 10], 2, [[11, 12, 13], [6], []]),
+    ([3], [5, 4], 0, [[7, 8, 9], [9, 9]]),
+    ([9, 8, 7, 6], [5, 4, 3, 3, 5, 1], None, []),
+    ([2, 2], [5, 6, 7], 3, [[8, 1]]),
+]
+
+
+def separate_logps(model, prompt, response, pivot, branches):
+    """The slow twin: every sequence alone through the whole model, log_softmax of all logits, no mask."""
+    pieces = []
+    for prefix, tail in [(prompt, response), *((prompt + response[:pivot], y) for y in branches)]:
+        logits = model(input_ids=torch.tensor([prefix + tail])).logits[0, :-1]
+        logp = logits.log_softmax(-1).gather(-1, torch.tensor([(prefix + tail)[1:]]).T)[:, 0]
+        pieces.append(logp[len(prefix) - 1:])
+    return torch.cat(pieces)
+
+
+def test_row_by_hand():
+    row = pack([1, 2], [3, 4, 5, 6], 2, [[7, 8], [9]])
+    assert row == Row(ids=[1, 2, 3, 4, 5, 6, 7, 8, 9],
+                      positions=[0, 1, 2, 3, 4, 5, 4, 5, 4],
+                      segments=[0, 0, 1, 1, 1, 1, 2, 2, 3],
+                      prefixes=[2, 2, 2, 2, 2, 2, 4, 4, 4],
+                      targets=[3, 4, 5, 6, 7, 8, 9], predictors=[1, 2, 3, 4, 3, 6, 3],
+                      lengths=[4, 2, 1])
+
+
+def test_mask_by_its_definition():
+    rows = [pack(*rollout) for rollout in ROLLOUTS]
+    width = max(len(r.ids) for r in rows) + 2                            # with padding
+    segments = torch.tensor([r.segments + [-1] * (width - len(r.ids)) for r in rows])
+    mask = tree_mask(segments, torch.tensor([r.prefixes + [0] * (width - len(r.ids)) for r in rows]))
+    assert mask.shape == (len(rows), 1, width, width) and mask.dtype == torch.bool
+    for b, (prompt, _, pivot, _) in enumerate(ROLLOUTS):
+        n = len(rows[b].ids)
+        for q in range(n):
+            for k in range(width):
+                segment = rows[b].segments[k] if k < n else None
+                in_prefix = segment == 0 or (segment == 1 and k < len(prompt) + (pivot or 0))
+                assert mask[b, 0, q, k] == (k <= q and (in_prefix or segment == rows[b].segments[q]))
+    assert mask.any(-1).all()                                # also padding: a fully masked row would be NaN
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_log_probabilities_and_gradients_equal_those_of_separate_rows(checkpointing, chunk):
+    model, twin = make_model(), make_model()
+    if checkpointing:
+        checkpoint_activations(model)
+    calls, heads = [], []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.lm_head.register_forward_pre_hook(lambda module, args: heads.append(len(args[0])))
+    logps, entropies = score_rows(model, [pack(*rollout) for rollout in ROLLOUTS], chunk=chunk)
+    expected = torch.cat([separate_logps(twin, *rollout) for rollout in ROLLOUTS])
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-10)
+    torch.manual_seed(0)
+    weights = torch.randn(len(logps), dtype=torch.float64)               # every token matters, in its own way
+    (logps * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        assert q.grad.abs().max() > 1e-3, name                           # not a comparison of zeros
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
+    assert not entropies.requires_grad
+    assert len(calls) == 1 + checkpointing                               # it was really computed again, and so
+    assert max(heads) <= chunk                                           # was the head, but for its last chunk
+    assert sum(heads) == 2 * len(logps) - (len(logps) % chunk or chunk)
+
+
+def test_rows_without_branches_need_no_mask():
+    # Faster attention; and the padding behind a short row must neither be seen nor restart its positions.
+    model, seen = make_model(), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    plain = [(prompt, response, None, []) for prompt, response, *_ in ROLLOUTS]
+    logps, _ = score_rows(model, [pack(*rollout) for rollout in plain])
+    torch.testing.assert_close(logps, torch.cat([separate_logps(make_model(), *r) for r in plain]), rtol=0, atol=1e-10)
+    score_rows(model, [pack(*rollout) for rollout in ROLLOUTS])
+    assert seen[0] is None and seen[1].shape[:2] == (4, 1)
+
+
+def test_attention_length_by_hand():
+    # Per layer: q 32 x 32 + 32, k and v 32 x 16 + 16 each, o 32 x 32, MLP 3 x 32 x 48, two norms; and the last norm.
+    layer = 32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32
+    assert attention_length(make_model()) == pytest.approx(3 * (2 * layer + 32) / (7 * 2 * 4 * 8))
+    wide = make_model(head_dim=16, tie_word_embeddings=False)                # heads * head_dim is not hidden_size
+    layer = 32 * 64 + 64 + 2 * (32 * 32 + 32) + 64 * 32 + 3 * 32 * 48 + 2 * 32
+    assert attention_length(wide) == pytest.approx(3 * (2 * layer + 32) / (7 * 2 * 4 * 16))
+
+
+def test_the_rule_for_separate_rows_at_its_boundary():
+    # Prefix 3 + 2, suffixes of 5: one row of 20 tokens, or three of 10. 20 + 400 / A = 30 + 300 / 2A at A = 25.
+    rollout = ([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], 2, [[11] * 5, [12] * 5])
+    assert pack_or_split(*rollout, a=25.0) == [pack(*rollout)]
+    assert pack_or_split(*rollout, a=24.99) == [
+        pack([1, 2, 3], [4, 5, 6, 7, 8, 9, 10]), pack([1, 2, 3, 4, 5], [11] * 5), pack([1, 2, 3, 4, 5], [12] * 5)]
+    assert pack_or_split(*rollout, a=25.0, limit=20) == [pack(*rollout)]
+    assert len(pack_or_split(*rollout, a=25.0, limit=19)) == 3
+    assert pack_or_split([1], [2, 3], 1, [], a=1e-9, limit=2) == [pack([1], [2, 3], 1)]
+
+
+def test_temperature_and_entropy():
+    model, rollout = make_model(), ROLLOUTS[2]
+    logps, entropies = score_rows(model, [pack(*rollout)], temperature=0.7)
+    logits = model(input_ids=torch.tensor([rollout[0] + rollout[1]])).logits[0, 3:-1] / 0.7
+    p = logits.softmax(-1)
+    chosen = p.gather(-1, torch.tensor([rollout[1]]).T)[:, 0]
+    torch.testing.assert_close(logps, chosen.log(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(entropies, -(p * p.log()).sum(-1), rtol=0, atol=1e-10)
+
+
+def test_float32_agrees_within_its_rounding():
+    model = make_model(dtype=torch.float32)
+    logps, _ = score_rows(model, [pack(*rollout) for rollout in ROLLOUTS])
+    expected = torch.cat([separate_logps(model, *rollout) for rollout in ROLLOUTS])
+    torch.testing.assert_close(logps, expected, rtol=0, atol=2e-5)
+
+
+def test_bfloat16_logits_are_scored_in_float32():
+    # A log-probability in bfloat16 has two or three digits, too few for ratios within [0.8, 1.2].
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            scores = score_rows(make_model(dtype=dtype), [pack(*ROLLOUTS[2])])
+        for score in scores:
+            assert score.dtype == torch.float32 and (score.bfloat16() != score).any()
+
+
+def test_the_mask_is_what_keeps_branches_apart():
+    # A later branch must not see an earlier one: change the first branch and look at the second.
+    model = make_model()
+    a, b = (score_rows(model, [pack([3, 4, 5], [6, 7, 8], 1, [changed, [9, 10]])])[0]
+            for changed in ([4, 4, 4], [11, 12, 13]))
+    torch.testing.assert_close(a[-2:], b[-2:], rtol=0, atol=1e-12)
+
+
+def test_micro_batches_fill_up_to_the_tokens_longest_first():
+    rows = [pack([1], [2] * (n - 1)) for n in (3, 10, 5, 4, 10, 2)]
+    assert micro_batches(rows, 20) == [[1, 4], [2, 3, 0, 5]]
+    assert micro_batches(rows, 10) == [[1], [4], [2, 3], [0, 5]]
+    assert micro_batches(rows, 1) == [[1], [4], [2], [3], [0], [5]]      # a row is never cut
+    assert sorted(micro_batches(rows, None)[0]) == [0, 1, 2, 3, 4, 5]
+    rows = [pack([1], [2] * 5), pack([1] * 8, [2])]                      # prompts count, too
+    assert micro_batches(rows, 18) == [[1, 0]] and micro_batches(rows, 17) == [[1], [0]]
+
+
+def test_micro_batches_of_several_ranks_are_even():
+    rows = [pack([1], [2] * (n - 1)) for n in (3, 10, 5, 4, 10, 2)]
+    assert micro_batches(rows, 20, ranks=2) == [[1, 4], [2, 3, 0, 5]]
+    assert micro_batches(rows, 20, ranks=3) == [[1, 4], [2, 3, 0, 5], []]           # no three are all below 20
+    assert micro_batches(rows, None, ranks=2) == [[1, 4], [2, 3, 0, 5]]             # 20 each, where one batch has 60
+    assert micro_batches(rows, 10, ranks=3) == [[1], [4], [2], [3], [0], [5]]       # 10 + 4 instead of 10 + 6
+    assert micro_batches(rows, 15, ranks=2) == [[1], [4], [2, 3], [0, 5]]           # 10 + 10 instead of 10 + 15
+    assert micro_batches(rows[:1], 10, ranks=3) == [[0], [], []]
+    assert micro_batches(rows, 1, ranks=4) == [[1], [4], [2], [3], [0], [5], [], []]
+
+
+@pytest.mark.parametrize("tokens", [4096, 8192, 16384])
+def test_padding_is_under_a_tenth_with_lengths_as_on_gsm8k(tokens):
+    # 64 questions x 8: prompts of 60 to 160 tokens, responses around 220, 45 % of them with 8 branches at 70 % depth.
+    rng, rows = np.random.default_rng(0), []
+    for prompt in rng.integers(60, 160, 64):
+        for n in rng.lognormal(np.log(220) - 0.08, 0.4, 8).clip(16, 512).astype(int):
+            pivot = int(0.7 * n)
+            branches = [[2] * max(1, int(m)) for m in rng.normal(n - pivot, 20, 8 * (rng.random() < 0.45))]
+            rows += pack_or_split([2] * int(prompt), [2] * int(n), pivot, branches, 7100.0, tokens)
+    batches = [[len(rows[i].ids) for i in batch] for batch in micro_batches(rows, tokens)]
+    padded = sum(len(batch) * max(batch) for batch in batches)
+    assert max(len(batch) * max(batch) for batch in batches) <= tokens
+    assert 0 < 1 - sum(map(sum, batches)) / padded < 0.1
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="prompt"):
+        pack([], [1, 2])
+    for pivot in (None, -1, 3):
+        with pytest.raises(ValueError, match="pivot"):
+            pack([1], [2, 3], pivot, [[4]])
+    for pivot, branches in (([], [[4]]), ([0, 1], [[4], [5], [6]])):
+        with pytest.raises(ValueError, match=f"equally many for each pivot, got {len(branches)} for pivot"):
+            pack([1], [2, 3], pivot, branches)
+    model = make_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="sdpa"):
+        score_rows(model, [pack([1], [2])])
+    model = make_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        score_rows(model, [pack([1], [2])])
+
+
+def test_the_drawing_is_the_mask():
+    out = subprocess.run([sys.executable, "packing.py"], capture_output=True, text=True, check=True,
+                         cwd=Path(__file__).parents[2]).stdout
+    drawn = [line.split()[2:] for line in out.splitlines() if line[:2] in (" P", " R", " 1", " 2")]
+    assert ["".join(line) for line in drawn] == [
+        "#........", "##.......", "###......", "####.....", "#####....", "######...",
+        "####..#..", "####..##.", "####....#"]

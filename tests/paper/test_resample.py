@@ -1,0 +1,243 @@
+"""sample(): the right distribution on a hostile checkpoint, the right tokens for ragged prefixes and ends."""
+import math
+import warnings
+
+import pytest
+import torch
+from conftest import EOS, PAD, VOCABULARY, argmax_step_by_step, make_model
+from transformers import DynamicCache, GenerationConfig
+
+import resample
+from resample import sample
+from trainer.model import checkpoint_activations
+
+RAGGED = [[5, 6, 7, 8, 9, 10], [3], [4, 4], [9, 8, 7, 6, 5, 4, 3, 2, 2, 3, 4]]
+HOSTILE = dict(do_sample=True, temperature=0.3, top_k=3, top_p=0.5, min_p=0.3, typical_p=0.4,
+               repetition_penalty=3.0, epsilon_cutoff=0.2, no_repeat_ngram_size=1, bad_words_ids=[[2], [3]],
+               suppress_tokens=[4], begin_suppress_tokens=[5], min_new_tokens=3, num_beams=2,
+               num_return_sequences=2, forced_eos_token_id=7, max_length=5,
+               exponential_decay_length_penalty=(0, 3.0), eos_token_id=2, pad_token_id=2)
+
+
+def draw(model, prefixes=RAGGED, k=1, **changes):
+    settings = dict(max_new_tokens=9, eos_token_id=EOS, pad_token_id=PAD, temperature=0)
+    return sample(model, prefixes, k, **settings | changes)
+
+
+@pytest.mark.parametrize("block", [1, 2, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_equals_argmax_for_ragged_prefixes(seed, block, monkeypatch):
+    monkeypatch.setattr(resample, "BLOCK", block)
+    model = make_model(seed)
+    expected = [[argmax_step_by_step(model, p, 9, {EOS})] * 3 for p in RAGGED]
+    assert draw(model, k=3) == expected
+    alone = [row for p in RAGGED for row in draw(model, [p])]            # among them one of length 1
+    assert alone == [row[:1] for row in expected]
+
+
+def test_under_autocast_the_cache_is_in_half_precision_and_the_samples_are_the_same(monkeypatch):
+    model, drawn, types = make_model(dtype=torch.float32), [], set()
+
+    class Plain(DynamicCache):
+        pass
+
+    class Watched(resample.Cache):
+        def update(self, *args, **kwargs):
+            keys, values = super().update(*args, **kwargs)
+            types.update({keys.dtype, values.dtype})
+            return keys, values
+
+    for cache in (Plain, Watched):
+        monkeypatch.setattr(resample, "Cache", cache)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            drawn.append(draw(model, k=20, temperature=1.0))
+    assert drawn[0] == drawn[1] and types == {torch.bfloat16}
+
+
+def chi_square(counts, p):
+    """Pearson's statistic; cells expecting fewer than 5 are put together."""
+    n, small = sum(counts), [i for i, q in enumerate(p) if q * sum(counts) < 5]
+    cells = [(counts[i], n * q) for i, q in enumerate(p) if i not in small]
+    if small:
+        cells.append((sum(counts[i] for i in small), max(1e-9, n * sum(p[i] for i in small))))
+    return sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
+
+
+@pytest.mark.parametrize("temperature, block", [(1.0, 16), (0.6, 16), (1.7, 16), (1.0, 1)])
+def test_sampled_distribution_is_softmax_of_logits_over_t_whatever_the_checkpoint_says(
+        temperature, block, monkeypatch):
+    """First and second token of two ragged prefixes, 6,000 draws each, against the model's own probabilities.
+
+    With block = 1 the second token comes from another call, after the rows that ended have left. Each of the 4
+    chi-square tests (of 4 parametrisations) may fail a true sampler with probability below 1e-4 by the
+    Wilson-Hilferty quantile z = 3.72, 1 in 600 over all; the seed is fixed: a pass stays a pass.
+    """
+    monkeypatch.setattr(resample, "BLOCK", block)
+    model = make_model(3, initializer_range=0.08)
+    model.generation_config = GenerationConfig(**HOSTILE)
+    torch.manual_seed(0)
+    prefixes, n = [[5, 6, 7, 8], [3]], 6000
+    drawn = draw(model, prefixes, k=n, max_new_tokens=2, eos_token_id=[EOS], temperature=temperature)
+    for prefix, tails in zip(prefixes, drawn):
+        p = (model(input_ids=torch.tensor([prefix])).logits[0, -1] / temperature).softmax(-1)
+        longer = torch.tensor([prefix + [v] for v in range(VOCABULARY)])
+        follow = (model(input_ids=longer).logits[:, -1] / temperature).softmax(-1)
+        q = p.clone()
+        q[EOS] = 0                                                       # nothing follows EOS
+        for counts, expected in [
+            ([sum(t[0] == v for t in tails) for v in range(VOCABULARY)], p),
+            ([sum(t[1:] == [v] for t in tails) for v in range(VOCABULARY)], (q @ follow) / q.sum()),
+        ]:
+            statistic, dof = chi_square(counts, expected.tolist())
+            assert dof >= 5
+            assert statistic < dof * (1 - 2 / (9 * dof) + 3.72 * math.sqrt(2 / (9 * dof))) ** 3
+    assert model.generation_config.top_k == 3                       # the checkpoint keeps its configuration
+
+
+def test_the_librarys_own_top_k_does_not_cut_the_vocabulary():
+    # Unset, top_k is 50 in transformers, which no test with a vocabulary of 23 notices.
+    model = make_model(3, vocab_size=90, initializer_range=0.01)                    # nearly uniform
+    torch.manual_seed(0)
+    first = [t[0] for t in draw(model, [[3, 4]], k=3000, max_new_tokens=1, temperature=1.0)[0]]
+    assert set(first) == set(range(90))
+
+
+def test_ends_are_kept_and_nothing_follows_them():
+    model = make_model(2)
+    torch.manual_seed(1)
+    for eos in (EOS, [EOS, 7, 12]):
+        stop = {eos} if isinstance(eos, int) else set(eos)
+        drawn = draw(model, k=40, eos_token_id=eos, temperature=2.0, max_new_tokens=12)
+        tails = [t for row in drawn for t in row]
+        assert all(t[-1] in stop or len(t) == 12 for t in tails)
+        assert all(not stop & set(t[:-1]) for t in tails)
+        assert len({len(t) for t in tails}) > 4 and {t[-1] for t in tails} >= stop
+
+
+def test_pad_equal_to_eos_loses_no_eos():
+    # Masks made from `ids != pad` used to drop the EOS here, and with it the token that learns to stop.
+    model = make_model(2)
+    results = []
+    for pad in (PAD, EOS):
+        torch.manual_seed(1)
+        results.append(draw(model, RAGGED + [[5, EOS, 6]], k=20, pad_token_id=pad, temperature=2.0))
+    assert results[0] == results[1] and any(t[-1] == EOS for row in results[0] for t in row)
+
+
+def test_the_pad_id_inside_a_prefix_is_a_token_like_any_other():
+    model = make_model(2)
+    prefix = [5, PAD, PAD, 6]
+    assert draw(model, [prefix, RAGGED[3]])[0] == [argmax_step_by_step(model, prefix, 9, {EOS})]
+
+
+def test_one_prefill_for_all_branches():
+    model, seen = make_model(), []
+
+    def look(module, args, kwargs, out):
+        seen.append(tuple(kwargs["input_ids"].shape))
+        assert not out.logits.requires_grad                              # no graph is kept of what is sampled
+        assert out.logits.shape[1] == 1                                  # and logits of one token a prefix
+
+    model.register_forward_hook(look, with_kwargs=True)
+    draw(model, RAGGED, k=8)
+    assert seen[0] == (4, 10) and set(seen[1:]) == {(32, 1)}             # N prefixes once; then N * K rows
+
+
+def test_decoding_ends_once_every_row_has_reached_any_of_the_stop_ids():
+    # When `generate` knows only one of them, cutting afterwards gives the same tokens, after far more work.
+    model, seen = make_model(1), []
+    tail = draw(model, [[4, 4]])[0][0]
+    stop = tail[2]
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    cut = tail[:tail.index(stop) + 1]
+    assert draw(model, [[4, 4]], eos_token_id=[EOS, stop]) == [[cut]] and len(cut) < len(tail)
+    assert len(seen) == 1 + len(cut)                                     # a prefill, and a pass per token
+
+
+def test_rows_that_have_ended_leave_the_batch(monkeypatch):
+    # `generate` alone feeds padding to every finished row until the longest has ended.
+    monkeypatch.setattr(resample, "BLOCK", 4)
+    model, sizes = make_model(2), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    torch.manual_seed(0)
+    tails = [t for row in draw(model, RAGGED, k=4, temperature=2.0, max_new_tokens=40) for t in row]
+    lengths = [len(t) for t in tails]
+    expected = [sum(n > t // 4 * 4 for n in lengths) for t in range(max(lengths))]      # in whole blocks
+    assert sizes == [len(RAGGED), *expected] and expected[-1] < expected[0] / 2
+
+
+def test_a_cap_for_each_prefix(monkeypatch):
+    monkeypatch.setattr(resample, "BLOCK", 4)
+    model, caps, passes = make_model(2), [6, 9, 4, 1], []
+    expected = [[argmax_step_by_step(model, p, n, {EOS})] * 2 for p, n in zip(RAGGED, caps)]
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert draw(model, k=2, max_new_tokens=caps) == expected
+    assert len(passes) == 1 + 9                                                          # and none after the last
+    assert {len(row[0]) == n for row, n in zip(expected, caps)} == {True}                # each reaches its cap
+
+
+def test_same_seed_same_samples_and_branches_differ():
+    model = make_model(1)
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(draw(model, k=6, temperature=1.5))
+    assert results[0] == results[1] != results[2]
+    assert len({tuple(t) for t in results[0][0]}) > 1               # copies of a prefix go different ways
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
+    model, sizes, generate = make_model(), [], resample._generate
+
+    def small_memory(model, prefixes, rows, caps, settings):
+        sizes.append(len(rows))
+        if len(rows) > 4:
+            raise torch.OutOfMemoryError("no room")
+        return generate(model, prefixes, rows, caps, settings)
+
+    expected = draw(model, k=3)
+    monkeypatch.setattr(resample, "_generate", small_memory)
+    with pytest.warns(UserWarning, match="generating 12 sequences at once; going on with 6"):
+        assert draw(model, k=3) == expected
+    assert sizes == [12, 6, 3, 3, 3, 3]                 # what did not fit is not tried again
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("never any room")
+
+    monkeypatch.setattr(resample, "_generate", no_memory)
+    with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError, match="never any room"):
+        warnings.simplefilter("ignore")
+        draw(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_comes_back_as_it_was(training):
+    model = make_model(attention_dropout=0.5)
+    checkpoint_activations(model)
+    model.train(training)
+    config = model.generation_config
+    greedy = draw(model)
+    assert model.training == training and model.generation_config is config
+    assert model.is_gradient_checkpointing
+    expected = [[argmax_step_by_step(model.eval(), p, 9, {EOS})] for p in RAGGED]
+    assert greedy == expected                                            # no dropout while sampling
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(model.train(training))
+    assert model.training == training and model.generation_config is config
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("prefixes", dict(prefixes=[[1], []])), ("k must", dict(k=0)), ("max_new_tokens", dict(max_new_tokens=0)),
+    ("max_new_tokens", dict(max_new_tokens=[1, 2])), ("max_new_tokens", dict(max_new_tokens=[1, 2, 3, 0])),
+    ("temperature", dict(temperature=-1.0)), ("temperature", dict(temperature=float("nan"))),
+    ("temperature", dict(temperature=float("inf"))),
+    ("eos_token_id", dict(eos_token_id=[]))])
+def test_bad_arguments_are_named(name, changes):
+    with pytest.raises(ValueError, match=name):
+        draw(make_model(), **changes)
+
+
+def test_no_prefixes_no_samples():
+    assert draw(make_model(), []) == []

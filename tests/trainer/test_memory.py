@@ -1,0 +1,209 @@
+"""The estimate against real allocations: those of this process, on the CPU, as the profiler sees them."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import train_gsm8k
+from deep_grpo import Config, Group, Trajectory, objective, pack_groups
+from resample import sample
+from trainer import memory
+from trainer.memory import GB, KNOWN, estimate, largest, load_geometry
+from trainer.model import checkpoint_activations, gathered, shard
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Several threads have buffers of their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def peak(run):
+    """Bytes allocated above the start at the worst moment of run()."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most
+
+
+def make(hidden=64, depth=3, inner=128, vocabulary=256, tied=True, checkpointing=False):
+    config = Qwen2Config(hidden_size=hidden, num_hidden_layers=depth, intermediate_size=inner, vocab_size=vocabulary,
+                         num_attention_heads=hidden // 32, num_key_value_heads=1, tie_word_embeddings=tied)
+    model = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    if checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def update_peak(model, tokens, n, autocast=False):
+    """Of objective() over n micro-batches, each a row of so many tokens, nearly all of them in the loss."""
+    ids = [3 + i % 20 for i in range(tokens)]
+    tree = Trajectory(ids[8:tokens * 3 // 4], 0.0, tokens * 5 // 8 - 8, [ids[:tokens // 8]] * 2, [0.0, 1.0])
+    groups = [Group(ids[:8], [tree]) for _ in range(n)]
+    assert [len(row.ids) for row in pack_groups(model, groups, tokens)] == [tokens] * n
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            objective(model, groups, Config(beta=0.0), None, None, tokens, backward=True)
+
+    run()                                            # what is allocated once and kept is not the question
+    model.zero_grad()
+    return peak(run)
+
+
+def update_estimate(model, tokens, gpus, compute, checkpointing):
+    parts = estimate(model, gpus, 1, 1, tokens, False, checkpointing, compute=compute)["update"]
+    return sum(parts[name] for name in ("gradients", "gathered", "activations", "logits"))
+
+
+# In each of them another term is the largest: the MLP, the logits, the attention, the mask, layer inputs, copies.
+SHAPES = {"inner": (dict(inner=1024), 512), "vocabulary": (dict(vocabulary=4096), 256),
+          "hidden": (dict(hidden=256), 256),
+          "mask": (dict(hidden=32, inner=64), 512), "untied": (dict(tied=False, hidden=192, vocabulary=1024), 64),
+          "inputs": (dict(depth=12, inner=64, vocabulary=32, hidden=128), 512)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_update_on_one_device(shape, compute, checkpointing):
+    settings, tokens = SHAPES[shape]
+    model = make(**settings, checkpointing=checkpointing)
+    measured = update_peak(model, tokens, 2, compute == torch.bfloat16)
+    assert 0.85 < update_estimate(model, tokens, 1, compute, checkpointing) / measured < 1.15
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_sampling_on_one_device(compute):
+    model = make(depth=6, vocabulary=32)
+    parts = estimate(model, 1, 48, 128, 1, compute=compute)["sampling"]
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
+            sample(model, [[5, 6, 7] * 32] * 6, 8, max_new_tokens=32, eos_token_id=33, pad_token_id=0)
+
+    run()
+    expected = parts["gathered"] + parts["KV cache"] + parts["logits"]
+    assert parts["KV cache"] > 0.8 * expected and 0.8 < expected / peak(run) < 1.2
+
+
+@pytest.fixture(params=[2, 8])
+def fake_ranks(request):
+    """N ranks as one of them sees it: collectives are called and buffers allocated, only nothing is sent.
+
+    Of real ones on a CPU the peak is not to be had: gloo copies what it sums (NCCL does not), and its threads give
+    memory back where the profiler does not see it.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    yield request.param
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_update_sharded(shape, checkpointing, fake_ranks):
+    settings, tokens = SHAPES[shape]
+    model = make(**settings, checkpointing=checkpointing)
+    expected = update_estimate(model, tokens, fake_ranks, torch.bfloat16, checkpointing)
+    assert 0.85 < expected / update_peak(shard(model, torch.bfloat16), tokens, 2 * fake_ranks) < 1.25
+
+
+@pytest.mark.parametrize("tied, vocabulary", [(True, 4096), (False, 2048)])
+def test_the_weights_of_the_sharded_update(tied, vocabulary, fake_ranks):
+    """With next to no tokens there is nothing else: 10 B of a layer, and 2 R + 2 V h."""
+    model = make(hidden=256, inner=1024, vocabulary=vocabulary, tied=tied, checkpointing=True)
+    gathered = estimate(model, fake_ranks, micro_batch_tokens=16)["update"]["gathered"]
+    gradients = sum(4 * p.numel() / fake_ranks for p in model.parameters())
+    peak = update_peak(shard(model, torch.bfloat16), 16, 2 * fake_ranks) - gradients
+    assert 0.95 < gathered / peak < 1
+
+
+def test_sampling_sharded(fake_ranks):
+    model = make(hidden=192, inner=512)
+    parts = estimate(model, fake_ranks, 96, 64, 1)["sampling"]
+    model = shard(model, torch.bfloat16)
+
+    def run():
+        with gathered(model):
+            sample(model, [[5, 6, 7] * 8] * 12, 8, max_new_tokens=40, eos_token_id=300, pad_token_id=0)
+
+    run()
+    assert 0.8 < (parts["gathered"] + parts["KV cache"] + parts["logits"]) / peak(run) < 1.2
+
+
+def test_what_is_there_all_the_time_is_exact():
+    model, ref = make(), make()
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+    real = {"weights": model.parameters(), "gradients": [p.grad for p in model.parameters()], "moments": moments,
+            "reference": ref.parameters()}
+    real = {name: sum(x.nbytes for x in tensors) for name, tensors in real.items()}
+    for phase in estimate(model).values():
+        assert {name: phase[name] for name in real} == real
+    sharded = estimate(model, gpus=8, reference=False)["update"]
+    assert [sharded[name] for name in real] == [*(real[name] / 8 for name in ("weights", "gradients", "moments")), 0]
+    offloaded = estimate(model, gpus=8, offload=True)["sampling"]
+    assert [offloaded[name] for name in real] == [0, 0, 0, real["reference"] / 8]
+
+
+def test_the_presets_models_have_their_published_numbers_of_parameters():
+    numbers = [sum(p.numel() for p in load_geometry(name).parameters()) for name in KNOWN]
+    assert numbers == [494_032_768, 1_543_714_304, 7_615_616_512]
+
+
+def test_the_kv_cache_of_the_7b_model_by_hand():
+    # 2 (keys and values) * 28 layers * 4 heads * 128 * 2 bytes = 57,344 per token.
+    parts = estimate(load_geometry("Qwen/Qwen2.5-Math-7B"), 8, rows=64, row_tokens=4096)["sampling"]
+    assert parts["KV cache"] == 57_344 * 64 * 4096 == 14 * GB
+
+
+def test_largest_by_hand():
+    assert largest(lambda n: 3 * n, 300) == 100 and largest(lambda n: 3 * n + 1, 300) == 99
+    assert largest(lambda n: 301 + n, 300) == 0
+
+
+def test_the_dry_run_prints_and_writes_nothing(tmp_path, capsys):
+    flags = ["--preset", "math-7b", "--dry-run", "--gpus", "8", "--out", str(tmp_path / "run")]
+    assert train_gsm8k.main(flags) == 0 and not (tmp_path / "run").exists()
+    text = capsys.readouterr().out
+    table = [line for line in text.split("sampling    update\n")[1].split("\n\n")[0].splitlines()]
+    rows = {line[:14].strip(): line[14:].split() for line in table}
+    assert rows["moments"] == ["7.1", "7.1"] and rows["KV cache"] == ["14.0", "0.0"]
+    for column in (0, 1):
+        assert sum(float(cells[column]) for name, cells in rows.items() if name != "sum") == pytest.approx(
+            float(rows["sum"][column]), abs=0.3)
+    assert "24 GB: no" in text
+    fits = int(text.split("80 GB: ")[1].split()[0])
+    model = load_geometry("Qwen/Qwen2.5-Math-7B")
+    used = [sum(estimate(model, 8, n, 4096, 1)["sampling"].values()) for n in (fits, fits + 1)]
+    assert used[0] <= memory.USABLE * 80 * GB < used[1]
+
+
+def test_a_model_without_a_geometry_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert train_gsm8k.main(["--preset", "tiny", "--model", str(tmp_path / "none"), "--dry-run"]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: model ") and "config.json" in line
+
+
+def test_a_local_model_needs_no_table():
+    out = subprocess.run([sys.executable, "train_gsm8k.py", "--preset", "tiny", "--dry-run"], cwd=ROOT,
+                         capture_output=True, text=True, check=True).stdout
+    assert "assets/tiny: 0.00 G parameters on 1 GPU;" in out

@@ -1,0 +1,628 @@
+"""Several processes against one: gloo on the CPU, real collectives, real sharding; and what happens when one dies.
+
+A test names a function of this file; `on_ranks(n, name, ...)` calls it in n processes at once and returns what
+each returned; n = 0 is a process without torchrun. They are forks of a process that has imported everything: a second
+each, not ten.
+"""
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from functools import wraps
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EOS, make_model
+from test_deep_grpo import example
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import deep_grpo
+import eval_math
+import tasks.lock
+import train_gsm8k
+from deep_grpo import Config, Group, Trajectory, objective, score_groups, update
+from trainer import ranks
+from trainer.model import checkpoint_activations, fsdp_modules, gathered, shard
+from trainer.ranks import deal, distributed, rank, world_size
+
+ROOT = Path(__file__).parents[2]
+
+
+# ---- n processes ----
+
+def serve():
+    """Read requests, fork n processes for each, answer with their exit codes."""
+    make_rows = tasks.lock.make_rows
+    tasks.lock.make_rows = lambda task, n, seed: make_rows(task, min(n, 64), seed)              # to start fast
+    train_gsm8k.plot_run = lambda out: None
+    for line in sys.stdin:
+        n, folder, name, args = json.loads(line)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pids = []
+        for i in range(max(n, 1)):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                if n:
+                    os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                                      MASTER_PORT=str(port))
+                for stream, suffix in ((1, "out"), (2, "err")):
+                    os.dup2(os.open(f"{folder}/{i}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+                code = 1
+                try:
+                    result = globals()[name](*args)
+                    torch.save(result, f"{folder}/{i}.pt")
+                    code = result if isinstance(result, int) else 0
+                    ranks.end()
+                except SystemExit as stop:
+                    code = stop.code
+                except BaseException:
+                    traceback.print_exc()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+
+
+class Processes:
+    """The client of serve()."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", "import test_ranks; test_ranks.serve()"], text=True, cwd=ROOT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"})
+
+    def run(self, n, name, *args):
+        """(exit codes, stdouts, stderrs) of name(*args) in n processes."""
+        print(json.dumps([n, str(self.folder), name, args]), file=self.server.stdin, flush=True)
+        codes = json.loads(self.server.stdout.readline())
+        streams = [[(self.folder / f"{i}.{suffix}").read_text() for i in range(len(codes))]
+                   for suffix in ("out", "err")]
+        return codes, *streams
+
+    def __call__(self, n, name, *args):
+        codes, _, errors = self.run(n, name, *args)
+        assert codes == [0] * len(codes), "\n".join(errors)
+        return [torch.load(self.folder / f"{i}.pt", weights_only=False) for i in range(len(codes))]
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    processes = Processes(tmp_path_factory.mktemp("ranks"))
+    yield processes
+    processes.server.stdin.close()
+    processes.server.wait()
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+class Collectives(TorchDispatchMode):
+    """The collectives that are called in the block: (name, type of what is sent)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            sent = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+            self.calls.append((str(function), sent[-1].dtype if sent else None))
+        return function(*args, **(kwargs or {}))
+
+
+# ---- dealing work out ----
+
+@pytest.mark.parametrize("seed", range(20))
+def test_deal_cuts_into_contiguous_parts_of_equal_cost(seed):
+    rng = random.Random(seed)
+    costs = [rng.choice([1, rng.random() + 0.01, 30 * rng.random() + 0.01]) for _ in range(rng.randint(1, 40))]
+    for n in (1, 2, 3, 8):
+        parts = deal(costs, n)
+        assert len(parts) == n
+        assert [c for part in parts for c in costs[part]] == costs                 # all, once, in order
+        assert max(sum(costs[part]) for part in parts) <= sum(costs) / n + max(costs)
+    assert deal([], 2) == [slice(0, 0), slice(0, 0)]
+
+
+def test_deal_by_hand():
+    costs = [4, 1, 1, 1, 1, 4, 4]                                                 # 16 in all
+    assert [costs[part] for part in deal(costs, 2)] == [[4, 1, 1, 1, 1], [4, 4]]
+    assert [costs[part] for part in deal(costs, 4)] == [[4], [1, 1, 1, 1], [4], [4]]
+    assert [costs[part] for part in deal([1, 1], 3)].count([]) == 1
+
+
+def test_imbalance_by_hand(monkeypatch):
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    assert ranks.imbalance([3, 3, 1, 1]) == 6 * 2 / 8                              # [3 3] [1 1]
+    assert ranks.imbalance([3, 3, 1, 1], [1, 3, 1, 1]) == 6 * 2 / 8
+    assert ranks.imbalance([3, 3, 1, 1], [5, 2, 2, 1]) == 5 * 2 / 8                # [3] [3 1 1]
+    assert ranks.imbalance([]) == 1.0
+
+
+def collectives():
+    """What gather, first and share give on this rank, with parts that are empty and errors of one rank."""
+    ranks.start()
+    got = {"gather": ranks.gather(rank), "first": ranks.first(lambda: f"of {rank()}"),
+           "share": ranks.share(list(range(10)), lambda part: [(x * x, rank()) for x in part]),
+           "few": ranks.share([5], lambda part: [x + 1 for x in part])}
+
+    def fails(error):
+        if rank() == world_size() - 1:
+            raise error
+
+    for error in (ValueError("bad"), FileNotFoundError("gone"), FloatingPointError("nan"), SystemExit(2)):
+        try:
+            ranks.gather(lambda error=error: fails(error))
+        except (ValueError, OSError, FloatingPointError, SystemExit) as raised:
+            got[type(error).__name__] = (type(raised).__name__, str(raised))
+    return got
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_collectives_give_all_ranks_the_same(on_ranks, n):
+    for got in on_ranks(n, "collectives"):
+        owners = [owner for _, owner in got["share"]]
+        assert got["gather"] == list(range(n)) and got["first"] == "of 0" and got["few"] == [6]
+        assert [x for x, _ in got["share"]] == [i * i for i in range(10)]
+        assert owners == sorted(owners) and set(owners) == set(range(n))
+        assert got["ValueError"] == ("ValueError", "bad") and got["FloatingPointError"][1] == "nan"
+        assert got["FileNotFoundError"] == ("OSError", "gone") and got["SystemExit"] == ("SystemExit", "2")
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback(on_ranks):
+    codes, _, errors = on_ranks.run(2, "bug")
+    assert codes == [1, 1] and "ZeroDivisionError" in errors[1]
+
+
+def bug():
+    ranks.start()
+    ranks.gather(lambda: 1 / (1 - rank()))
+
+
+# ---- the objective: gradients, denominators, metrics ----
+
+def one_side_each(n):
+    """n questions with a row each, of very different length: some ranks get only failures, the last one none."""
+    failed = Group([7], [Trajectory([4, 5, 6, 7, 2] * 6, 0.0, 25, [[3, 8, 4, 5, EOS], [6, EOS]], [0.0, 1.0], 0.5)])
+    half = Group([8, 9], [Trajectory([4, 6, 5, 3] * 5, 0.0, 16, [[EOS], [5, 6, EOS]], [0.0, 1.0], 0.5)])
+    right = Group([2, 9], [Trajectory([5, EOS], 1.0), Trajectory([8, EOS], 1.0)])
+    return [failed, *[half] * (n - 2), right]
+
+
+CASES = {"example": (example, 30), "one micro-batch": (example, None), "a row each": (example, 1),
+         "one side each, 2": (lambda: one_side_each(2), 45), "one side each, 3": (lambda: one_side_each(3), 45),
+         "fewer rows than ranks": (lambda: example()[1:2], 30)}
+
+
+def learn(case, same_policy, checkpointing, tied):
+    """Everything that the update computes, on this rank, or in one process alone: with whole gradients and weights."""
+    ranks.start()
+    model, old = make_model(tie_word_embeddings=tied), make_model(tie_word_embeddings=tied)
+    ref = make_model(seed=1, tie_word_embeddings=tied).requires_grad_(False)
+    with torch.no_grad():
+        for p in old.parameters():
+            p += 0.02 * torch.randn_like(p)
+    if distributed():
+        model, old, ref = shard(model), shard(old), shard(ref)
+    if checkpointing:
+        checkpoint_activations(model)
+    scored, score = set(), deep_grpo.score_rows
+
+    @wraps(score)
+    def score_rows(which, rows, temperature):
+        scored.update(row.ids[0] for row in rows if which is model)
+        return score(which, rows, temperature)
+
+    deep_grpo.score_rows = score_rows
+    make_groups, tokens = CASES[case]
+    config = Config(lam=0.4, beta=0.3, temperature=0.8, clip_low=0.1, clip_high=0.25)
+    old_logps = None if same_policy else score_groups(old, make_groups(), config, tokens)[0]
+    loss, metrics = objective(model, make_groups(), config, ref, old_logps, tokens, backward=True)
+    grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    updated = update(model, optimizer, make_groups(), Config(beta=0.3, updates=2), ref, tokens)
+    return {"loss": loss.item(), "metrics": metrics, "grads": grads, "updated": updated, "scored": scored,
+            "weights": {name: whole(p.detach()) for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("case, n, same_policy, checkpointing, tied", [
+    ("example", 2, False, False, True), ("example", 3, False, True, False), ("example", 2, True, True, True),
+    ("one micro-batch", 3, False, False, False), ("a row each", 2, False, False, True),
+    ("one side each, 2", 2, False, False, True), ("one side each, 3", 3, False, False, True),
+    ("fewer rows than ranks", 3, False, False, True)])
+def test_n_ranks_compute_the_gradient_of_one_process(on_ranks, case, n, same_policy, checkpointing, tied):
+    expected, = on_ranks(0, "learn", case, same_policy, False, tied)
+    results = on_ranks(n, "learn", case, same_policy, checkpointing, tied)
+    assert set.union(*(got["scored"] for got in results)) - {0} == expected["scored"]      # (0: the idle row)
+    if case.startswith("one side each"):
+        assert results[0]["scored"] == {7} and results[-1]["scored"] == {2}
+    for got in results:
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-12, abs=1e-14)
+        for which in ("metrics", "updated"):
+            own = {name for name in got[which] if name not in ("padding", "imbalance")}     # of how rows were dealt
+            assert {name: got[which][name] for name in own} == pytest.approx(
+                {name: expected[which][name] for name in own}, rel=1e-11, abs=1e-14)
+            assert 0 <= got[which]["padding"] < 1 <= got[which]["imbalance"] <= n
+        for name, grad in expected["grads"].items():
+            assert grad.abs().max() > 1e-4
+            torch.testing.assert_close(got["grads"][name], grad, rtol=1e-10, atol=1e-13)
+        for name, weights in expected["weights"].items():
+            torch.testing.assert_close(got["weights"][name], weights, rtol=1e-10, atol=1e-11)
+
+
+def test_imbalance_of_micro_batches_by_hand(monkeypatch):
+    monkeypatch.setattr(deep_grpo, "world_size", lambda: 2)
+    rows = [deep_grpo.pack([3], [4] * (n - 1)) for n in (10, 8, 8, 3)]
+    metrics = deep_grpo.batch_metrics(rows, [[0], [1], [2, 3], []])                # 10 8 | 16 0
+    assert metrics["forwarded_tokens"] == 29 and metrics["padding"] == pytest.approx(1 - 29 / 34)
+    assert metrics["imbalance"] == pytest.approx((10 + 16) * 2 / 34)
+
+
+# ---- what is sharded, and in which precision ----
+
+def storage(dtype_name):
+    """Sizes and types of this rank's tensors after one update, and of what a layer sees in its forward."""
+    ranks.start()
+    dtype = getattr(torch, dtype_name)
+    model = shard(make_model(dtype=torch.float32, tie_word_embeddings=False), dtype)
+    ref = shard(make_model(seed=1, dtype=torch.float32, tie_word_embeddings=False).requires_grad_(False), dtype)
+    optimizer, seen = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    model.base_model.layers[1].mlp.register_forward_hook(
+        lambda module, args, out: seen.append((str(module.up_proj.weight.dtype), str(out.dtype))))
+    with Collectives() as collectives:
+        objective(model, example(), Config(beta=0.3), ref, None, 30, backward=True)
+    optimizer.step()
+
+    def size(tensors):
+        local = [x.to_local() for x in tensors]
+        return sum(x.numel() for x in local), {str(x.dtype) for x in local}
+
+    moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, DTensor)]
+    return {"weights": size(model.parameters()), "gradients": size(p.grad for p in model.parameters()),
+            "moments": size(m for m in moments if m.ndim), "reference": size(ref.parameters()),
+            "seen": set(seen), "summed in": {str(x) for name, x in collectives.calls if "reduce_scatter" in name},
+            "gathered in": {str(x) for name, x in collectives.calls if "allgather_base" in name}}
+
+
+def test_weights_gradients_moments_and_reference_are_sharded_in_fp32_and_compute_is_bf16(on_ranks):
+    results = on_ranks(2, "storage", "bfloat16")
+    parameters = sum(p.numel() for p in make_model(tie_word_embeddings=False).parameters())
+    for name, total in (("weights", 1), ("gradients", 1), ("moments", 2), ("reference", 1)):
+        sizes = [got[name][0] for got in results]
+        assert sum(sizes) == total * parameters and max(sizes) < 0.52 * total * parameters
+        assert all(got[name][1] == {"torch.float32"} for got in results)
+    for got in results:
+        assert got["seen"] == {("torch.bfloat16", "torch.bfloat16")}
+        assert got["summed in"] == {"torch.float32"} and got["gathered in"] == {"torch.bfloat16"}
+
+
+# ---- generation ----
+
+FLAGS = ["--preset", "tiny", "--questions", "3", "--group-size", "4", "--branches", "3", "--eval-rows", "5",
+         "--max-new-tokens", "40"]
+
+
+def draws():
+    """Greedy and random draws on this rank, and the collectives that they took."""
+    ranks.start()
+    run = train_gsm8k.prepare(train_gsm8k.parse_args([*FLAGS, "--out", "/none"]))
+    prompts = [q.prompt for q in run.questions[:5]]
+    got, counts, sample = {}, [], train_gsm8k.sample
+
+    def counted(model, *args, **kwargs):
+        with Collectives() as collectives:
+            result = sample(model, *args, **kwargs)
+        counts.append(len(collectives.calls))
+        return result
+
+    train_gsm8k.sample = counted
+    with Collectives() as collectives, gathered(run.model):
+        got["greedy"] = run.draw(prompts, 2, max_new_tokens=[9, 40, 3, 25, 12], expected_tokens=[9, 1, 3, 25, 12],
+                                 temperature=0)
+        got["few"] = run.draw(prompts[:1], 1, max_new_tokens=5, temperature=0)
+        got["random"] = run.draw([[3, 4]], 2 * world_size(), max_new_tokens=40, temperature=5.0)[0]
+    if distributed():
+        got["counts"], counts[:] = list(counts), []
+        got["gathers"] = sum("allgather_base" in name for name, _ in collectives.calls)
+        got["groups"] = len(fsdp_modules(run.model))
+        got["sharded"] = all(isinstance(p, DTensor) for p in run.model.parameters())
+        counted(run.model, prompts[:1], 1, max_new_tokens=8, eos_token_id=run.stop, pad_token_id=0, temperature=0)
+        got["ungathered"] = counts[0]
+    return got
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_generation_needs_no_collective_per_token(on_ranks, n):
+    expected, = on_ranks(0, "draws")
+    for got in on_ranks(n, "draws"):
+        assert got["greedy"] == expected["greedy"] and got["few"] == expected["few"]
+        assert set(got["counts"]) == {0}                       # while it generates: none
+        assert got["gathers"] == got["groups"] == 4            # for the block: each layer and the root, once
+        assert got["sharded"]                                  # and given back after it
+        assert got["ungathered"] > 3 * 8                       # without: (the counter counts) each layer, each token
+        assert len({tuple(y) for y in got["random"]}) == 2 * n        # no rank draws what another has drawn
+
+
+# ---- a step, a run, a resumed run ----
+
+def drawn(self, prefixes, k, *, max_new_tokens, expected_tokens=None, temperature=None):
+    """In the place of Run.draw: continuations that depend on prefix and number alone, the same on 1 rank and on n."""
+    def one(prefix, i):
+        rng = random.Random(f"{prefix} {i}")
+        return [*rng.choices(range(4, 16), k=rng.randint(3, 40)), *([self.stop[0]] if rng.random() < 0.9 else [])]
+
+    result = [[one(prefix, i) for i in range(k)] for prefix in prefixes]
+    self.drawn += sum(len(y) for branches in result for y in branches)
+    return result
+
+
+def graded(self, question, response):
+    """In the place of Run.reward: by the text, so that some ranks grade failures only, and some none."""
+    return float(len(response) > 14 and response[-1] in self.stop)
+
+
+def steps(n, *flags):
+    """n training steps on fixed rollouts: metrics, pivots, fit and weights on this rank."""
+    ranks.start()
+    train_gsm8k.Run.draw, train_gsm8k.Run.reward = drawn, graded
+    run = train_gsm8k.prepare(train_gsm8k.parse_args([*FLAGS, "--out", "/none", *flags]))
+    got = []
+    for _ in range(n):
+        metrics, _, _, groups = train_gsm8k.train_step(run)
+        got.append((metrics, [[(t.pivot, t.ratio, t.branch_rewards) for t in g.trajectories] for g in groups]))
+    return {"steps": got, "fit": run.recoverability.state_dict(),
+            "weights": {name: whole(p.detach()) for name, p in run.model.named_parameters()}}
+
+
+@pytest.mark.parametrize("n, flags", [(2, ["--offload-optimizer"]), (3, [])])
+def test_n_ranks_make_the_steps_of_one_process(on_ranks, n, flags):
+    expected, = on_ranks(0, "steps", 4)
+    assert expected["fit"]["fitted"] and expected["fit"]["w"] != 0
+    for got in on_ranks(n, "steps", 4, *flags):
+        assert got["fit"] == expected["fit"]                               # bit for bit: outcomes, w, b
+        for (metrics, pivots), (own_metrics, own_pivots) in zip(got["steps"], expected["steps"]):
+            assert pivots == own_pivots and sum(p is not None for g in pivots for p, *_ in g) > 3
+            assert metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)             # float32
+        for name, weights in expected["weights"].items():      # lr is 1e-4: an Adam step is about that long ...
+            difference = got["weights"][name] - weights        # ... in either direction: single entries whose gradient
+            assert difference.abs().max() < 1e-5               # is next to 0 make its rounding large, the rest not
+            assert difference.square().mean().sqrt() < 1e-7
+
+
+@pytest.mark.parametrize("method, more", [("treerl", ["--branches", "2"]), ("attnrl", ["--segment-tokens", "3"]),
+                                          ("fr3e", []), ("rrpo", []), ("srpo", [])])
+def test_n_ranks_branch_the_states_of_one_process(on_ranks, method, more):
+    """What the states depend on is computed in parts: log-probabilities, entropies, attention; draws are rank 0's."""
+    flags = ["--method", method, *more]
+    expected, = on_ranks(0, "steps", 2, *flags)
+    assert sum(bool(pivots) for _, groups in expected["steps"] for g in groups for pivots, *_ in g) > 3
+    for got in on_ranks(2, "steps", 2, *flags):
+        for (metrics, pivots), (own_metrics, own_pivots) in zip(got["steps"], expected["steps"]):
+            assert pivots == own_pivots and metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)
+            assert metrics["grad_norm"] > 1e-3 and metrics["generated_tokens"] > 0
+
+
+def train(argv):
+    return train_gsm8k.main(argv)
+
+
+def run_flags(out, steps, *more):
+    return [*FLAGS, "--steps", str(steps), "--eval-every", "2", "--save-every", "2", "--seed", "3", "--out", str(out),
+            *more]
+
+
+def files_of(out):
+    return {name: (out / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(on_ranks, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    on_ranks(2, "train", run_flags(out, 4))
+    return out
+
+
+def state(folder, n_steps):
+    """Whole weights, moments and fit of a run's newest checkpoint, as this number of ranks loads them."""
+    ranks.start()
+    run = train_gsm8k.prepare(train_gsm8k.parse_args(["--resume", folder, "--steps", str(n_steps)]))
+    names = {p: name for name, p in run.model.named_parameters()}
+    moments = {f"{names[p]} {key}": whole(value) for p, values in run.optimizer.state.items()
+               for key, value in values.items()}
+    return {"step": run.step, "fit": run.recoverability.state_dict(), "moments": moments,
+            "weights": {name: whole(p.detach()) for p, name in names.items()}}
+
+
+def same(a, b):
+    """Nested dicts with tensors, equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_resumed_sharded_run_equals_the_uninterrupted_one(on_ranks, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    on_ranks(2, "train", run_flags(out, 2))
+    on_ranks(2, "train", ["--resume", str(out), "--steps", "4"])
+    assert files_of(out) == files_of(uninterrupted)
+    expected, got = (on_ranks(2, "state", str(folder), 4) for folder in (uninterrupted, out))
+    assert expected[0]["step"] == 4 and same(expected[0], got[0]) and same(got[0], got[1])
+
+
+@pytest.mark.parametrize("before, after", [(2, 3), (2, 0), (0, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(before, after, on_ranks, tmp_path):
+    out = tmp_path / "run"
+    on_ranks(before, "train", run_flags(out, 2))
+    expected, got = (on_ranks(n, "state", str(out), 3) for n in (before, after))
+    assert expected[0]["step"] == 2 and all(same(other, expected[0]) for other in got)
+    assert max(m.abs().max() for m in expected[0]["moments"].values()) > 0
+    on_ranks(after, "train", ["--resume", str(out), "--steps", "3"])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert len({line["generated_total"] for line in lines}) == 4
+
+
+def test_the_checkpoint_of_a_sharded_run_is_a_model_for_everybody(uninterrupted):
+    folder = uninterrupted / "checkpoints" / "step_4"
+    model, _ = train_gsm8k.load_model(str(folder))
+    base, _ = train_gsm8k.load_model(str(ROOT / "assets" / "tiny"))
+    changed = [(a - b).abs().max().item() for a, b in zip(model.parameters(), base.parameters())]
+    assert all(0 < change < 0.01 for change in changed)
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json",
+                                                        "trainer.pt", "optimizer"}
+    assert "optimizer" not in torch.load(folder / "trainer.pt", weights_only=False)
+    assert len(list((folder / "optimizer").glob("*.distcp"))) == 2                  # a part of each rank
+
+
+def test_the_stop_ids_of_a_hub_model_survive_sharding(on_ranks, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(ROOT / "assets" / "tiny", base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "pad_token_id": 0}))
+    on_ranks(2, "train", run_flags(out, 1, "--model", str(base)))
+    kept = json.loads((out / "checkpoints" / "step_1" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == [1, 2]
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_more_processes_than_gpus_is_one_line_of_the_first(local_rank, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        ranks.start()
+    said = "error: torchrun --nproc-per-node 2, and 1 GPUs\n" if local_rank == "0" else ""
+    assert capsys.readouterr().err == said
+
+
+def test_only_rank_0_prints_and_writes(on_ranks, tmp_path):
+    codes, outs, errors = on_ranks.run(2, "train", run_flags(tmp_path / "run", 1))
+    assert codes == [0, 0] and "done after 1 steps" in outs[0] and "1/1" in errors[0]
+    assert outs[1] == errors[1] == ""
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+    timing = json.loads((tmp_path / "run" / "timing.jsonl").read_text().splitlines()[-1])
+    assert all(1 <= timing[f"imbalance_{phase}"] <= 2 for phase in ("rollout", "resample", "update"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("argv, part", [
+    (["--gamma", "much"], "--gamma"), (["--no-such-flag"], "--no-such-flag"), (["--steps", "0"], "--steps"),
+    (["--model", "/none"], "/none"), (["--data", "/none.jsonl"], "/none.jsonl")])
+def test_bad_input_is_one_line_of_all_ranks_together(argv, part, on_ranks, tmp_path):
+    codes, outs, errors = on_ranks.run(3, "train", [*run_flags(tmp_path / "run", 1), *argv])
+    assert codes == [2, 2, 2]
+    line, = "".join(errors).splitlines()
+    assert line.startswith("error: ") and part in line and not (tmp_path / "run").exists()
+    assert outs[1:] == ["", ""]
+
+
+def test_a_full_disk_is_one_line_of_all_ranks_together(on_ranks, tmp_path):
+    codes, _, errors = on_ranks.run(2, "train_on_a_full_disk", run_flags(tmp_path / "run", 4))
+    assert codes == [1, 1] and errors[1] == ""
+    line = errors[0].splitlines()[-1]
+    assert line.startswith("error: ") and "No space left" in line and "--resume" in line
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def train_on_a_full_disk(argv):
+    save = torch.save
+
+    def full(what, path, **settings):                    # (also pickles tensors that travel)
+        if str(path).endswith("trainer.pt"):
+            raise OSError(28, "No space left on device")
+        save(what, path, **settings)
+
+    torch.save = full
+    return train_gsm8k.main(argv)
+
+
+def evaluate(argv):
+    return eval_math.main(argv)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_evaluation_is_spread_and_each_answer_is_there_once(on_ranks, n, tmp_path):
+    flags = ["--model", str(ROOT / "assets" / "tiny"), "--sets", "tiny", "--max-new-tokens", "12", "--samples", "2",
+             "--temperature", "1", "--batch-tokens", "900", "--out"]
+    on_ranks(0, "evaluate", [*flags, str(tmp_path / "one")])
+    codes, outs, errors = on_ranks.run(n, "evaluate", [*flags, str(tmp_path / "all")])
+    assert codes == [0] * n and "".join(outs[1:]) == "".join(errors[1:]) == "" and "interval" in outs[0]
+    answers = (tmp_path / "all" / "answers.jsonl").read_bytes()
+    assert answers == (tmp_path / "one" / "answers.jsonl").read_bytes() and len(answers.splitlines()) == 2 * 64
+    (tmp_path / "all" / "answers.jsonl").write_bytes(answers[:len(answers) // 2])         # goes on, in one process
+    on_ranks(0, "evaluate", [*flags, str(tmp_path / "all")])
+    assert (tmp_path / "all" / "answers.jsonl").read_bytes() == answers
+    codes, _, errors = on_ranks.run(n, "evaluate", [*flags, str(tmp_path / "all"), "--seed", "1"])
+    assert codes == [2] * n and len("".join(errors).splitlines()) == 1
+
+
+# ---- torchrun itself ----
+
+def torchrun(n, *argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "train_gsm8k.py"]
+    return subprocess.Popen([*command, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def pid_of_rank(launcher, rank):
+    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{pid}/environ").read_text():
+            return int(pid)
+
+
+def test_a_rank_that_dies_ends_the_run_within_a_minute_and_it_resumes(on_ranks, tmp_path):
+    out = tmp_path / "run"
+    launcher = torchrun(2, *FLAGS, "--steps", 500, "--eval-every", 0, "--save-every", 1, "--out", out)
+    began = time.monotonic()
+    while not (out / "checkpoints" / "step_2").exists():
+        assert launcher.poll() is None and time.monotonic() - began < 120, launcher.communicate()
+        time.sleep(0.05)
+    os.kill(pid_of_rank(launcher, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and time.monotonic() - killed < 60
+    assert re.search(r"Root Cause.*rank +: 1 .*exitcode +: -9", errors, re.S)
+    step = max(int(path.name[5:]) for path in (out / "checkpoints").glob("step_*[0-9]"))
+    on_ranks(2, "train", ["--resume", str(out), "--steps", str(step + 1)])
+    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert step >= 2 and lines == list(range(1, step + 2))
+
+
+@pytest.mark.slow
+def test_learns_the_tiny_task_under_torchrun(tmp_path):
+    """As the one process of tests/test_train.py does. (Seed 0 with two processes ends at .92.)"""
+    launcher = torchrun(2, "--preset", "tiny", "--eval-every", 40, "--eval-rows", 64, "--out", tmp_path / "run")
+    _, errors = launcher.communicate()
+    assert launcher.returncode == 0, errors
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval_accuracy"] < 0.2 and rows[-1]["eval_accuracy"] > 0.8
+
+
+def evaluate_on_a_full_disk(argv):
+    def full(path, lines):
+        raise OSError(28, "No space left on device")
+
+    eval_math.append_lines = full
+    return eval_math.main(argv)
+
+
+def test_an_evaluation_on_a_full_disk_is_one_line_of_all_ranks_together(on_ranks, tmp_path):
+    codes, _, errors = on_ranks.run(2, "evaluate_on_a_full_disk", [
+        "--model", str(ROOT / "assets" / "tiny"), "--sets", "tiny", "--max-new-tokens", "4", "--out", str(tmp_path)])
+    assert codes == [1, 1] and errors[1] == ""
+    assert re.search(r"^error: .*No space left on device; the answers so far are in ", errors[0], re.M)

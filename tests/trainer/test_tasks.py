@@ -1,0 +1,294 @@
+"""Prompts character by character, stop ids, and every set from local files and through `datasets`."""
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+import tasks
+import tasks.lock
+from tasks import SETS, filter_math, load_rows, load_set, make_questions, split_validation, stop_ids
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder beside the checkout is not there")
+GSM8K_ROW = {"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}
+MATH_ROW = {"problem": "What is $1 + 1$?", "answer": "2"}
+TYPED = {   # from the files of sail-sg/understand-r1-zero, typed again
+    "qwen_math": "<|im_start|>system\n"
+                 "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+                 "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
+    "r1": "A conversation between User and Assistant. The User asks a question, and the Assistant solves "
+          "it. The Assistant first thinks about the reasoning process in the mind and then provides the "
+          "User with the answer. The reasoning process is enclosed within <think> </think> and answer is "
+          "enclosed within <answer> </answer> tags, respectively, i.e., <think> reasoning process here "
+          "</think> <answer> answer here </answer>.\nUser: Q\nAssistant: <think>",
+    "no": "Q"}
+
+
+@pytest.fixture(params=["instruct", "math"])
+def qwen(request, tmp_path):
+    """(which, tokenizer, model with the configurations of the real checkpoint and no weights)."""
+    if not DATA.is_dir():
+        pytest.skip("the data folder beside the checkout is not there")
+    folder = DATA / "qwen2.5_0.5b_instruct"
+    if request.param == "math":                      # the vocabulary is the same and stored once
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(folder / name, tmp_path)
+        for path in (DATA / "qwen2.5_math_1.5b").glob("*.json"):
+            shutil.copy(path, tmp_path)
+        folder = tmp_path
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(folder),
+                            generation_config=GenerationConfig.from_pretrained(folder))
+    return request.param, AutoTokenizer.from_pretrained(folder), model
+
+
+def test_real_prompts_character_by_character(qwen):
+    which, tokenizer, _ = qwen
+    system = {"instruct": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+              "math": "Please reason step by step, and put your final answer within \\boxed{}."}[which]
+    chat = (f"<|im_start|>system\n{system}<|im_end|>\n"
+            "<|im_start|>user\nUSER<|im_end|>\n<|im_start|>assistant\n")
+    user = {"gsm8k": 'What is 1 + 1? Let\'s think step by step and output the final answer after "####".',
+            "math": "What is $1 + 1$? Let's think step by step and output the final answer within \\boxed{}."}
+    (gsm8k, math), skipped = make_questions([GSM8K_ROW, MATH_ROW], tokenizer, 512)
+    assert tokenizer.decode(gsm8k.prompt) == chat.replace("USER", user["gsm8k"])
+    assert tokenizer.decode(math.prompt) == chat.replace("USER", user["math"])
+    assert (gsm8k.text, gsm8k.gold, gsm8k.math) == ("What is 1 + 1?", "2", False) and skipped == []
+    assert (math.text, math.gold, math.math) == ("What is $1 + 1$?", "2", True)
+    assert gsm8k.prompt[0] == 151644 and gsm8k.prompt.count(151645) == 2            # control tokens, not text
+    for template, text in TYPED.items():
+        (question,), _ = make_questions([MATH_ROW], tokenizer, 512, template)
+        assert tokenizer.decode(question.prompt) == text.replace("Q", MATH_ROW["problem"])
+        assert question.prompt.count(151644) == (3 if template == "qwen_math" else 0)
+
+
+@pytest.mark.parametrize("template", TYPED)
+def test_templates_of_base_models(template):
+    before, after = tasks.TEMPLATES[template]
+    assert before + "Q" + after == TYPED[template]
+
+
+def test_real_stop_ids(qwen):
+    _, tokenizer, model = qwen
+    assert stop_ids(tokenizer, model) == [151643, 151645]
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    tokenizer.eos_token = "<|endoftext|>"
+    assert stop_ids(tokenizer, model) == [151643, 151645]                           # 151645: the template's
+    tokenizer.chat_template = None
+    assert stop_ids(tokenizer, model) == [151643]
+
+
+def test_stop_ids_of_the_embedded_task_and_of_nothing():
+    tokenizer = tasks.lock.make_tokenizer()
+    config = SimpleNamespace(eos_token_id=[7, 9])
+    model = SimpleNamespace(config=config, generation_config=GenerationConfig())
+    assert stop_ids(tokenizer, model) == [1, 7, 9]
+    tokenizer.eos_token = None
+    nothing = SimpleNamespace(config=SimpleNamespace(), generation_config=GenerationConfig())
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        stop_ids(tokenizer, nothing)
+
+
+def test_make_questions_skips_and_complains():
+    tokenizer = tasks.lock.make_tokenizer()
+    rows = tasks.lock.make_rows(tasks.lock.Lock(), 8, 0)
+    lengths = [len(q.prompt) for q in make_questions(rows, tokenizer, 512)[0]]
+    questions, skipped = make_questions(rows, tokenizer, min(lengths))
+    assert len(questions) == lengths.count(min(lengths))
+    assert len(questions) + len(skipped) == 8 and skipped[0] in rows
+    with pytest.raises(ValueError, match="template must be one of chat, qwen_math, r1, no, got 'llama'"):
+        make_questions(rows, tokenizer, 512, "llama")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        make_questions(rows, tokenizer, 512)
+    assert make_questions(rows, tokenizer, 512, "no")[0][0].text == rows[0]["question"]
+
+
+@needs_data
+@pytest.mark.parametrize("name, rows", [
+    ("gsm8k_train", 7473), ("gsm8k", 1319), ("math_train", 8886), ("aime24", 30), ("amc", 83),
+    ("math500", 500), ("minerva", 272), ("olympiadbench", 675)])
+def test_real_files(name, rows, capsys):
+    loaded = load_set(name, DATA)
+    assert len(loaded) == rows and capsys.readouterr().out == ""                    # known count: no warning
+    raw = [json.loads(line) for line in (DATA / SETS[name].file).read_text().splitlines()]
+    changed = [(new["answer"], old["answer"]) for new, old in zip(loaded, raw) if new != old]
+    assert len(changed) == (4 if name == "math_train" else 0)
+    assert all(new == old.lstrip("0") for new, old in changed)
+    tokenizer = tasks.lock.make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    questions, _ = make_questions(loaded[:50], tokenizer, 10 ** 6)
+    gold = {"gsm8k_train": "72", "gsm8k": "18", "minerva": ["9.6"], "olympiadbench": ["2"], "aime24": "204",
+            "amc": "142"}
+    assert questions[0].gold == gold.get(name, questions[0].gold)
+    assert questions[0].math == (not name.startswith("gsm8k"))
+
+
+def test_a_different_count_is_a_warning(tmp_path, capsys):
+    (tmp_path / "eval_olympiadbench.jsonl").write_text((json.dumps(MATH_ROW) + "\n") * 3)
+    assert len(load_set("olympiadbench", tmp_path)) == 3
+    assert capsys.readouterr().out == (f"warning: {tmp_path / 'eval_olympiadbench.jsonl'} has 3 rows, "
+                                       "olympiadbench is known with 674 or 675\n")
+
+
+@pytest.mark.parametrize("name, line, complaint", [
+    ("gsm8k", '{"question": "a"}',
+     "line 2: a row needs the text fields 'question' and 'answer', it has question"),
+    ("gsm8k", '{"problem": "a", "answer": "#### 3"}', "it has problem, answer"),
+    ("gsm8k", '{"question": "a", "answer": "no marker"}', "line 2: no #### marker"),
+    ("gsm8k", '{"question": "a", "ans', "line 2: not valid JSON"),
+    ("gsm8k", '["a"]', "line 2: a row must be an object with named fields, got list"),
+    ("math500", '{"question": "a"}', "line 2: a row needs the text 'problem' .* it has question"),
+    ("math500", '{"problem": "a", "answer": []}', "line 2: a row needs"),
+    ("math500", '{"problem": "a", "answer": ["1", 2, null]}', "line 2: a row needs"),
+    ("math500", "{}", "it has no fields"),
+    ("math500", '{"problem": "", "answer": "1"}', "line 2: a row needs"),
+    ("math500", '{"problem": "a", "solution": "no box"}', "line 2: a row needs")])
+def test_bad_rows_are_named(tmp_path, name, line, complaint):
+    good = GSM8K_ROW if name == "gsm8k" else MATH_ROW
+    path = tmp_path / SETS[name].file
+    path.write_text(json.dumps(good) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=complaint) as caught:
+        load_set(name, tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_unknown():
+    with pytest.raises(ValueError, match="cannot read the data file .*eval_amc.jsonl"):
+        load_set("amc", "/no/such/folder")
+    with pytest.raises(ValueError, match="name must be one of gsm8k_train, gsm8k, .* got 'amc23'"):
+        load_set("amc23")
+
+
+def hub_of(contents, monkeypatch):
+    """datasets.load_dataset with `contents` {(name, config, split): rows}; returns the list of calls."""
+    calls = []
+
+    def load_dataset(name, config=None, split=None):
+        calls.append((name, config, split))
+        return datasets.Dataset.from_list(contents[name, config, split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def as_on_the_hub(name, row):
+    """A local row with the fields that the hub's data set has."""
+    gold = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
+    problem = row["problem"]
+    return {"aime24": {"id": 60, "problem": problem, "solution": "...", "answer": gold.zfill(3), "url": "",
+                       "year": "2024"},
+            "amc": {"id": 1, "problem": problem, "answer": float(gold) if name == "amc" else 0.0, "url": ""},
+            "math500": {"problem": problem, "solution": "...", "answer": gold, "subject": "Algebra",
+                        "level": 2, "unique_id": "test/algebra/1.json"},
+            "minerva": {"question": problem, "answer": gold},
+            "olympiadbench": {"id": 1606, "question": problem, "solution": ["..."], "final_answer": [gold],
+                              "context": None, "subfield": "Algebra", "unit": None}}[name]
+
+
+@needs_data
+@pytest.mark.parametrize("name, where", [
+    ("aime24", ("HuggingFaceH4/aime_2024", None, "train")),
+    ("amc", ("AI-MO/aimo-validation-amc", None, "train")),
+    ("math500", ("HuggingFaceH4/MATH-500", None, "test")),
+    ("minerva", ("math-ai/minervamath", None, "test")),
+    ("olympiadbench", ("math-ai/olympiadbench", None, "test"))])
+def test_the_hub_gives_the_questions_of_the_files(name, where, monkeypatch, capsys):
+    local = load_set(name, DATA)
+    calls = hub_of({where: [as_on_the_hub(name, row) for row in local]}, monkeypatch)
+    hub = load_set(name)
+    assert calls == [where] and capsys.readouterr().out == ""
+    assert [row["problem"] for row in hub] == [row["problem"] for row in local]
+    for a, b in zip(hub, local):
+        first = b["answer"] if isinstance(b["answer"], str) else b["answer"][0]
+        assert a["answer"] == ([first] if name == "olympiadbench" else first)
+
+
+def test_gsm8k_from_the_hub(monkeypatch, capsys):
+    rows = {("openai/gsm8k", "main", "train"): [GSM8K_ROW] * 7473,
+            ("openai/gsm8k", "main", "test"): [GSM8K_ROW] * 1319}
+    calls = hub_of(rows, monkeypatch)
+    assert load_set("gsm8k_train")[0] == GSM8K_ROW and len(load_set("gsm8k")) == 1319
+    assert load_rows("openai/gsm8k", "test") == [GSM8K_ROW] * 1319
+    assert [split for _, _, split in calls] == ["train", "test", "test"] and capsys.readouterr().out == ""
+    hub_of({("me/mine", None, "train"): [{"question": "a", "answer": "#### x"}]}, monkeypatch)
+    with pytest.raises(ValueError, match="me/mine, train, row 0: the gold answer must be a number"):
+        load_rows("me/mine", "train")
+
+
+def test_what_the_hub_refuses_is_one_line(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise RuntimeError("no connection\nand a long story")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    complaint = "'AI-MO/aimo-validation-amc' is neither .* hub load it: no connection$"
+    for load in (lambda: load_set("amc"), lambda: load_rows("AI-MO/aimo-validation-amc", "train")):
+        with pytest.raises(ValueError, match=complaint):
+            load()
+
+
+def test_math_from_the_hub_keeps_levels_3_to_5_without_math500(monkeypatch, capsys):
+    def row(problem, level, answer=r"\frac{1}{2}"):
+        return {"problem": problem, "level": level, "type": "Algebra",
+                "solution": f"First \\boxed{{9}}, so \\boxed{{{answer}}}."}
+
+    contents = {("EleutherAI/hendrycks_math", subject, split):
+                [row(f"{subject} {split} {level}", f"Level {level}") for level in "12345?"]
+                for subject in tasks.SUBJECTS for split in ("train", "test")}
+    contents["EleutherAI/hendrycks_math", "geometry", "test"].append(
+        row("Find  $x$\nin the  figure.", "Level 5"))
+    contents["HuggingFaceH4/MATH-500", None, "test"] = [
+        {"problem": "Find $x$ in the figure. ", "answer": "3"}, {"problem": "algebra test 4", "answer": "3"},
+        {"problem": "not there", "answer": "1"}]
+    calls = hub_of(contents, monkeypatch)
+    rows = load_set("math_train")
+    wanted = {f"{subject} {split} {level}"
+              for subject in tasks.SUBJECTS for split in ("train", "test") for level in "345"}
+    assert {r["problem"] for r in rows} == wanted - {"algebra test 4"} and len(rows) == 41
+    assert all(r["answer"] == r"\frac{1}{2}" for r in rows)                         # the last box, complete
+    assert len(calls) == 15 and len(set(calls)) == 15
+    error = capsys.readouterr().out
+    assert "EleutherAI/hendrycks_math: 41 of 85 rows are left, levels 3-5 without MATH500\n" in error
+    assert "has 41 rows, math_train is known with 8,523 or 8,886 or 8,888" in error
+
+
+@needs_data
+def test_the_math_filter_agrees_with_the_real_file():
+    train, test = load_set("math_train", DATA), load_set("math500", DATA)
+    assert filter_math(train, test) == train                                        # made by another filter
+    assert len(filter_math(train + test, test)) == len(train)
+    assert len(filter_math(train + test, [])) == len(train) + sum(row["level"] >= 3 for row in test)
+
+
+@pytest.mark.parametrize("solution, box", [
+    (r"so \boxed{3} and \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"), (r"$\boxed 7$.", "7"),
+    (r"\fbox{4}", "4"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{1} \boxed{2", None),
+    ("no box", None), ("", None), ("a { b", None), (r"\boxed{}", "")])
+def test_last_boxed(solution, box):
+    assert tasks.last_boxed(solution) == box
+
+
+def test_rows_of_both_kinds_from_one_loader(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    text = json.dumps(GSM8K_ROW, ensure_ascii=False) + "\n\n" + json.dumps(MATH_ROW) + "\r\n"
+    path.write_text(text, encoding="utf-8")
+    assert load_rows(str(path), "train") == [GSM8K_ROW, MATH_ROW]
+    odd = GSM8K_ROW | {"question": "a\u2028b\x85c"}                                 # not line ends here
+    path.write_text(json.dumps(odd, ensure_ascii=False), encoding="utf-8")
+    assert load_rows(path, "train") == [odd]
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no rows"):
+        load_rows(path, "train")
+
+
+def test_validation_is_held_out_by_index():
+    rows = [{"row": i} for i in range(1000)]
+    train, validation = split_validation(rows)
+    assert train == rows[:744] and validation == rows[744:] and split_validation(rows) == (train, validation)
+    assert [len(part) for part in split_validation(rows, 10)] == [990, 10]
+    for n in (0, 1000, -1):
+        with pytest.raises(ValueError, match=f"n must .* 1 to 999 of 1000 rows, got {n}"):
+            split_validation(rows, n)

@@ -1,4 +1,4 @@
-r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with intervals.
+r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with confidence intervals.
 
     python eval_math.py --model Qwen/Qwen2.5-0.5B-Instruct --sets gsm8k --max-new-tokens 512
     python eval_math.py --model runs/mine/checkpoints/step_100 --sets aime24,amc,math500,minerva,olympiadbench
@@ -7,22 +7,25 @@ r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with i
     python eval_math.py --model assets/tiny --sets tiny --max-new-tokens 96      # embedded task, no download
     torchrun --nproc-per-node 8 eval_math.py ...     # the same answers, each GPU does every 8th batch
 
-Protocol of the MATH table (that of Dr. GRPO): greedy, at most 3,000 new tokens, 4,096 with the prompt, the
-last \boxed{} counts, unfinished answers are graded like all others. On GSM8K an unfinished answer is wrong,
-as in training; beside the accuracy stand `strict`, the plain `#### n` rule, and `last number`, anywhere in
-the answer: for models that were not told the format.
+The protocol is that of the MATH table of the paper, which is that of Dr. GRPO. Decoding is greedy, with at most 3,000
+new tokens, and at most 4,096 with the prompt. The last \boxed{} counts, and unfinished answers are graded like all
+others. On GSM8K an unfinished answer is incorrect, as in training. Two further columns stand beside the accuracy on
+GSM8K: `strict` is the plain `#### n` rule, and `last number` takes the last number anywhere in the answer. The latter
+is for models that were not told the format.
 
-accuracy   share of right answers; with k samples the mean over questions and samples.
-interval   Wilson, 95 %, n = number of questions (conservative with k samples, which are not independent).
-pass@j     1 - C(k - c, j) / C(k, j) for c right of k samples: unbiased for j draws (2107.03374, Eq. 1), mean
-           over questions.
-tokens     mean length of an answer. truncated: share without a stop id (r1: or </answer>) within the cap.
+accuracy   The share of correct answers. With k samples it is the mean over questions and samples.
+interval   Wilson's 95 % interval with n = number of questions. With k samples, which are not independent, it is
+           conservative.
+pass@j     1 - C(k - c, j) / C(k, j) for c correct answers of k samples, as the mean over questions. It is unbiased
+           for j draws (arXiv 2107.03374, Eq. 1).
+tokens     The mean length of an answer.
+truncated  The share of answers without a stop id (with r1 also without </answer>) within the cap.
 
---out holds config.json, answers.jsonl (a line per answer, written batch by batch), results.json and
-results.md. The same command goes on with an interrupted evaluation. Batches, and the seed that each has,
-depend on the settings alone, so that the result is that of an uninterrupted one (but a GPU that runs out of
-memory splits a batch, which then draws other samples).
-Exit codes: 0 done, 2 bad input (one line on stderr), 1 anything else.
+--out holds config.json, answers.jsonl (a line per answer, written batch by batch), results.json and results.md. The
+same command goes on with an interrupted evaluation. Batches and their seeds depend on the settings alone, so the result
+is that of an uninterrupted evaluation. There is one exception: a GPU that runs out of memory splits a batch, which then
+draws other samples.
+Exit codes: 0 done, 2 bad input (with one line on stderr), 1 anything else.
 """
 import argparse
 import hashlib
@@ -46,7 +49,7 @@ from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
 from trainer.checkpoint import append_lines, write_whole
 from trainer.model import load_model
 from trainer.ranks import device, end, fail, first, gather, rank, start, world_size
-from trainer.settings import OneLineParser, count
+from trainer.settings import PRESETS, OneLineParser, count
 
 MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
 TOTAL_TOKENS = 4096                                  # prompt and answer together
@@ -61,42 +64,46 @@ PAPER = {                                            # accuracies of the paper's
 
 
 def parse_args(argv=None):
-    """The flags, checked."""
+    """Parse the flags and check them."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="hub name or local folder")
-    parser.add_argument("--sets", required=True, help=f"comma-separated: {', '.join([*SETS, *tasks.lock.PRESETS])}")
-    parser.add_argument("--data-dir", type=Path,
-                        help="folder with gsm8k_test.jsonl, eval_aime24.jsonl, ...; default: the hub")
-    parser.add_argument("--out", type=Path, help="folder to write or to go on in; default: runs/eval-MODEL")
-    parser.add_argument("--samples", type=count, default=1, help="k answers per question")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--template", choices=TEMPLATES, default="chat",
-                        help="chat: the model's own; others are for base models")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--max-new-tokens", type=count, default=3000,
-                        help="cap of an answer (GSM8K training has 512)")
-    parser.add_argument("--batch-tokens", type=count, default=262_144,
-                        help="answers at a time, times their greatest length")
+    parser.add_argument("--model", required=True, help="the model to evaluate, a hub name or a local folder; required")
+    parser.add_argument("--sets", required=True, help="the sets to evaluate it on, separated by commas, out of "
+                        f"{', '.join([*SETS, *tasks.lock.LOCKS])}; required")
+    parser.add_argument("--data-dir", type=Path, help="a folder with local files of the sets (gsm8k_test.jsonl, "
+                        "eval_aime24.jsonl, ...); default: read them from the hub")
+    parser.add_argument("--out", type=Path, help="the folder to write, or to go on in; default: runs/eval-MODEL")
+    parser.add_argument("--samples", type=count, default=1, help="k, the number of answers to each question; "
+                        "default: 1")
+    parser.add_argument("--temperature", type=float, default=0.0, help="the temperature of the samples; "
+                        "default: 0, the one greedy answer")
+    parser.add_argument("--template", choices=TEMPLATES, default="chat", help="the prompt around a question, of which "
+                        "all but chat are for base models; default: chat, the model's own chat template")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the samples; default: 0")
+    sizes = ", ".join(f"{preset['max_new_tokens']} for {name}" for name, preset in PRESETS.items())
+    parser.add_argument("--max-new-tokens", type=count, default=3000, help="the cap of an answer, in tokens; the "
+                        f"presets of train_gsm8k.py train with {sizes}; default: 3000")
+    parser.add_argument("--batch-tokens", type=count, default=262_144, help="the number of answers at a time, times "
+                        "their greatest length in tokens; default: 262144")
     args = parser.parse_args(argv)
     args.sets = list(dict.fromkeys(name.strip() for name in args.sets.split(",")))
     for name in args.sets:
-        if name not in SETS and name not in tasks.lock.PRESETS:
-            parser.error(f"argument --sets: {name!r} is not one of {', '.join([*SETS, *tasks.lock.PRESETS])}")
+        if name not in SETS and name not in tasks.lock.LOCKS:
+            parser.error(f"argument --sets: {name!r} is not one of {', '.join([*SETS, *tasks.lock.LOCKS])}")
     if not 0 <= args.temperature < float("inf"):
         parser.error(f"argument --temperature: must be 0 (greedy) or positive, got {args.temperature}")
     if args.samples > 1 and args.temperature == 0:
         parser.error(f"argument --samples: {args.samples} greedy answers would all be the same; "
                      "give a --temperature above 0")
-    *_, run, folder, name = "", "", "", *Path(args.model).parts          # RUN/checkpoints/step_N: with the run's name
+    *_, run, folder, name = "", "", "", *Path(args.model).parts          # RUN/checkpoints/step_N has the run's name
     args.out = args.out or Path("runs") / f"eval-{f'{run}-' if folder == 'checkpoints' else ''}{name}"
     return args
 
 
 def describe(args, model, stop, questions):
-    """All that an answer depends on, for config.json; weights and questions as checksums."""
+    """Everything that an answer depends on, for config.json. Weights and questions are checksums."""
     flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
-    weights = sum(part.view(torch.uint8).sum(dtype=torch.int64).item()      # in parts: the sum copies to int64
+    weights = sum(part.view(torch.uint8).sum(dtype=torch.int64).item()      # in parts, as the sum copies to int64
                   for p in model.parameters() for part in p.detach().reshape(-1).split(2**24))
     digests = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
                for name, asked in questions.items()}
@@ -106,7 +113,7 @@ def describe(args, model, stop, questions):
 
 
 def check_folder(out, config):
-    """ValueError when out is a file, or holds an evaluation with another config."""
+    """Raise ValueError when `out` is a file, or holds an evaluation with another config."""
     try:
         there = dict(json.loads((out / "config.json").read_text()).items())
     except FileNotFoundError:
@@ -120,9 +127,9 @@ def check_folder(out, config):
 
 
 def make_batches(questions, k, new_tokens, batch_tokens):
-    """Lists of question indices, longest prompt first: rows * (longest prompt + new_tokens) <= batch_tokens.
+    """Return lists of question indices, longest prompt first: rows * (longest prompt + new_tokens) <= batch_tokens.
 
-    A question whose k answers are more is a batch of its own (sample() halves it when memory runs out).
+    A question whose k answers are longer than that is a batch of its own. sample() halves it when memory runs out.
     """
     batches, width = [], 0
     for i in sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt)):
@@ -134,7 +141,7 @@ def make_batches(questions, k, new_tokens, batch_tokens):
 
 
 def grade(question, text, finished, template):
-    """{column: right?} of an answer: only `correct` for MATH; for GSM8K also strict and last_number."""
+    """Return {column: is it correct?} of an answer: only `correct` for MATH, also strict and last_number for GSM8K."""
     if template == "r1" and "<answer>" in text:      # what stands between the first tags, in a box or not
         text = text.split("<answer>")[1].split("</answer>")[0].strip()
         text = f"\\boxed{{{text}}}" if question.math and "\\boxed" not in text else text
@@ -148,7 +155,7 @@ def grade(question, text, finished, template):
 def answer_batch(args, model, tokenizer, stop, name, questions, batch):
     """Yield the answers to the questions of a batch as dicts, one per line of answers.jsonl.
 
-    Uses torch's global generator.
+    The randomness is that of torch's global generator.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
     room = [max(0, min(args.max_new_tokens, TOTAL_TOKENS - len(questions[i].prompt))) for i in batch]
@@ -156,7 +163,7 @@ def answer_batch(args, model, tokenizer, stop, name, questions, batch):
                    eos_token_id=stop, pad_token_id=pad, temperature=args.temperature)
     for i, space, own in zip(batch, room, tails):
         for j, ids in enumerate(own):
-            ids = ids[:space]                        # each to its own cap: answers do not depend on the batch
+            ids = ids[:space]                        # each has its own cap, so answers do not depend on the batch
             text = tokenizer.decode(ids, skip_special_tokens=True)
             finished = bool(ids) and ids[-1] in stop or args.template == "r1" and "</answer>" in text
             yield {"set": name, "row": i, "sample": j,
@@ -166,7 +173,7 @@ def answer_batch(args, model, tokenizer, stop, name, questions, batch):
 
 
 def read_answers(path, keys):
-    """[(answer, bytes of its line)], as long as lines are whole and in the order of keys.
+    """Return [(answer, bytes of its line)], for as long as lines are whole and in the order of keys.
 
     keys: tuples (set, row, sample).
     """
@@ -184,14 +191,14 @@ def read_answers(path, keys):
 
 
 def evaluate(args, model, tokenizer, stop, questions):
-    """Answer the questions still open in args.out; returns all answers, as they are in answers.jsonl."""
+    """Answer the questions that are still open in args.out. Returns all answers, as they are in answers.jsonl."""
     batches = [(name, batch) for name, asked in questions.items()
                for batch in make_batches(asked, args.samples, args.max_new_tokens, args.batch_tokens)]
     ends = list(itertools.accumulate((len(batch) * args.samples for _, batch in batches), initial=0))
     path = args.out / "answers.jsonl"
     keys = [(name, i, j) for name, batch in batches for i in batch for j in range(args.samples)]
     there = first(lambda: read_answers(path, keys))
-    done = max(b for b, end in enumerate(ends) if end <= len(there))             # whole batches: a seed each
+    done = max(b for b, end in enumerate(ends) if end <= len(there))             # whole batches, as each has a seed
     answers = [answer for answer, _ in there[:ends[done]]]
 
     def answer_numbered(b):
@@ -222,12 +229,12 @@ def wilson(p, n, z=1.959964):
 
 
 def pass_at(j, c, k):
-    """Probability that j of the k samples, drawn without replacement, hold at least one of the c right."""
+    """The probability that j of the k samples, drawn without replacement, hold at least one of the c correct ones."""
     return 1 - math.comb(k - c, j) / math.comb(k, j)
 
 
 def summarize(answers, k):
-    """The numbers of one set, from its lines."""
+    """Return the numbers of one set, from its answers (lines of answers.jsonl)."""
     def share(column):
         return sum(answer[column] for answer in answers) / len(answers)
 
@@ -243,7 +250,7 @@ def summarize(answers, k):
 
 
 def write_table(results):
-    """Markdown: a row per set, then the rows of the paper beside the sets that there are."""
+    """Return Markdown: a table with a row per set, then one with the rows of the paper for the sets that there are."""
     def row(*cells):
         return "| " + " | ".join(f"{100 * x:.1f}" if isinstance(x, float) else str(x) for x in cells) + " |"
 
@@ -272,13 +279,13 @@ def write_table(results):
 
 
 def prepare(args):
-    """((model, tokenizer, stop ids, questions by set), config). Writes nothing.
+    """Return ((model, tokenizer, stop ids, questions by set), config). It writes nothing.
 
-    ValueError or OSError on bad input.
+    Raises ValueError or OSError on bad input.
     """
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ValueError(f"--data-dir {args.data_dir} is not a folder")
-    rows = {name: tasks.lock.make_rows(tasks.lock.PRESETS[name], 256, seed=0) if name in tasks.lock.PRESETS
+    rows = {name: tasks.lock.make_rows(tasks.lock.LOCKS[name], 256, seed=0) if name in tasks.lock.LOCKS
             else load_set(name, args.data_dir) for name in args.sets}
     model, tokenizer = load_model(args.model, torch.bfloat16 if device().type == "cuda" else torch.float32)
     model.to(device()).eval()
@@ -308,7 +315,7 @@ def main(argv=None) -> int:
         print(write_table(results))
 
     try:
-        first(load)                                  # rank 0 alone: it may have to download
+        first(load)                                  # rank 0 goes first, as it may have to download
         gather(load)
         (parts, config), = prepared
         first(lambda: args.out.mkdir(parents=True, exist_ok=True))
@@ -317,7 +324,7 @@ def main(argv=None) -> int:
         return fail(error, 2)
     try:
         answers = evaluate(args, *parts)
-    except KeyboardInterrupt:                        # of every rank
+    except KeyboardInterrupt:                        # every rank gets it
         if rank() == 0:
             print(f"interrupted; {there}", file=sys.stderr)
         return 1

@@ -5,14 +5,14 @@ r"""One row per rollout with all of its branches: the prefix is computed once, n
     attention   token q sees token k  iff  k <= q and k lies in the prompt, in the response before q's pivot,
                                            or in q's own segment (the response, or its branch)
 
-The first token of a branch is predicted by the last token before its pivot. Log-probabilities and gradients
-are those of K + 1 separate rows to float rounding; in a GSM8K step of the paper's sizes 290k tokens are
-computed instead of 776k. Attention in such a row costs the square of its whole length, which grows with K:
-where that is more than the shared prefix saves, `pack_or_split` makes separate rows.
+The first token of a branch is predicted by the last token before its pivot. Log-probabilities and gradients are those
+of K + 1 separate rows, to float rounding. In a GSM8K step of the paper's sizes, 290k tokens are computed instead of
+776k. Attention in such a row costs the square of its whole length, which grows with K. Where that is more than the
+shared prefix saves, `pack_or_split` makes separate rows.
 
-Never leave out the mask of a row with branches (position ids that start again are otherwise read as packed
-documents, and the prefix is cut off without a warning), and never share the prefix through `past_key_values`
-instead (gradient checkpointing drops the cache).
+The mask of a row with branches must never be left out. Otherwise position ids that start again are read as packed
+documents, and the prefix is cut off without a warning. Nor may the prefix be shared through `past_key_values` instead,
+because gradient checkpointing drops the cache.
 
     python packing.py        # draws the tree mask of a small row
 """
@@ -26,55 +26,67 @@ PROMPT, RESPONSE = 0, 1                  # segment numbers; branch k is segment 
 
 
 class Row(NamedTuple):
-    """A packed rollout. Lists over tokens, then over loss tokens (response, branch 1, ..., branch K)."""
+    """A packed rollout. The first four lists run over the row's tokens, the next two over its loss tokens."""
     ids: list[int]
     positions: list[int]
     segments: list[int]
-    prefixes: list[int]                  # what each sees besides its segment: prompt, response up to its pivot
-    targets: list[int]                   # the tokens that are scored ...
-    predictors: list[int]                # ... and the index in the row of the token that predicts each
-    lengths: list[int]                   # loss tokens of each sequence: the response, branch 1, ..., branch K
+    prefixes: list[int]                  # how much of the row each token sees besides its own segment
+    targets: list[int]                   # the tokens that are scored: response, branch 1, ..., branch K
+    predictors: list[int]                # the index in the row of the token that predicts each of them
+    lengths: list[int]                   # number of loss tokens of the response, of branch 1, ..., of branch K
 
 
-def pack(prompt, response, pivot=None, branches=()) -> Row:
-    """One Row from token ids; pivot: number of response tokens that the branches (if there are any) keep.
+IDLE = Row([0], [0], [PROMPT], [1], [], [], [0])     # a token without a loss, for a process without rows
 
-    With a list of pivots the first of them has the first branches, and all have equally many.
+
+def pack(prompt: list[int], response: list[int], branches: list[tuple[int, list[int]]] = ()) -> Row:
+    """Return one Row from token ids.
+
+    branches: (pivot, suffix) pairs, where pivot is the number of response tokens that are kept. Raises ValueError when
+    the prompt is empty or a pivot lies outside of the response.
     """
     if not prompt:
         raise ValueError("prompt must have at least one token, it predicts the first one of the response")
-    forks = fork_points(pivot, branches)
-    if len(forks) != len(branches):
-        raise ValueError(f"branches must be equally many for each pivot, got {len(branches)} for pivot {pivot}")
-    if not all(fork is not None and 0 <= fork <= len(response) for fork in forks):
-        raise ValueError(f"pivot must be 0 to the {len(response)} tokens of the response when there are "
-                         f"branches, got {pivot}")
+    for pivot, _ in branches:
+        if not 0 <= pivot <= len(response):
+            raise ValueError(f"pivot must be 0 to the {len(response)} tokens of the response, got {pivot}")
     ids, positions = [*prompt], [*range(len(prompt))]
     segments, targets, predictors = [PROMPT] * len(prompt), [], []
     prefixes = [len(prompt)] * len(prompt)
-    for segment, (fork, tokens) in enumerate([(0, response), *zip(forks, branches)], start=RESPONSE):
-        parent = len(prompt) + fork                  # tokens that this one continues
+    for segment, (pivot, tokens) in enumerate([(0, response), *branches], start=RESPONSE):
+        parent = len(prompt) + pivot                 # number of tokens that this sequence continues
         predictors += [parent - 1, *range(len(ids), len(ids) + len(tokens) - 1)][:len(tokens)]
         positions += range(parent, parent + len(tokens))
         segments += [segment] * len(tokens)
         prefixes += [parent] * len(tokens)
         targets += tokens
         ids += tokens
-    return Row(ids, positions, segments, prefixes, targets, predictors, [len(y) for y in (response, *branches)])
+    return Row(ids, positions, segments, prefixes, targets, predictors, [len(response), *(len(y) for _, y in branches)])
 
 
-def fork_points(pivot, branches) -> list[int]:
-    """The pivot of each branch, from one for all or a list of them."""
-    pivots = pivot if isinstance(pivot, list) else [pivot]
-    return [p for p in pivots for _ in range(len(branches) // len(pivots))]
+def pack_groups(groups, a: float, limit: float = float("inf")) -> list[Row]:
+    """Return the Rows of all rollouts and branches, in order: one per rollout, or more where that is cheaper.
+
+    a, limit: those of pack_or_split. The G responses of a question without any branch are packed as branches of the
+    question itself, so the prompt is computed once.
+    """
+    trees = []                                       # (prompt, response, [(pivot, suffix), ...])
+    for g in groups:
+        if any(t.branches for t in g.trajectories):
+            trees += [(g.prompt, t.response, t.branches) for t in g.trajectories]
+        else:
+            first, *others = [t.response for t in g.trajectories]
+            trees.append((g.prompt, first, [(0, y) for y in others]))
+    return [row for tree in trees for row in pack_or_split(*tree, a, limit)]
 
 
 def attention_length(model) -> float:
     """A: the length of a row, in tokens, at which masked attention costs as much as all matrix products.
 
-    Per token and layer those are 2 P operations forward and 4 P backward, P parameters; attention in a row of
-    n tokens is 4 n d forward and 10 n d backward (scores are computed again), d = heads * head_dim. Equal at
-    n = 3 P / 7 d: 7.1k for Qwen2.5-0.5B, 28k for 7B, .6k for the models of assets/.
+    Per token and layer, the matrix products are 2 P operations forward and 4 P backward, with P parameters in a layer.
+    Attention in a row of n tokens is 4 n d forward and 10 n d backward (scores are computed again), with
+    d = heads * head_dim. The two are equal at n = 3 P / 7 d. This is 7.1k tokens for Qwen2.5-0.5B, 28k for the 7B
+    model, and 0.6k for the models of assets/.
     """
     config, embeddings = model.config, model.get_input_embeddings()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -82,27 +94,26 @@ def attention_length(model) -> float:
     return 3 * parameters / (7 * config.num_hidden_layers * config.num_attention_heads * head_dim)
 
 
-def pack_or_split(prompt, response, pivot, branches, a: float, limit: float = float("inf")) -> list[Row]:
-    """One packed Row or, where those cost less, 1 + K rows of one sequence each, in the same order.
+def pack_or_split(prompt, response, branches, a: float, limit: float = float("inf")) -> list[Row]:
+    """Return one packed Row or, where they cost less, 1 + K rows of one sequence each, in the same order.
 
-    The rule: a masked row of n tokens costs n + n^2 / A, a causal one, half of which is never computed,
-    n + n^2 / 2A, in units of the matrix products of a token. a: A, the attention_length of the model. A packed
-    row is also never longer than `limit` tokens: what a micro-batch holds is what memory holds.
+    A masked row of n tokens costs n + n^2 / A, in units of the matrix products of a token. A causal row costs
+    n + n^2 / 2A, because half of its attention is never computed. a: A, the attention_length of the model. A packed row
+    is also never longer than `limit` tokens, because what a micro-batch holds is what memory holds.
     """
-    row = pack(prompt, response, pivot, branches)
+    row = pack(prompt, response, branches)
     n = len(row.ids)
-    forks = fork_points(pivot, branches)
-    separate = [len(prompt) + len(response), *(len(prompt) + p + len(y) for p, y in zip(forks, branches))]
+    separate = [len(prompt) + len(response), *(len(prompt) + pivot + len(y) for pivot, y in branches)]
     cheaper = n + n ** 2 / a <= sum(m + m ** 2 / (2 * a) for m in separate)
     if not branches or cheaper and n <= limit:
         return [row]
-    return [pack(prompt, response), *(pack(prompt + response[:p], y) for p, y in zip(forks, branches))]
+    return [pack(prompt, response), *(pack(prompt + response[:pivot], y) for pivot, y in branches)]
 
 
 def tree_mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
-    """[B, L] segment numbers, [B, L] prefixes -> [B, 1, L, L] bool: does token q (dim 2) see k (dim 3)?
+    """[B, L] segment numbers, [B, L] prefixes -> [B, 1, L, L] bool: does token q (dim 2) see token k (dim 3)?
 
-    Every token sees itself, padding too: a fully masked row would be undefined in softmax.
+    Every token sees itself, and so does padding, because softmax is undefined on a fully masked row.
     """
     index = torch.arange(segments.shape[1], device=segments.device)
     seen = segments[:, :, None] == segments[:, None, :]                      # (B, L, L): q's own segment,
@@ -112,11 +123,11 @@ def tree_mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
 
 
 def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[list[int]]:
-    """Indices of rows, longest first, in batches of at most `tokens` padded tokens (None: one batch per rank).
+    """Return the indices of rows, longest first, in batches of at most `tokens` padded tokens (None: one per rank).
 
-    A row is never cut: one that is longer than `tokens` is a batch of its own. With several ranks, of which each
-    takes every ranks-th batch, their number is a multiple of `ranks`, and the batches are as even as that allows;
-    those at the end are empty where there are fewer rows than batches.
+    A row is never cut. One that is longer than `tokens` is a batch of its own. Each of several ranks takes every
+    ranks-th batch. The number of batches is therefore a multiple of `ranks`, and they are as even as that allows. Where
+    there are fewer rows than batches, the batches at the end are empty.
     """
     longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
 
@@ -141,13 +152,16 @@ def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[l
 
 
 def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 4096):
-    """(log-probabilities, entropies), each [loss tokens of all rows, in order], in nats, in fp32 at least.
+    """Return (log-probabilities, entropies), each [loss tokens of all rows, in order], in nats, in fp32 at least.
 
-    Of the policy softmax(logits / temperature), the one that sample() draws from; entropies carry no
-    gradient. One forward of the backbone; the head then sees loss tokens only, `chunk` at a time, and
-    computes them again in the backward pass (but for the last chunk): logits of all tokens would cost 2.4 MB
-    per token with a vocabulary of 151,936.
+    They are those of the policy softmax(logits / temperature), from which sample() draws. Entropies carry no gradient.
+    The backbone runs once. The head then sees loss tokens only, `chunk` at a time, and computes all chunks but the last
+    again in the backward pass. The reason is memory: the logits of all tokens would cost 2.4 MB per token with a
+    vocabulary of 151,936. Without rows, one idle token is computed and the results are empty, because under FSDP every
+    process has to take part in every forward and backward pass. Raises ValueError when the attention of the model is
+    not sdpa, or when the model changes its logits after the head.
     """
+    rows = rows or [IDLE]
     if model.config._attn_implementation != "sdpa":
         raise ValueError("packed rows need a model loaded with attn_implementation='sdpa', "
                          f"got {model.config._attn_implementation!r}")
@@ -165,7 +179,7 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     if any(len(row.lengths) > 1 for row in rows):
         positions, segments = padded([r.positions for r in rows], 0), padded([r.segments for r in rows], -1)
         mask = tree_mask(segments, padded([r.prefixes for r in rows], 0))
-    # Without branches attention is plainly causal, and faster so; the padding at the end is seen by no token.
+    # Without branches attention is plainly causal, which is faster. No token sees the padding at the end.
     hidden = model.base_model(input_ids=padded([r.ids for r in rows], 0), position_ids=positions,
                               attention_mask=mask, use_cache=False).last_hidden_state          # (B, L, d)
     predictors = [b * width + i for b, row in enumerate(rows) for i in row.predictors]
@@ -177,26 +191,58 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
         logits = head(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                   # (n, V)
         logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        del logits                                   # 4 V bytes per token, at the peak of memory
+        del logits                                   # frees 4 V bytes per token at the peak of memory
         chosen = logp.gather(-1, target[:, None])[:, 0]
-        with torch.no_grad():                        # after all that backward needs: it is not computed again
-            entropy = -(logp.exp() * logp).sum(-1)   # (vecdot is a bf16 operation under autocast)
+        with torch.no_grad():                        # last, so that the backward pass does not compute it again
+            entropy = -(logp.exp() * logp).sum(-1)   # (under autocast, vecdot would compute in bf16)
         return chosen, entropy
 
-    # The last chunk is the first of the backward pass: to keep it takes no more memory than to compute it again.
+    # The last chunk is the first one of the backward pass, so keeping it takes no more memory than computing it again.
     chunks = list(zip(hidden.split(chunk), targets.split(chunk)))
     again = [torch.is_grad_enabled() and i < len(chunks) - 1 for i in range(len(chunks))]
     pairs = [checkpoint(score, *c, use_reentrant=False) if r else score(*c) for c, r in zip(chunks, again)]
     return torch.cat([logp for logp, _ in pairs]), torch.cat([entropy for _, entropy in pairs])
 
 
+def batch_costs(rows: list[Row], batches: list[list[int]], ranks: int = 1) -> dict:
+    """Return what the micro-batches cost: forwarded_tokens, padding (its share of what is computed), and imbalance.
+
+    imbalance is the number of tokens of the most loaded rank over the mean. It is 1 when all ranks have the same load.
+    """
+    forwarded = sum(len(row.ids) for row in rows)
+    loads = [len(batch) * len(rows[batch[0]].ids) if batch else 0 for batch in batches]      # longest row first
+    rounds = [loads[i:i + ranks] for i in range(0, len(loads), ranks)]                       # one batch per rank
+    return {"forwarded_tokens": forwarded, "padding": 1 - forwarded / sum(loads),
+            "imbalance": sum(map(max, rounds)) * ranks / sum(loads)}
+
+
+class Alone:
+    """How micro-batches are divided when there is one process: it has all of them, and its sums are the sums of all.
+
+    trainer.model.Ranks does the same for several processes.
+    """
+    size = 1
+
+    def mine(self, batches):
+        """The micro-batches that this process computes."""
+        return batches
+
+    def total(self, value):
+        """The sum of a tensor over all processes."""
+        return value
+
+    def score(self, model, rows, temperature):
+        """score_rows(model, rows, temperature)."""
+        return score_rows(model, rows, temperature)
+
+
 if __name__ == "__main__":
-    row = pack(prompt=[1, 2], response=[3, 4, 5, 6], pivot=2, branches=[[7, 8], [9]])
+    row = pack(prompt=[1, 2], response=[3, 4, 5, 6], branches=[(2, [7, 8]), (2, [9])])
     names = "P" * 2 + "R" * 4 + "1" * 2 + "2"
-    print("P prompt, R response (pivot after 2 tokens), 1 and 2 its branches; "
-          "a line is a token, # what it attends to\n")
+    print("P is the prompt, R the response (with a pivot after 2 tokens), 1 and 2 are its branches.\n"
+          "Each line is a token, and # marks the tokens that it attends to.\n")
     print("   position  ", " ".join(names))
     seen = tree_mask(torch.tensor([row.segments]), torch.tensor([row.prefixes]))[0, 0]
     for name, position, line in zip(names, row.positions, seen.tolist()):
         print(f" {name} {position:8d}   ", " ".join("#" if x else "." for x in line))
-    print("\ntoken", row.targets, "\nis predicted at index", row.predictors)
+    print("\nThe tokens            ", row.targets, "\nare predicted at index", row.predictors)

@@ -2,15 +2,15 @@ r"""Eq. (Q): which state of a failed rollout should be resampled?   (arXiv 2602.
 
     Q(t)  ~  P_phi(success | r_t) * r_t^gamma,      r_t = t / T
 
-Deep states (large r_t) are those that sampling from the question rarely reaches; recoverable states (large P)
-are those from which a right answer is still possible. gamma = 2 in the paper; gamma = 0 is recoverability
-alone, a large negative gamma resamples from the question.
+Deep states (large r_t) are those that sampling from the question rarely reaches. Recoverable states (large P) are those
+from which a correct answer is still possible. The paper has gamma = 2. With gamma = 0 only recoverability counts, and a
+large negative gamma resamples from the question.
 
-States. A response is cut into n segments (sentences, or a fixed number of tokens). As in the authors' code
-the candidates are the question itself and the end of every segment but the last, with r = (i+1)/(n+1),
-i = 0..n-1: the root has ratio 1/(n+1), never 0, and the end of the response is never a candidate. The paper
-leaves "step" open. The authors stop generation at the single token "."; real tokenizers write most sentence
-ends as other tokens (".\n"), so we look at the text instead.
+States. A response is cut into n segments, which are sentences or a fixed number of tokens. As in the authors' code, the
+candidates are the question itself and the end of every segment but the last. They have r = (i+1)/(n+1), i = 0..n-1. The
+question therefore has the ratio 1/(n+1), never 0, and the end of the response is never a candidate. The paper leaves
+open what a "step" is. The authors stop generation at the single token ".". Real tokenizers write most sentence ends as
+other tokens (".\n"), so we look at the text instead.
 
     python pivot.py        # draws Q(t) for several gamma and P
 """
@@ -20,18 +20,19 @@ from itertools import accumulate
 
 import numpy as np
 
-# A line break, or a full stop (and closing quotes, brackets, markdown) before white space: not that of 3.5.
+# A line break, or a full stop before white space, so that 3.5 is not cut. Closing quotes, brackets and markdown may
+# stand between the full stop and the white space.
 SENTENCE_END = re.compile(r"\.[^\w\s]{0,3}(?=\s|\Z)|\n")
-LIST_NUMBER = re.compile(r"\W*\d{1,2}\.\W*")               # "2." begins a step, it is none of its own
+LIST_NUMBER = re.compile(r"\W*\d{1,2}\.\W*")               # "2." begins a segment and is not one itself
 
 
 def sentence_ends(response: list[int], decode, pattern=SENTENCE_END) -> list[int]:
-    """Number of response tokens up to the end of each sentence; the last one is len(response).
+    """The number of response tokens up to the end of each sentence. The last one is len(response).
 
-    response: token ids. decode: list of ids -> text, without special tokens. Tokens are decoded one by one,
-    exact for the ASCII characters looked for in byte-level (Qwen, Llama 3) and word-level tokenizers.
-    Segments without a letter or digit (a second line break, EOS) belong to the sentence before, the number of
-    a list item to the one after. "Dr." and "e.g." end a sentence, as in the authors' code.
+    response: token ids. decode: list of ids -> text, without special tokens. Tokens are decoded one by one. This is
+    exact for the ASCII characters that are looked for, with byte-level tokenizers (Qwen, Llama 3) and with word-level
+    ones. A segment without a letter or digit (a second line break, EOS) belongs to the sentence before it. The number
+    of a list item belongs to the sentence after it. "Dr." and "e.g." end a sentence, as in the authors' code.
     """
     pieces = [decode([token]) for token in response]
     text, bounds = "".join(pieces), list(accumulate(map(len, pieces)))       # bounds[i]: where token i ends
@@ -50,24 +51,25 @@ def sentence_ends(response: list[int], decode, pattern=SENTENCE_END) -> list[int
 
 
 def fixed_ends(response: list[int], tokens: int) -> list[int]:
-    """As sentence_ends, for segments of a fixed number of tokens (the last one may be shorter)."""
+    """Like sentence_ends, for segments of a fixed number of tokens. The last one may be shorter."""
     if tokens < 1:
         raise ValueError(f"tokens per segment must be at least 1, got {tokens}")
     return [*range(tokens, len(response), tokens), len(response)]
 
 
 def candidate_ratios(n_segments: int) -> np.ndarray:
-    """r_t of the n states of a response with n segments: (i+1)/(n+1), i = 0..n-1; i = 0 is the question."""
+    """r_t of the n states of a response with n segments: (i+1)/(n+1), i = 0..n-1. i = 0 is the question."""
     if n_segments < 1:
         raise ValueError(f"n_segments must be at least 1, got {n_segments}")
     return np.arange(1, n_segments + 1) / (n_segments + 1)
 
 
 def pivot_distribution(ratios, p_success, gamma: float) -> np.ndarray:
-    """Eq. (Q) over the candidate states: float64 [n], sums to 1.
+    """Eq. (Q) over the candidate states: float64 [n], which sums to 1.
 
-    ratios: r_t in (0, 1], [n]. p_success: P_phi(success | r_t) in [0, 1], [n], not all 0. gamma: any finite
-    number. In log space: 0.01^-20 or P = 1e-300 neither overflow nor vanish beside each other.
+    ratios: r_t in (0, 1], [n]. p_success: P_phi(success | r_t) in [0, 1], [n], not all 0. gamma: any finite number.
+    Q is computed in log space, where 0.01^-20 and P = 1e-300 neither overflow nor vanish beside each other. Raises
+    ValueError for any other arguments.
     """
     ratios, p_success = np.asarray(ratios, dtype=float), np.asarray(p_success, dtype=float)
     if ratios.ndim != 1 or ratios.size == 0 or not (np.all(ratios > 0) and np.all(ratios <= 1)):
@@ -77,24 +79,22 @@ def pivot_distribution(ratios, p_success, gamma: float) -> np.ndarray:
         raise ValueError(f"p_success must be one probability per ratio, not all 0, got {p_success}")
     if not np.isfinite(gamma):
         raise ValueError(f"gamma must be a finite number, got {gamma}")
-    with np.errstate(divide="ignore"):                       # log 0 = -inf is right: never drawn
+    with np.errstate(divide="ignore"):                       # log 0 = -inf is correct: never drawn
         log_q = np.log(p_success) + gamma * np.log(ratios)
     q = np.exp(log_q - log_q.max())
     return q / q.sum()
 
 
-def draw_pivots(ends: list[int], recoverability, gamma: float, rng: np.random.Generator,
-                n: int = 1) -> list[tuple[int, float]]:
-    """Draw t* ~ Q for a response with segments ending at `ends`: [(number of response tokens kept, r_t*)].
+def draw_pivot(ends: list[int], recoverability, gamma: float, rng: np.random.Generator) -> tuple[int, float]:
+    """Draw t* ~ Q for a response whose segments end at `ends`. Returns (number of response tokens kept, r_t*).
 
-    recoverability: a Recoverability. rng: numpy Generator, the only source of randomness. n: how many different
-    states, one by one; a response with fewer gives all it has.
+    recoverability: a Recoverability. rng: numpy Generator, the only source of randomness.
     """
     states = [0, *ends[:-1]]                                 # the question, then every end but the last
     ratios = candidate_ratios(len(states))
     q = pivot_distribution(ratios, recoverability.predict(ratios), gamma)
-    drawn = rng.choice(len(states), size=min(n, np.count_nonzero(q)), replace=False, p=q)
-    return [(states[i], float(ratios[i])) for i in drawn]
+    i = rng.choice(len(states), p=q)
+    return states[i], float(ratios[i])
 
 
 if __name__ == "__main__":

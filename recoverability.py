@@ -2,15 +2,15 @@ r"""Eq. (P): can a failed rollout still be saved from relative depth r?   (arXiv
 
     P_phi(success | r) = sigmoid(w r + b),   phi = (w, b)
 
-After the K branches of a pivot at depth r are graded, the outcome y = 1 if at least one of them is right,
-else 0, joins a buffer M; phi minimises the binary cross-entropy over M. Two numbers are fitted to a few
-thousand points, so instead of following the gradient online we solve for the exact minimum with Newton's
+After the K branches of a pivot at depth r are graded, the outcome (r, y) joins a buffer M. y is 1 if at least one of
+the branches is correct, and 0 otherwise. phi minimises the binary cross-entropy over M. Only two numbers are fitted, to
+a few thousand points. Instead of following the gradient online, we therefore solve for the exact minimum with Newton's
 method after every step.
 
-Departures from the paper: an L2 penalty of l2/2 * w^2 (none on b) keeps w finite when r separates the
-classes; this is the LogisticRegression(C=1) of the authors' code. Until there are more than
-`min_observations` outcomes and both classes among them, P is 1 everywhere, as in the authors' code, and
-Eq. (Q) then goes by depth alone.
+There are two departures from the paper. First, an L2 penalty of l2/2 * w^2 (there is none on b) keeps w finite when r
+separates the classes. This is the LogisticRegression(C=1) of the authors' code. Second, P is 1 everywhere until there
+are more than `min_observations` outcomes and both classes among them, as in the authors' code. Eq. (Q) then goes by
+depth alone.
 
     python recoverability.py        # fits simulated outcomes and prints truth against estimate
 """
@@ -43,7 +43,10 @@ class Recoverability:
         self.w, self.b, self.fitted = 0.0, 0.0, False
 
     def observe(self, ratio: float, success: bool) -> None:
-        """Add one outcome: relative depth r of a pivot, in [0, 1]; whether any of its branches was right."""
+        """Add one outcome: the relative depth r of a pivot, in [0, 1], and whether any of its branches was correct.
+
+        Raises ValueError when the depth is not in [0, 1].
+        """
         if not (math.isfinite(ratio) and 0 <= ratio <= 1):
             raise ValueError(f"ratio must be a relative depth in [0, 1], got {ratio}")
         self.outcomes.append((float(ratio), bool(success)))
@@ -51,7 +54,7 @@ class Recoverability:
     def fit(self) -> None:
         r"""Set (w, b) to the minimum of sum_M BCE(sigmoid(w r + b), y) + l2/2 * w^2.
 
-        Does nothing, and keeps an earlier fit, until there are more than min_observations outcomes and both
+        Nothing changes, and an earlier fit is kept, until there are more than min_observations outcomes and both
         classes among them.
         """
         ratio = np.array([r for r, _ in self.outcomes])                       # (n,)
@@ -69,18 +72,18 @@ class Recoverability:
         for _ in range(100):
             p = sigmoid(x @ phi)
             gradient = x.T @ (p - success) + penalty * phi                    # (2,)
-            hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty)   # (2, 2), positive: l2 > 0
+            hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty)   # (2, 2), positive as l2 > 0
             newton = np.linalg.solve(hessian, gradient)
-            size, bound = 1.0, loss(phi) * (1 + 1e-12)                        # rounding is no overshoot
-            while loss(phi - size * newton) > bound:                          # but a full step can
+            size, bound = 1.0, loss(phi) * (1 + 1e-12)                        # rounding may exceed loss(phi)
+            while loss(phi - size * newton) > bound:                          # a full step overshoots
                 size /= 2
             phi = phi - size * newton
-            if np.abs(newton).max() < 1e-9:                                   # the next would be its square
+            if np.abs(newton).max() < 1e-9:                                   # the next is about the square of it
                 break
         self.w, self.b, self.fitted = float(phi[0]), float(phi[1]), True
 
     def predict(self, ratio: np.ndarray) -> np.ndarray:
-        """P_phi(success | r) for relative depths of any shape; ones until fitted."""
+        """P_phi(success | r) for relative depths of any shape. It is 1 everywhere until fitted."""
         ratio = np.asarray(ratio, dtype=float)
         return sigmoid(self.w * ratio + self.b) if self.fitted else np.ones_like(ratio)
 
@@ -89,7 +92,7 @@ class Recoverability:
         return {"outcomes": list(self.outcomes), "w": self.w, "b": self.b, "fitted": self.fitted}
 
     def load_state_dict(self, state) -> None:
-        """Continue from another run's `state_dict()`; window, min_observations and l2 stay this object's."""
+        """Continue from another run's `state_dict()`. This object keeps its own window, min_observations and l2."""
         self.outcomes = deque(state["outcomes"], maxlen=self.outcomes.maxlen)
         self.w, self.b, self.fitted = state["w"], state["b"], state["fitted"]
 

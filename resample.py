@@ -1,16 +1,19 @@
-r"""Sampling: G rollouts from a question, K branches from a pivot, by one function; it alone calls `generate`.
+r"""Sampling: one function draws G rollouts from a question and K branches from a pivot.
 
-Dense resampling (arXiv 2602.14169, section on pivot-driven resampling) draws all K continuations from one
-state, so the state is computed once: every prefix is prefilled once, its key/value cache is repeated k times,
-and all N * k rows of a step decode together: on a GPU a decode step costs about the same for 8 rows as for 512.
+This function, `sample`, is the only one in training and evaluation that calls `generate` of transformers.
 
-`generate` alone goes on with padding for every row that has ended, until the longest one does. So it is called
-for 16 tokens at a time, and rows that have ended leave the batch, and the cache, in between: 1.2 times the
-tokens per second on a CPU with lengths as on GSM8K (`python bench.py generation`), more with longer tails.
+Dense resampling (arXiv 2602.14169, section on pivot-driven resampling) draws all K continuations from one state, so
+that state is computed once. Every prefix is prefilled once, and its key/value cache is repeated k times. All N * k rows
+of a step then decode together, because on a GPU a decoding step costs about the same for 8 rows as for 512.
+
+By itself, `generate` goes on with padding for every row that has ended, until the longest row ends. It is therefore
+called for 16 tokens at a time. In between, the rows that have ended leave the batch and the cache. On a CPU, with
+lengths as on GSM8K, this gives 1.2 times the tokens per second (`python -m experiments.speed generation`). With longer
+tails it gives more.
 
 The sampled distribution is exactly softmax(logits / T), the policy that loss.py scores. Checkpoints carry a
-generation_config (Qwen2.5-Instruct: repetition_penalty 1.1, top_k 20, ...) whose values `generate` takes over
-for whatever the caller leaves unset; here it is swapped for an empty one, and everything that changes the
+generation_config (Qwen2.5-Instruct: repetition_penalty 1.1, top_k 20, ...), and `generate` takes over its values for
+whatever the caller leaves unset. It is therefore replaced by an empty one here, and everything that changes the
 distribution is set.
 """
 import warnings
@@ -22,8 +25,11 @@ BLOCK = 16                               # tokens between two looks at which row
 
 
 class Cache(DynamicCache):
-    """Keys and values in the type in which attention reads them: under autocast they come in fp32 (rotary positions
-    are), and all of them would be kept so, and cast again for every token."""
+    """Keys and values, kept in the type in which attention reads them.
+
+    Under autocast they come in fp32, because rotary positions are in fp32. A plain cache would keep all of them so, and
+    cast all of them again for every token.
+    """
 
     def update(self, key_states, value_states, *args, **kwargs):
         kind = key_states.device.type
@@ -35,12 +41,13 @@ class Cache(DynamicCache):
 
 def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_tokens: int | list[int],
            eos_token_id: int | list[int], pad_token_id: int, temperature: float = 1.0) -> list[list[list[int]]]:
-    """Draw k continuations of each prefix from softmax(logits / temperature); temperature 0 is greedy.
+    """Draw k continuations of each prefix from softmax(logits / temperature). Temperature 0 is greedy.
 
     prefixes: N lists of token ids, of any lengths. k, max_new_tokens: one number, or one for each prefix. Returns
-    [N][k] lists of new token ids: the stop id is kept when one was reached, and nothing follows it; without
-    it, the list is as long as its cap. Randomness is torch's global generator. When a GPU runs out of memory
-    the rows are split in halves, with a warning. The model comes back in the mode it was in.
+    [N][k] lists of new token ids. When a stop id was reached, it is kept, and nothing follows it. Otherwise the list is
+    as long as its cap. The randomness is that of torch's global generator. When a GPU runs out of memory, the rows are
+    split in halves, with a warning. The model comes back in the mode it was in. Raises ValueError for impossible
+    arguments, and FloatingPointError when logits are not finite.
     """
     stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     counts = [k] * len(prefixes) if isinstance(k, int) else list(k)
@@ -64,8 +71,8 @@ def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_toke
         settings["temperature"] = float(temperature)
 
     was_training, own_config = model.training, model.generation_config
-    model.eval()                                     # no dropout; checkpointing would switch the cache off
-    model.generation_config = GenerationConfig()     # nothing to inherit: see the module's docstring
+    model.eval()                                     # without dropout; checkpointing would switch the cache off
+    model.generation_config = GenerationConfig()     # `generate` must not inherit its values
     try:
         rows = [n for n, count in enumerate(counts) for _ in range(count)]
         tails = iter(_continue_rows(model, prefixes, rows, caps, settings))
@@ -76,7 +83,7 @@ def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_toke
 
 
 def _continue_rows(model, prefixes, rows, caps, settings):
-    """One continuation for each entry of `rows`, which are indices into prefixes and caps."""
+    """Return one continuation for each entry of `rows`, which are indices into prefixes and caps."""
     tails, size = [], len(rows)
     while len(tails) < len(rows):
         part = rows[len(tails):len(tails) + size]
@@ -86,10 +93,10 @@ def _continue_rows(model, prefixes, rows, caps, settings):
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
-        # Outside of the except block: the traceback would keep the failed attempt's tensors alive.
+        # This is outside of the except block, where the traceback would keep the failed attempt's tensors alive.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        size = len(part) // 2                        # from here on, in this call
+        size = len(part) // 2                        # for the rest of this call
         warnings.warn(f"out of memory while generating {len(part)} sequences at once; going on with {size}",
                       stacklevel=3)
     return tails
@@ -97,23 +104,23 @@ def _continue_rows(model, prefixes, rows, caps, settings):
 
 @torch.no_grad()
 def _generate(model, prefixes, rows, caps, settings):
-    """All rows together: a prefill of each distinct prefix, then `generate` by blocks."""
+    """Continue all rows together: each distinct prefix is prefilled once, then `generate` works block by block."""
     used = sorted(set(rows))
     width = max(len(prefixes[n]) for n in used)
     ids = torch.full((len(used), width), settings["pad_token_id"], device=model.device)
     mask = torch.zeros_like(ids)
-    for i, n in enumerate(used):                     # left padding: all next tokens stand in one column
+    for i, n in enumerate(used):                     # left padding puts all next tokens in one column
         ids[i, width - len(prefixes[n]):] = torch.tensor(prefixes[n], device=model.device)
-        mask[i, width - len(prefixes[n]):] = 1       # from lengths: the pad id may be a token of the prefix
+        mask[i, width - len(prefixes[n]):] = 1       # by length, because a prefix may contain the pad id
 
     cache = None
     if width > 1:
-        # All but the last: `generate` needs a token left to feed, or it silently processes the prompt twice.
+        # The last token is left to `generate`, which would otherwise silently process the prompt twice.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = Cache(config=model.config)
         out = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
                     past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if not torch.isfinite(out.logits).all():     # multinomial would fail with a riddle
+        if not torch.isfinite(out.logits).all():     # multinomial would raise an obscure error
             raise FloatingPointError("the policy's logits are not finite; a smaller learning rate may help")
 
     tails = [[] for _ in rows]
@@ -138,7 +145,7 @@ def _generate(model, prefixes, rows, caps, settings):
 
 
 def _cut_after_stop(tail, stop):
-    """The tokens up to and with the first stop id."""
+    """The tokens up to and including the first stop id."""
     for t, token in enumerate(tail):
         if token in stop:
             return tail[:t + 1]

@@ -1,13 +1,13 @@
 r"""Questions and prompts: GSM8K, MATH and the five evaluation sets, from the hub or from local files.
 
-There are two kinds of rows. GSM8K: `question` and `answer`, the latter ending in `#### <number>`. MATH:
-`problem` and `answer`, LaTeX or a list of accepted alternatives. Whatever the hub calls these fields, a
+There are two kinds of rows. A GSM8K row has a `question` and an `answer` that ends in `#### <number>`. A MATH row has a
+`problem` and an `answer`, which is LaTeX or a list of accepted alternatives. Whatever the hub calls these fields, a
 loader returns these names.
 
-A prompt is the model's own chat template around the question and one sentence of instruction (the authors'
-scripts, arXiv 2602.14169), or, for base models, one of the templates of Dr. GRPO (arXiv 2503.20783,
-sail-sg/understand-r1-zero): `qwen_math`, `r1` and `no`. Those stand around the bare question, so a GSM8K
-answer is then not told to use `####`.
+A prompt is the model's own chat template around the question and one sentence of instruction, as in the authors'
+scripts (arXiv 2602.14169). For base models it may instead be one of the templates of Dr. GRPO (arXiv 2503.20783,
+sail-sg/understand-r1-zero): `qwen_math`, `r1` and `no`. These stand around the bare question, so the model is then not
+told to write `####` before the answer to a GSM8K question.
 """
 import json
 import re
@@ -37,7 +37,7 @@ SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_alg
 
 
 class Source(NamedTuple):
-    """Where a set comes from: its file in --data-dir; hub name, configs, splits; the known row counts."""
+    """Where a set comes from: its file in --data-dir, its hub name, configs and splits, and its known row counts."""
     file: str
     hub: str
     configs: tuple
@@ -45,8 +45,8 @@ class Source(NamedTuple):
     counts: tuple
 
 
-# 675 rows of OlympiadBench in the suite of Dr. GRPO, 674 on the hub. MATH levels 3-5 without MATH500: 8,523
-# in Dr. GRPO, 8,886 in the file that other projects share; the hub's full set should leave about as many.
+# OlympiadBench has 675 rows in the suite of Dr. GRPO, and 674 on the hub. MATH levels 3 to 5 without MATH500 has 8,523
+# rows in Dr. GRPO, and 8,886 in the file that other projects share. The hub's full set should leave about as many.
 SETS = {
     "gsm8k_train": Source("gsm8k_train.jsonl", "openai/gsm8k", ("main",), ("train",), (7473,)),
     "gsm8k": Source("gsm8k_test.jsonl", "openai/gsm8k", ("main",), ("test",), (1319,)),
@@ -62,9 +62,10 @@ SETS = {
 
 
 class Question(NamedTuple):
-    """A question as the policy sees it: text and gold answer for people, prompt (token ids) for the model.
+    """A question as the policy sees it. Text and gold answer are for people, the prompt (token ids) is for the model.
 
-    math: the answer is the last \\boxed{}, and gold may be a list of alternatives; else it is after `####`.
+    math: if True, the answer is the last \\boxed{}, and gold may be a list of alternatives. Otherwise the answer is the
+    number after `####`.
     """
     text: str
     gold: str | list[str]
@@ -73,15 +74,15 @@ class Question(NamedTuple):
 
 
 def chat_prompt(tokenizer, text):
-    """Token ids of one user message `text` in the tokenizer's chat template, up to the assistant's answer."""
+    """Token ids of one user message `text` in the tokenizer's chat template, up to where the answer begins."""
     turns = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 def make_questions(rows, tokenizer, max_prompt_tokens, template="chat"):
-    """(questions, skipped): a Question per row, and the rows whose prompt is longer than max_prompt_tokens.
+    """Return (questions, skipped): a Question per row, and the rows whose prompt is longer than max_prompt_tokens.
 
-    template: one of TEMPLATES. ValueError for another, and for "chat" if the tokenizer has no chat template.
+    template: one of TEMPLATES. Raises ValueError for any other, and for "chat" if the tokenizer has no chat template.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
@@ -105,10 +106,10 @@ def make_questions(rows, tokenizer, max_prompt_tokens, template="chat"):
 
 
 def stop_ids(tokenizer, model):
-    """Sorted ids that end an answer: the eos of the checkpoint, and what its chat template ends turns with.
+    """The ids that end an answer, sorted: the eos of the checkpoint, and what its chat template ends turns with.
 
-    The eos of a base Qwen2.5 is 151643, but inside a chat the base Math models write <|im_end|> (151645).
-    ValueError when there is no such id.
+    Both are needed. The eos of a base Qwen2.5 is 151643, but inside a chat the base Math models write <|im_end|>
+    (151645). Raises ValueError when there is no such id.
     """
     found = {tokenizer.eos_token_id}
     for config in (model.config, model.generation_config):
@@ -127,17 +128,17 @@ def stop_ids(tokenizer, model):
 
 
 def split_validation(rows, n=256):
-    """(train, validation): the last n rows, whatever the seed, are held out to choose the best checkpoint."""
+    """Return (train, validation). The last n rows are held out, whatever the seed, to choose the best checkpoint."""
     if not 1 <= n < len(rows):
         raise ValueError(f"n must leave rows to train on: 1 to {len(rows) - 1} of {len(rows)} rows, got {n}")
     return rows[:-n], rows[-n:]
 
 
 def load_set(name, data_dir=None):
-    """The rows of one of SETS, from its file in the folder data_dir, or from the hub.
+    """Return the rows of one of SETS, from its file in the folder data_dir, or from the hub.
 
-    A printed warning when there are more or fewer rows than known. ValueError names the file and line, or the
-    data set and row, and what is wrong.
+    Prints a warning when there are more or fewer rows than known. Raises ValueError, which names the file and line or
+    the data set and row, and says what is wrong.
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}, got {name!r}")
@@ -159,9 +160,10 @@ def load_set(name, data_dir=None):
 
 
 def load_rows(source, split):
-    """Rows of either kind from a local .jsonl (split is not used), or GSM8K rows from a data set of the hub.
+    """Return rows of either kind from a local .jsonl, or GSM8K rows from a data set of the hub.
 
-    ValueError names the file and the line, or the data set, and what is wrong.
+    split: of the data set; it is not used for a local file. Raises ValueError, which names the file and the line, or
+    the data set, and says what is wrong.
     """
     if str(source).endswith((".jsonl", ".json")) or Path(source).exists():
         return _read_jsonl(Path(source))
@@ -169,7 +171,7 @@ def load_rows(source, split):
 
 
 def filter_math(rows, test_rows):
-    """The MATH rows of level 3 to 5 whose problem is not in test_rows (white space normalised)."""
+    """The MATH rows of levels 3 to 5 whose problem is not in test_rows. White space is normalised before comparing."""
     def words(row):
         return " ".join(row["problem"].split())
 
@@ -178,7 +180,7 @@ def filter_math(rows, test_rows):
 
 
 def last_boxed(solution):
-    r"""What the last \boxed{..} of a MATH solution holds (also \fbox{..}; \boxed 2 up to a $), or None."""
+    r"""What the last \boxed{..} or \fbox{..} of a MATH solution holds, or None. \boxed 2 holds what is before a $."""
     rest = solution[max(solution.rfind(r"\boxed"), solution.rfind(r"\fbox"), 0):]
     match = re.match(r"\\(?:boxed|fbox)\s*", rest)
     rest = rest[match.end():] if match else ""
@@ -196,7 +198,7 @@ def _read_hub(name, config, split, math):
 
     try:
         rows = load_dataset(name, *([config] if config else []), split=split)
-    except Exception as error:                       # the hub raises many types; the person needs one line
+    except Exception as error:                       # it may have many types, and the user needs one line
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"data set {name!r} is neither a local .jsonl nor can the hub load it: "
                          f"{reason}") from error
@@ -224,9 +226,9 @@ def _read_jsonl(path, math=None):
 
 
 def _check_row(row, where, math=None):
-    """The row under the names of the module's docstring; ValueError when it lacks something.
+    """Return the row under the names of the module's docstring. Raises ValueError when it lacks something.
 
-    math: whether it is a MATH row; None: as its fields say.
+    math: whether it is a MATH row. None means that its fields decide.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be an object with named fields, got {type(row).__name__}")
@@ -243,9 +245,10 @@ def _check_row(row, where, math=None):
 
 
 def _check_math_row(row, where):
-    """From `problem` or `question`; `answer`, `final_answer` or the box of `solution`.
+    """Return a MATH row with `problem` and `answer`. Raises ValueError when it lacks something.
 
-    AMC has floats, AIME leading zeros.
+    The problem comes from `problem` or `question`. The answer comes from `answer`, `final_answer` or the box of
+    `solution`. Answers of AMC are floats, and answers of AIME have leading zeros.
     """
     problem = row.get("problem") or row.get("question")
     answer = row["answer"] if row.get("answer") is not None else row.get("final_answer")

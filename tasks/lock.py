@@ -1,28 +1,28 @@
 r"""The embedded task: a combination lock that two CPU cores can learn by reinforcement in a minute.
 
-A question lists labelled turns of two dials (0-9); the solution restates every turn with the dials before
-and after:
+A question lists labelled turns of two dials (0-9). The solution restates every turn with the dials before and after
+it:
 
     The dials show 37.          (a) L+3: 37 -> 67.
     (a) L+3                     (b) both+3: 67 -> 90.
     (b) both+3                  #### 90
     What do they show?
 
-Turns of one dial (`L+3`, `R+8`) are *easy*. `both+3` is *hard*: the demonstrations that the base model is
-trained on leave the dials unmoved in a share 1 - p of them and go on from the wrong state, so the base policy
-does a hard turn right with probability p, however good it is otherwise. A hard turn must have no fixed point
-and k of them must not cancel (a swap or +5 would: two errors make a right answer); moving both dials by 3
-satisfies that for k < 10.
+A turn of one dial (`L+3`, `R+8`) is *easy*. `both+3` is *hard*. In the demonstrations that the base model is trained
+on, a share 1 - p of the hard turns leave the dials unmoved, and the solution goes on from that incorrect state. The
+base policy therefore does a hard turn correctly with probability p, however good it is otherwise.
 
-This is GSM8K in miniature: rows have the fields `question` and `answer` (ending in `#### ..`), prompts come
-from a chat template, the tokenizer and the model are Hugging Face ones, so that training, segmentation,
-grading and logging use the very code that GSM8K uses. One failure, late in a long valid prefix, is what
-DEEP-GRPO is about; `place` moves it.
+A hard turn must have no fixed point, and k of them must not cancel. A swap of the dials or +5 would cancel: two errors
+would make a correct answer. Moving both dials by 3 satisfies both conditions for k < 10.
 
-    python tiny.py --preset tiny        # trains the base model again: assets/tiny, and pretrain.log beside it
+This is GSM8K in miniature. Rows have the fields `question` and `answer` (ending in `#### ..`), prompts come from a chat
+template, and the tokenizer and the model are Hugging Face ones. Training, segmentation, grading and logging therefore
+use the very code that GSM8K uses. What DEEP-GRPO is about is one failure, late in a long valid prefix. `place` moves
+that failure.
+
+    python -m tasks.lock --preset tiny        # trains the base model in assets/tiny again, and writes pretrain.log
 """
 import argparse
-import json
 import math
 import random
 import re
@@ -36,7 +36,6 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks import GSM8K_INSTRUCTION, chat_prompt
-from trainer.model import load_model
 
 EASY = [f"{dial}+{k}" for dial in "LR" for k in range(1, 10)]
 HARD = "both+3"
@@ -50,9 +49,9 @@ PIECES = ([HARD, "The dials show ", ".\n", "\n", "What do they show?", GSM8K_INS
 class Lock:
     """One difficulty of the task.
 
-    turns: fewest and most turns of a question. hard: how many of them are hard. place: where those may stand,
-    counted from the end (1 = the last turn), both ends included. p: probability that the base model does one
-    hard turn right.
+    turns: the fewest and the most turns of a question. hard: how many of them are hard. place: where the hard turns may
+    stand, counted from the end (1 = the last turn), both ends included. p: the probability that the base model does a
+    hard turn correctly.
     """
     turns: tuple[int, int] = (7, 8)
     hard: int = 1
@@ -72,12 +71,12 @@ class Lock:
             raise ValueError(f"p must be a probability, got {self.p}")
 
 
-PRESETS = {"tiny": Lock(), "tiny-deep": Lock(turns=(12, 14), place=(1, 2), p=0.03)}
+LOCKS = {"tiny": Lock(), "tiny-deep": Lock(turns=(12, 14), place=(1, 2), p=0.03)}
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def draw_turns(lock, rng, n=None):
-    """A list of n turns (default: uniform in lock.turns) with the hard ones in place. rng: random.Random."""
+    """Return a list of n turns with the hard ones in place. rng: random.Random. n: None draws it from lock.turns."""
     n = n or rng.randint(*lock.turns)
     turns = [rng.choice(EASY) for _ in range(n)]
     places = [n - back for back in range(lock.place[0], lock.place[1] + 1) if back <= n]
@@ -87,10 +86,10 @@ def draw_turns(lock, rng, n=None):
 
 
 def write_row(turns, start, right):
-    """The row {question, answer} for these turns from the dials `start`.
+    """Return the row {question, answer} for these turns from the dials `start`.
 
-    right: for every turn, whether it is done right; a wrong turn leaves the dials where they are. With every
-    turn done right this is the gold answer.
+    right: for every turn, whether it is done correctly. An incorrect turn leaves the dials where they are. With every
+    turn done correctly, the answer is the gold answer.
     """
     left_dial, right_dial = start
     question = [f"The dials show {left_dial}{right_dial}.\n"]
@@ -107,7 +106,7 @@ def write_row(turns, start, right):
 
 
 def make_rows(lock, n, seed):
-    """n questions with their gold answers, as GSM8K rows; the same seed gives the same rows."""
+    """Return n questions with their gold answers, as GSM8K rows. The same seed gives the same rows."""
     rng = random.Random(seed)
     rows = []
     for _ in range(n):
@@ -117,10 +116,10 @@ def make_rows(lock, n, seed):
 
 
 def demonstrate(lock, rng, p):
-    """One row of the base model's training data: every hard turn is right with probability p only.
+    """Return one row of the base model's training data. Every hard turn is correct with probability p only.
 
-    Every second demonstration is shorter than the task asks for (and then has its hard turns in every second
-    case): without that curriculum the copying of dials is not found in the steps there are.
+    Half of the demonstrations are shorter than the task asks for, and half of these have no hard turns. Without this
+    curriculum, the model does not learn to copy the dials in the steps that there are.
     """
     short = rng.random() < 0.5
     n = rng.randint(1, lock.turns[0]) if short else None
@@ -130,7 +129,7 @@ def demonstrate(lock, rng, p):
 
 
 def make_tokenizer():
-    """A word-level Hugging Face tokenizer of the task's pieces, lossless on the task's texts."""
+    """Return a word-level Hugging Face tokenizer of the task's pieces. It is lossless on the task's texts."""
     vocabulary = {piece: i for i, piece in enumerate(SPECIAL + PIECES)}
     longest_first = sorted(PIECES, key=len, reverse=True)
     pattern = "|".join(re.escape(piece) for piece in longest_first)
@@ -146,13 +145,13 @@ def make_tokenizer():
 
 
 def encode_row(tokenizer, row):
-    """(prompt ids, answer ids with EOS) of a row: what the policy sees, and what it should say."""
+    """Return (prompt ids, answer ids with EOS) of a row: what the policy sees, and what it should say."""
     prompt = chat_prompt(tokenizer, row["question"] + GSM8K_INSTRUCTION)
     return prompt, tokenizer.encode(row["answer"], add_special_tokens=False) + [tokenizer.eos_token_id]
 
 
 def pad_rows(encoded, pad):
-    """Right-padded ids [B, L] and labels [B, L] of encoded rows; labels are -100 on prompt and padding."""
+    """Return right-padded ids [B, L] and labels [B, L] of encoded rows. Labels are -100 on prompts and padding."""
     width = max(len(prompt) + len(answer) for prompt, answer in encoded)
     ids = [prompt + answer + [pad] * (width - len(prompt) - len(answer)) for prompt, answer in encoded]
     labels = [[-100] * len(prompt) + answer + [-100] * (width - len(prompt) - len(answer))
@@ -161,8 +160,11 @@ def pad_rows(encoded, pad):
 
 
 @torch.no_grad()
-def measure(model, tokenizer, lock, n=256, seed=1):
-    """(p_easy, p_hard): mean probability of doing an easy, a hard turn right, given that all before were."""
+def turn_probabilities(model, tokenizer, lock, n=256, seed=1):
+    """Return (p_easy, p_hard), the mean probabilities of doing an easy turn and a hard turn correctly.
+
+    Both are conditional: all turns before this one were done correctly.
+    """
     rows = make_rows(lock, n, seed)
     encoded = [encode_row(tokenizer, row) for row in rows]
     ids, _ = pad_rows(encoded, tokenizer.pad_token_id)
@@ -180,11 +182,11 @@ def measure(model, tokenizer, lock, n=256, seed=1):
 
 
 def pretrain(lock, tokenizer, steps, batch=32, lr=2e-3, seed=0, log=print, model=None):
-    """A base policy for `lock`: a Llama with .56 M parameters, trained on demonstrations. Returns the model.
+    """Train a base policy for `lock`, a Llama with 0.56 M parameters, on demonstrations. Returns the model.
 
-    model: the base policy of another lock, to be trained on. log: gets a line every 100 steps (None: no measuring).
-    (Not a Qwen2: AutoTokenizer gives every folder with that model type a Qwen2Tokenizer, whatever its tokenizer.json
-    says.)
+    model: the base policy of another lock, whose training goes on. log: a function that gets a line every 100 steps;
+    with None nothing is measured. The model is not a Qwen2, because AutoTokenizer gives every folder with that model
+    type a Qwen2Tokenizer, whatever its tokenizer.json says.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -206,43 +208,19 @@ def pretrain(lock, tokenizer, steps, batch=32, lr=2e-3, seed=0, log=print, model
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if log and (step % 100 == 0 or step == steps):
-            easy, hard = measure(model, tokenizer, lock, n=64 if step < steps else 1024)
+            easy, hard = turn_probabilities(model, tokenizer, lock, n=64 if step < steps else 1024)
             log(f"step {step:5d}  loss {loss.item():.4f}  p_easy {easy:.4f}  p_hard {hard:.4f}")
     return model
-
-
-def make_base(lock, folder, steps=300) -> dict[str, float]:
-    """The base policy of tiny-deep trained on for this lock, with training and evaluation rows beside it.
-
-    Returns (and keeps, in base.json) its probabilities of doing an easy and a hard turn right.
-    """
-    settings = {"lock": asdict(lock), "steps": steps}
-    if not (folder / "base.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = load_model(str(ASSETS / "tiny-deep"))
-        model = pretrain(lock, tokenizer, steps, lr=5e-4, log=None, model=model)
-        easy, hard = measure(model, tokenizer, lock, n=1024)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
-            rows = make_rows(lock, n, seed)
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "base.json").write_text(json.dumps({"easy": easy, "hard": hard, **settings}))
-    base = json.loads((folder / "base.json").read_text())
-    if any(base.get(name) != value for name, value in json.loads(json.dumps(settings)).items()):
-        sys.exit(f"error: {folder} holds the base policy of another lock or number of steps: delete {folder.parent}, "
-                 "or choose another --out")
-    return base
 
 
 def main():
     """Train one base model into assets/ and write the log beside it."""
     parser = argparse.ArgumentParser(description="train the base model of the embedded task")
-    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--preset", choices=LOCKS, default="tiny")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--out", type=Path, help="folder to write; default: assets/PRESET")
     args = parser.parse_args()
-    lock, out = PRESETS[args.preset], args.out or ASSETS / args.preset
+    lock, out = LOCKS[args.preset], args.out or ASSETS / args.preset
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "pretrain.log", "w") as file:
         def log(line):
@@ -253,7 +231,7 @@ def main():
         log(f"{asdict(lock)}")
         tokenizer = make_tokenizer()
         model = pretrain(lock, tokenizer, args.steps, log=log)
-    model.half().save_pretrained(out)                # fp16 halves the file; loaded as fp32
+    model.half().save_pretrained(out)                # fp16 halves the file, which is loaded as fp32
     tokenizer.save_pretrained(out)
 
 

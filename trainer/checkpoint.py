@@ -1,13 +1,15 @@
-r"""A run on disk: logs that grow by whole lines, checkpoints that are there completely or not at all.
+r"""A run on disk: logs that grow by whole lines, and checkpoints that are there completely or not at all.
 
     RUN_DIR/metrics.jsonl, samples.jsonl    what the run did: the same seed on the same CPU gives the same bytes
     RUN_DIR/timing.jsonl                    what it cost: seconds, tokens per second, memory
     RUN_DIR/checkpoints/step_N              the state after step N
 
-A run may be killed at any moment. What was being written then is a folder with another name (it is renamed when
-all of it is on the disk) or the tail of a log (lines after the checkpoint, a torn one among them, are dropped
-when the run goes on, and written again). Kept are the newest checkpoint and the best one; where these are one
-and the same, also the one before, so that there is always another to go on from.
+A run may be killed at any moment. A checkpoint that was being written is then a folder with another name, because a
+checkpoint gets its name only when all of it is on the disk. A log may then have lines of later steps than the newest
+checkpoint, and its last line may be torn. These lines are dropped when the run goes on, and they are written again.
+
+The newest checkpoint and the best one are kept. If these are the same, the one before it is kept as well, so that there
+is always another one to go on from.
 """
 import json
 import os
@@ -39,7 +41,7 @@ def append_lines(path, lines) -> None:
 
 
 def write_whole(path, text) -> None:
-    """The file with this text, or, when the process dies in between, the file that was there before."""
+    """Write a file with this text. If the process dies in between, the file that was there before stays as it was."""
     beside = path.with_name(path.name + ".partial")
     beside.write_text(text, encoding="utf-8")
     _to_disk(beside)
@@ -47,7 +49,7 @@ def write_whole(path, text) -> None:
 
 
 def cut_logs(run_dir, step) -> None:
-    """Drop the lines of the logs that belong to later steps than `step` (-1: all of them), and a torn last line."""
+    """Drop the lines of the logs that belong to later steps than `step` (-1: all lines), and a torn last line."""
     for path in (Path(run_dir) / name for name in LOGS):
         if path.exists():
             kept = []
@@ -59,17 +61,18 @@ def cut_logs(run_dir, step) -> None:
 
 
 def find_checkpoints(run_dir) -> list[tuple[int, Path]]:
-    """(step, folder) of all complete checkpoints of a run, oldest first."""
+    """(step, folder) of all complete checkpoints of a run, the oldest first."""
     folders = (Path(run_dir) / "checkpoints").glob("step_*")
     return sorted((int(path.name[5:]), path) for path in folders if re.fullmatch(r"step_\d+", path.name))
 
 
 def save_checkpoint(run_dir, step, write, best_step=None, shards=None) -> None:
-    """Make checkpoints/step_N: write(folder) fills a folder beside it, which is then renamed; old ones are removed.
+    """Make checkpoints/step_N, and remove old checkpoints.
 
-    With several ranks (who must see one disk) rank 0 writes; shards, a state dict of which each rank holds a part,
-    go into optimizer/, where each rank writes its own. OSError when writing fails, a full disk for example; the
-    checkpoints that were there are then there still.
+    write(folder) fills a folder with another name, which is then renamed. With several ranks, which must all see one
+    disk, rank 0 writes. shards is a state dict of which each rank holds a part. It goes into optimizer/, where each
+    rank writes its own part. Raises OSError when writing fails, for example on a full disk. The checkpoints that were
+    there before are then still there.
     """
     folder = Path(run_dir) / "checkpoints" / f"step_{step}"
     beside = folder.with_name(folder.name + ".partial")
@@ -77,12 +80,12 @@ def save_checkpoint(run_dir, step, write, best_step=None, shards=None) -> None:
     def attempt(action):
         try:
             action()
-        except Exception as error:                               # safetensors and torch have their own types
-            shutil.rmtree(beside, ignore_errors=True)            # its room may be needed
+        except Exception as error:                               # safetensors and torch raise their own types
+            shutil.rmtree(beside, ignore_errors=True)            # its room on the disk may be needed
             raise OSError(f"the checkpoint {folder} could not be written: {error}") from error
 
     def begin():
-        shutil.rmtree(beside, ignore_errors=True)                # of a process that was killed here
+        shutil.rmtree(beside, ignore_errors=True)                # left by a process that was killed here
         beside.mkdir(parents=True)
         write(beside)
 
@@ -99,20 +102,20 @@ def save_checkpoint(run_dir, step, write, best_step=None, shards=None) -> None:
         return
     first(lambda: attempt(begin))
     if shards is not None:
-        attempt(lambda: dcp.save(shards, checkpoint_id=beside / "optimizer"))                # of all ranks together
+        attempt(lambda: dcp.save(shards, checkpoint_id=beside / "optimizer"))                # all ranks together
     first(lambda: attempt(complete))
     first(rename)
 
 
 def _remove_old(run_dir, best_step):
-    """Keep the newest checkpoint and the best, or, where these are the same, the newest two."""
+    """Remove all checkpoints but the newest and the best or, where these are the same, all but the newest two."""
     found = find_checkpoints(run_dir)
     kept = {found[-1][0], best_step}
     if len(kept & {step for step, _ in found}) == 1:
         kept |= {step for step, _ in found[-2:]}
     for step, folder in found:
         if step not in kept:
-            going = folder.with_name(folder.name + ".old")       # half removed, it must not look complete
+            going = folder.with_name(folder.name + ".old")       # a half removed one must not look complete
             os.replace(folder, going)
             shutil.rmtree(going)
     parent = found[-1][1].parent
@@ -121,15 +124,15 @@ def _remove_old(run_dir, best_step):
 
 
 def _to_disk(path):
-    """Return when the operating system has written the file, not only promised to."""
+    """Return only when the operating system has written the file, and not just promised to write it."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-# ---- the state of a run (train_gsm8k.Run) ----
+# ---- the state of a run (session.Run) ----
 
 def moving_parts(run) -> dict:
-    """What a resumed run needs beside weights and optimizer, as of now."""
+    """What a resumed run needs besides weights and optimizer, as it is now."""
     return {"step": run.step, "rounds": run.rounds, "generated_total": run.generated_total,
             "best_step": run.best_step, "best_accuracy": run.best_accuracy,
             "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
@@ -138,24 +141,29 @@ def moving_parts(run) -> dict:
 
 
 def save_run(run, parts) -> None:
-    """checkpoints/step_N: model and tokenizer in Hugging Face format, and trainer.pt: moving parts (of the random
-    states those of all ranks) and optimizer. That of a sharded run is in optimizer/, written by all ranks."""
+    """Write checkpoints/step_N: model and tokenizer in Hugging Face format, and trainer.pt.
+
+    trainer.pt holds the moving parts, with the random states of all ranks, and the optimizer. The optimizer of a
+    sharded run is in optimizer/ instead, which all ranks write.
+    """
     parts = parts | {name: gather(lambda name=name: parts[name]) for name in ("torch_rng", "cuda_rng")}
-    optimizer = get_optimizer_state_dict(run.model, run.optimizer)
+    optimizer = get_optimizer_state_dict(run.policy.model, run.optimizer)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True) if distributed() else None
-    weights = get_model_state_dict(run.model, options=whole)             # of a sharded model: on rank 0
+    weights = get_model_state_dict(run.policy.model, options=whole)             # whole on rank 0 only, if sharded
 
     def write(folder):
-        run.model.save_pretrained(folder, state_dict=weights)
-        run.tokenizer.save_pretrained(folder)
+        run.policy.model.save_pretrained(folder, state_dict=weights)
+        run.policy.tokenizer.save_pretrained(folder)
         torch.save(parts if distributed() else {"optimizer": optimizer, **parts}, folder / "trainer.pt")
 
     save_checkpoint(run.args.out, parts["step"], write, parts["best_step"], optimizer if distributed() else None)
 
 
 def load_run(run) -> int:
-    """Put the run back to its newest checkpoint, of this number of ranks or any other. Returns its step, 0 if there
-    is none. ValueError when it is damaged."""
+    """Put the run back to its newest checkpoint, which may be from any number of ranks.
+
+    Returns the step of the checkpoint, or 0 if there is none. Raises ValueError when it is damaged.
+    """
     found = first(lambda: find_checkpoints(run.args.out))
     if not found:
         return 0
@@ -175,34 +183,34 @@ def load_run(run) -> int:
         torch.set_rng_state(parts["torch_rng"][rank()])
         if parts["cuda_rng"][rank()] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(parts["cuda_rng"][rank()])
-    else:                                                # there were fewer ranks
+    else:                                                # the checkpoint is from fewer ranks
         seed_rank(run.args.seed, run.step)
     return run.step
 
 
 def _read(run, folder):
-    """Weights and optimizer of a checkpoint into the run; returns its moving parts."""
-    weights, moments = {}, {}                            # whole, and on rank 0 only
+    """Read weights and optimizer of a checkpoint into the run. Returns its moving parts."""
+    weights, moments = {}, {}                            # whole tensors, on rank 0 only
 
     def load():
         try:
             parts = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=False)
             weights.update(load_model(str(folder))[0].state_dict())
             moments.update(parts.pop("optimizer", {}))
-        except Exception as error:                       # many types; the person needs one line
+        except Exception as error:                       # it may have many types, and the user needs one line
             raise ValueError((str(error).splitlines() or [repr(error)])[0]) from error
         return parts, bool(moments)
 
     parts, by_one_process = first(load)
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed())
-    set_model_state_dict(run.model, weights, options=whole)
+    set_model_state_dict(run.policy.model, weights, options=whole)
     if by_one_process:
-        set_optimizer_state_dict(run.model, run.optimizer, moments, options=whole)
+        set_optimizer_state_dict(run.policy.model, run.optimizer, moments, options=whole)
         return parts
-    moments = get_optimizer_state_dict(run.model, run.optimizer)
+    moments = get_optimizer_state_dict(run.policy.model, run.optimizer)
     try:
         dcp.load(moments, checkpoint_id=folder / "optimizer")
-    except Exception as error:                           # on all ranks alike
-        raise ValueError(f"no optimizer state in it: {repr(error).splitlines()[0]}") from error
-    set_optimizer_state_dict(run.model, run.optimizer, moments)
+    except Exception as error:                           # it is raised on all ranks alike
+        raise ValueError(f"it holds no optimizer state: {repr(error).splitlines()[0]}") from error
+    set_optimizer_state_dict(run.policy.model, run.optimizer, moments)
     return parts

@@ -1,28 +1,34 @@
-r"""GPU memory of a training run, by part, before anything is downloaded.
+r"""GPU memory of a training run, part by part, computed before anything is downloaded.
 
     python train_gsm8k.py --preset math-7b --dry-run --gpus 8
 
-Bytes on each of N GPUs. P parameters, of which R not in the layers and B in one of the L layers; h hidden size,
-q = heads * head_dim, I inner size of the MLP, V vocabulary; T tokens of a micro-batch, C = min(T, 4096) loss tokens in
-a chunk of the head (packing.score_rows):
+The table gives bytes on each of N GPUs. The model has P parameters: B in each of its L layers, and R outside of the
+layers. Its hidden size is h, its vocabulary V and the inner size of its MLP I, and q = heads * head_dim. A micro-batch
+has T tokens. A chunk of the head has C = min(T, 4096) loss tokens (packing.score_rows).
 
-    weights, gradients, reference   4 P/N each, moments 8 P/N; the reference if beta > 0. Offloaded: the reference only
-    gathered                        bf16 copies of the weights. Sampling: 2 P. Update, one GPU: 2 P, by autocast, in a
-                                    layer its gradient in bf16 and fp32, 6 B. Sharded: weights of R and the gradient of
-                                    the head, 2 R + 2 V h; in a layer's backward pass 10 B more: its weights and
-                                    gradients, the weights of the layer to come, and the gradients of the one before,
-                                    fp32, on their way to be summed
-    KV cache                        sampling: 2 L kv_heads head_dim * 2 per token of a row, prompt and new ones
-    logits                          sampling: 14 V per row. Update: 12 V C, log-probabilities and two gradients, fp32
-    activations                     what a layer keeps for its backward pass, per token:
+    weights, gradients, reference   4 P/N each, and moments 8 P/N. There is a reference if beta > 0. With offloading,
+                                    only the reference is left on the GPU.
+    gathered                        bf16 copies of the weights.
+                                    Sampling: 2 P.
+                                    Update, one GPU: 2 P by autocast, and 6 B in a layer, which are its gradient in bf16
+                                    and fp32.
+                                    Update, sharded: 2 R + 2 V h, which are the weights of R and the gradient of the
+                                    head. The backward pass of a layer adds 10 B: its weights and gradients, the weights
+                                    of the layer to come, and the gradients of the one before in fp32, which are on
+                                    their way to be summed.
+    KV cache                        Sampling: 2 L kv_heads head_dim * 2 per token of a row, for prompt and new tokens.
+    logits                          Sampling: 14 V per row.
+                                    Update: 12 V C, which are log-probabilities and two gradients in fp32.
+    activations                     What a layer keeps for its backward pass, per token:
                                     2 norms: fp32 input, normalised, and a bf16 copy for each product that reads it
                                     q, k, v (k and v repeated for all heads), output twice: 5 q * 2
                                     MLP: gate, silu(gate), up, product: 4 I * 2
-                                    and the mask, 2 per token of the longest row (T: an upper bound).
-                                    All L layers; or with gradient checkpointing L inputs, and one layer at a time
+                                    mask: 2 per token of the longest row (T is an upper bound)
+                                    All L layers keep this. With gradient checkpointing there are L inputs, and one
+                                    layer at a time.
 
-The update's peak is at the head (all that the layers keep, and logits), or in the last layer's backward pass. A tenth
-of a GPU's memory is left to fragments, to CUDA and NCCL.
+The peak of the update is either at the head, with logits and all that the layers keep, or in the backward pass of the
+last layer. A tenth of a GPU's memory is left free for fragments, for CUDA and for NCCL.
 """
 from bisect import bisect_left
 
@@ -35,10 +41,10 @@ USABLE = 0.9
 
 def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, reference=True, checkpointing=False,
              offload=False, compute=torch.bfloat16) -> dict:
-    """{"sampling": {part: bytes}, "update": {part: bytes}} on each GPU, for a model that may be on the meta device.
+    """Return {"sampling": {part: bytes}, "update": {part: bytes}} of each GPU, by the formulas at the top of the file.
 
-    rows: sequences sampled at a time on a GPU, of row_tokens each. compute: float32 is a CPU's. The formulas are
-    above.
+    model: may be on the meta device. rows: number of sequences that are sampled at a time on a GPU, of row_tokens each.
+    compute: the type of the computation, which is float32 on a CPU.
     """
     config, base = model.config, model.base_model
     size = {name: sum(p.numel() for p in part.parameters()) for name, part in (("P", model), ("B", base.layers[0]))}
@@ -46,11 +52,11 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
     q, P, B = config.num_attention_heads * head_dim, size["P"], size["B"]
     R, T, C = P - depth * B, micro_batch_tokens, min(micro_batch_tokens, 4096)
-    outside = 2 * R + 2 * vocabulary * h             # the layers: gathered once for both passes
+    outside = 2 * R + 2 * vocabulary * h             # not in the layers; gathered once for both passes
     s = compute.itemsize
     sharded = gpus > 1
     autocast = s == 2 and not sharded
-    residual = 4 if autocast else s                  # bytes of a number of what flows from layer to layer
+    residual = 4 if autocast else s                  # bytes per number that flows from layer to layer
     static = {"weights": 4 * P / gpus, "gradients": 4 * P / gpus, "moments": 8 * P / gpus}
     static = dict.fromkeys(static, 0) if offload else static
     static["reference"] = 4 * P / gpus if reference else 0
@@ -61,7 +67,7 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
 
     layer = T * (2 * (4 + residual) * h + (5 if autocast else 2) * s * h + 5 * q * s + 4 * inner * s + T * s)
     kept = depth * (T * residual * h if checkpointing else layer)
-    moments = {                                      # of the update, not of Adam
+    moments = {                                      # points in time of the update, not Adam's moments
         "at the head": {"activations": kept + T * (4 + 3 * residual) * h,
                         "logits": max(12 * C, 6 * h if autocast else 0) * vocabulary,
                         "gathered": sharded * outside + autocast * 2 * P},
@@ -72,7 +78,7 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
 
 
 QWEN = dict(num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True)
-KNOWN = {                                            # the presets' models: nothing to download
+KNOWN = {                                            # models of the presets, which need no download
     "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(**QWEN, num_hidden_layers=24, hidden_size=896, num_attention_heads=14,
                                               intermediate_size=4864),
     "Qwen/Qwen2.5-Math-1.5B": Qwen2Config(**QWEN, num_hidden_layers=28, hidden_size=1536, num_attention_heads=12,
@@ -83,10 +89,13 @@ KNOWN = {                                            # the presets' models: noth
 
 
 def load_geometry(name):
-    """The model on the meta device: shapes, no numbers. Folder or hub name; ValueError when there is none."""
+    """Return a model on the meta device, which has shapes and no numbers.
+
+    name: a folder or a name on the hub. Raises ValueError when there is no such model.
+    """
     try:
         config = KNOWN.get(name) or AutoConfig.from_pretrained(name)
-    except Exception as error:                       # many types; the person needs one line
+    except Exception as error:                       # it may have many types, and the user needs one line
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r}: no config.json could be read: {reason}") from error
     with torch.device("meta"):
@@ -94,12 +103,12 @@ def load_geometry(name):
 
 
 def largest(cost, limit) -> int:
-    """The largest n with cost(n) <= limit, by bisection; 0 if there is none."""
+    """The largest n with cost(n) <= limit, found by bisection. It is 0 if there is none."""
     return bisect_left(range(1, 2**24), True, key=lambda n: cost(n) > limit)
 
 
 def report(args, gpus) -> str:
-    """What --dry-run prints, for the settings of a run (presets.parse_args)."""
+    """Return what --dry-run prints for the settings of a run (trainer.settings.parse_args)."""
     model, width = load_geometry(args.model), args.max_prompt_tokens + args.max_new_tokens
     rows = -(-args.questions * args.group_size // gpus)
 
@@ -119,7 +128,7 @@ def report(args, gpus) -> str:
               f"sampling: all {rows} rollouts of a GPU at once, {width} tokens each{branches}",
               f"update: micro-batches of {args.micro_batch_tokens} tokens",
               f"host memory: {4 * parameters / GB:.1f} on rank 0 to load the model{host}",
-              "", f"largest that fits, {100 * (1 - USABLE):.0f} % left free:"]
+              "", f"the largest sizes that fit, with {100 * (1 - USABLE):.0f} % of the memory left free:"]
     for card in (24, 40, 80):
         limit = USABLE * card * GB
         batch = largest(lambda n: sum(parts("sampling", n).values()), limit)

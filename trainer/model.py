@@ -1,9 +1,11 @@
-r"""The policy and the reference: load, put on one GPU or shard over all ranks (torch's FSDP2, `fully_shard`).
+r"""The policy and the reference model: they are loaded, and put on one GPU or sharded over all ranks.
 
-Sharded are weights, gradients, moments and reference: each rank holds an N-th of every tensor, in fp32. A forward or
-backward pass gathers a layer at a time, in bf16, and gradients are summed over ranks in fp32. For sampling all layers
-are gathered once, and given back before the update (gathered): else each token would gather all of them again, and all
-ranks would have to stop at the same length.
+Sharding is torch's FSDP2 (`fully_shard`). Weights, gradients, moments and the reference are sharded: each rank holds an
+N-th of every tensor, in fp32. A forward or backward pass gathers one layer at a time, in bf16. Gradients are summed
+over the ranks in fp32.
+
+For sampling, all layers are gathered once, and they are given back before the update (`gathered`). Otherwise every
+token would gather all of them again, and all ranks would have to stop at the same length.
 """
 import copy
 from collections.abc import Callable
@@ -25,26 +27,27 @@ from torch.distributed.fsdp import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer.ranks import device, distributed, first, rank, world_size
+from packing import score_rows
+from trainer.ranks import device, distributed, first, gather, rank, world_size
 
-# On Hopper torch takes cuDNN's attention first. With a mask its backward pass gives NaN at some widths (torch 2.11 to
-# 2.13: pytorch issue 196678, trl issue 7181 with Qwen2.5-0.5B), and it makes a plan anew for each shape: here for each
-# token. Next in line are the flash and the memory-efficient kernel.
+# On Hopper, torch prefers the attention of cuDNN. With a mask, its backward pass gives NaN at some widths (torch 2.11
+# to 2.13; see pytorch issue 196678, and trl issue 7181 with Qwen2.5-0.5B). It also makes a new plan for each shape,
+# which here means for each token. Without it, torch takes the flash kernel or the memory-efficient one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load_model(name, dtype=torch.float32):
-    """(model with sdpa attention, tokenizer) from a folder or the hub; ValueError when there is none."""
+    """Return (model with sdpa attention, tokenizer) from a folder or the hub. Raises ValueError when there is none."""
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         raise ValueError(f"{name} does not hold a model: there is no config.json in it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-    except Exception as error:                       # many types; the person needs one line
+    except Exception as error:                       # it may have many types, and the user needs one line
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r} is neither a local folder with a model nor could it be loaded from the "
                          f"hub: {reason}") from error
-    for module in model.modules():                   # dropout would score another policy than the one sampled
+    for module in model.modules():                   # dropout would score another policy than was sampled
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
@@ -53,15 +56,19 @@ def load_model(name, dtype=torch.float32):
 
 
 def precision(model):
-    """fp32 on a CPU; on a GPU bf16 compute with fp32 master weights: by autocast, or as FSDP was told (shard)."""
+    """The context of a forward pass: fp32 on a CPU, and bf16 compute with fp32 master weights on a GPU.
+
+    On a GPU it is autocast. A sharded model needs no autocast, because FSDP was told the type (shard).
+    """
     kind = model.device.type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda" and not isinstance(model, FSDPModule))
 
 
 def place(weights, config, offload=False, frozen=False):
-    """A model with the weights of rank 0's ([model] there, [] elsewhere) on this process's device.
+    """Return a model with rank 0's weights on this process's device. Under torchrun it is sharded over all ranks.
 
-    Under torchrun sharded over all ranks. frozen: the reference, a copy without gradients.
+    weights: [model] on rank 0, [] on the other ranks. offload: that of shard(). frozen: return the reference, a copy
+    without gradients.
     """
     if not distributed():
         model = copy.deepcopy(weights[0]) if frozen else weights[0]
@@ -75,10 +82,11 @@ def place(weights, config, offload=False, frozen=False):
 def shard(model, compute_dtype: torch.dtype | None = None, offload=False):
     """Shard a model over all ranks, in place: each decoder layer, then what is left (embeddings, norm, head).
 
-    Embeddings and head stay in one group, as they may be tied. compute_dtype: of gathered weights and activations
-    (bf16); weights, gradients and their sum over ranks stay as they are (fp32). Gradients are summed, not averaged:
-    the weights of loss.py have all denominators. offload: sharded weights, gradients and the optimizer's moments
-    live in host memory, where the optimizer step is then computed.
+    Embeddings and head stay in one group, because they may be tied. compute_dtype: the type of gathered weights and of
+    activations (bf16). Sharded weights, gradients and the sum of gradients over ranks stay in their own type (fp32).
+    offload: keep sharded weights, gradients and the optimizer's moments in host memory, where the optimizer step is
+    then computed. Gradients are summed over ranks, not averaged, because the weights of loss.py contain all
+    denominators. Returns the model.
     """
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, cast_forward_inputs=False,
                                      reduce_dtype=None if compute_dtype is None else torch.float32)
@@ -87,7 +95,7 @@ def shard(model, compute_dtype: torch.dtype | None = None, offload=False):
     frozen = not any(p.requires_grad for p in model.parameters())
     for layer in model.base_model.layers:
         fully_shard(layer, **settings)
-    # The root stays gathered from forward to backward; without a backward nothing would free it.
+    # The root stays gathered from the forward to the backward pass. A frozen model has no backward pass to free it.
     fully_shard(model, **settings, reshard_after_forward=frozen)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
@@ -96,19 +104,20 @@ def shard(model, compute_dtype: torch.dtype | None = None, offload=False):
 
 
 def fsdp_modules(model) -> list[FSDPModule]:
-    """The sharded groups of a model, the root first; none without FSDP."""
+    """The sharded groups of a model, the root first. Without FSDP there are none."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def fill(model, weights, offload=False):
-    """Put the weights of rank 0's whole model (None on the others) into a sharded one, made on the meta device.
+    """Put the weights of rank 0's whole model into a sharded model, which was made on the meta device. Returns it.
 
-    One tensor at a time: no GPU, and only one process, ever holds the whole model.
+    weights: the whole model on rank 0, None on the other ranks. One tensor is sent at a time, so no GPU ever holds the
+    whole model, and only one process does.
     """
     model.to_empty(device="cpu" if offload else device())
     whole = weights.state_dict() if rank() == 0 else {}
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    # Buffers that are no part of a state dict (the frequencies of rotary positions) are undefined after to_empty.
+    # Buffers that are not in a state dict (the frequencies of rotary positions) are undefined after to_empty.
     buffers, model.generation_config = first(lambda: (dict(weights.named_buffers()), weights.generation_config))
     for name, value in buffers.items():
         owner, _, leaf = name.rpartition(".")
@@ -117,15 +126,18 @@ def fill(model, weights, offload=False):
 
 
 def checkpoint_activations(model):
-    """From now on activations are computed twice instead of kept: in training mode only (dropout is 0: load_model)."""
-    # Its name from transformers 5.23 on, and before.
+    """Compute activations twice instead of keeping them, from now on.
+
+    This works in training mode only. The mode changes nothing else, because load_model() has set dropout to 0.
+    """
+    # The first name is that of transformers 5.23 and later, the second that of earlier versions.
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     model.train()
 
 
 @contextmanager
 def gathered(model):
-    """All weights whole, on every rank, until the end of the block: forwards in it need no other rank."""
+    """Keep all weights whole on every rank until the end of the block. A forward pass in it needs no other rank."""
     modules = fsdp_modules(model)
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -139,7 +151,7 @@ def gathered(model):
 
 
 def as_forward(model, function: Callable) -> Callable:
-    """function with its first argument, the model, filled in; on a sharded model it counts as a forward.
+    """Return `function` with its first argument, the model, filled in. On a sharded model it counts as a forward pass.
 
     FSDP gathers weights around `model.forward` only, unless it is told of other methods.
     """
@@ -148,5 +160,33 @@ def as_forward(model, function: Callable) -> Callable:
     if not hasattr(model, "run_as_forward"):
         model.run_as_forward = MethodType(lambda self, call: call(), model)
         register_fsdp_forward_method(model, "run_as_forward")
-    # Closed in: FSDP looks for tensors in arguments, through every number of a list, which takes as long as a layer.
+    # The arguments are hidden in a closure. FSDP would search them for tensors, through every number of a list, which
+    # takes as long as a layer.
     return lambda *args: model.run_as_forward(lambda: function(model, *args))
+
+
+class Ranks:
+    """How the micro-batches of an update are divided: packing.Alone for any number of processes.
+
+    Scores are computed in bf16 on a GPU. A sharded model gathers its weights for them.
+    """
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return world_size()
+
+    def mine(self, batches: list) -> list:
+        """Every N-th micro-batch. packing.micro_batches has made equally many for each rank."""
+        return batches[rank()::world_size()]
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks. It is detached when there are several."""
+        if world_size() == 1:
+            return value
+        return sum(gather(lambda: value.detach().cpu()))
+
+    def score(self, model, rows, temperature):
+        """packing.score_rows, as a forward pass of the model."""
+        with precision(model):
+            return as_forward(model, score_rows)(rows, temperature)

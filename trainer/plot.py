@@ -1,6 +1,6 @@
-r"""The figure of a run; one on GSM8K beside the numbers of the paper.
+r"""The figure of a run. A run on GSM8K is drawn beside the numbers of the paper.
 
-    python plot.py RUN_DIR [RUN_DIR ...]        # writes run.png into each
+    python -m trainer.plot RUN_DIR [RUN_DIR ...]        # writes run.png into each
 """
 import json
 import sys
@@ -16,7 +16,10 @@ PAPER_GSM8K = {"paper: GRPO, N = 8": 0.641, "paper: DEEP-GRPO": 0.677}       # Q
 
 
 def read_metrics(run_dir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """name -> (steps, values) of metrics.jsonl and timing.jsonl, without the lines where it is missing or null."""
+    """Return {name: (steps, values)} of metrics.jsonl and timing.jsonl.
+
+    Lines in which a metric is missing or null are left out of its values.
+    """
     columns = {}
     for file in ("metrics.jsonl", "timing.jsonl"):
         for line in (Path(run_dir) / file).read_text().splitlines():
@@ -28,7 +31,7 @@ def read_metrics(run_dir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def plot_run(run_dir) -> Path:
-    """Write run.png, the metrics that tell a healthy run from a broken one; returns its path."""
+    """Write run.png with the metrics that tell a healthy run from a broken one. Returns its path."""
     panels = [("reward and accuracy", ["reward", "branch_reward", "eval_accuracy", "val_accuracy"]),
               ("entropy of the policy (nats)", ["entropy"]),
               ("dead groups (share)", ["dead_groups", "dead_branch_groups"]),
@@ -59,6 +62,6 @@ def plot_run(run_dir) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: python plot.py RUN_DIR [RUN_DIR ...]")
+        sys.exit("usage: python -m trainer.plot RUN_DIR [RUN_DIR ...]")
     for directory in sys.argv[1:]:
         print(plot_run(directory))

@@ -1,16 +1,18 @@
-r"""N processes, one run: what is dealt out to the ranks, and how the results come together.
+r"""N processes, one run: what is divided among the ranks, and how the results come together.
 
     torchrun --nproc-per-node 8 train_gsm8k.py --preset math-7b
 
-Every rank holds all questions, rollouts, branches and rewards of a step: lists of token ids, small beside a model.
-Advantages, denominators of Eq. (J), buffer, fit and pivots are therefore those of one process, and nothing of them
-has to be reduced. Dealt out is what costs time and memory:
+Every rank holds all questions, rollouts, branches and rewards of a step. These are lists of token ids, which are small
+beside a model. Every rank therefore computes the same advantages, denominators of Eq. (J), buffer, fit and pivots as a
+single process, and none of them needs an all-reduce. Only what costs time and memory is divided:
 
-    sampling, grading     a contiguous part of the rows for each rank, results gathered    share
-    the update            every N-th micro-batch; FSDP sums the gradients                  deep_grpo.objective
+    what                  the part of a rank                                               where
+    sampling, grading     a contiguous part of the rows; all results are then gathered     share
+    the update            every N-th micro-batch; FSDP sums the gradients                  model.Ranks
     the model             an N-th of every tensor                                          model.shard
 
-Without torchrun there is one rank, and everything here is the plain call.
+Without torchrun there is one rank, and every function of this file is the plain call. The class Ranks, which divides
+the micro-batches of an update, is in trainer/model.py, because it also runs the model.
 """
 import os
 import random
@@ -27,9 +29,9 @@ SHARED_ERRORS = (SystemExit, FloatingPointError, ValueError, OSError, torch.OutO
 
 
 def start() -> None:
-    """Join the processes that torchrun started, if it did. From here on only rank 0 prints to stdout.
+    """Join the processes that torchrun started, if it started any. From here on only rank 0 prints to stdout.
 
-    (Tracebacks of all ranks are seen: they go to stderr.)
+    The tracebacks of all ranks are still shown, because they go to stderr.
     """
     gpu = torch.cuda.is_available()
     if "WORLD_SIZE" in os.environ and not distributed():
@@ -39,49 +41,53 @@ def start() -> None:
             sys.exit(2)
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # Two hours: rank 0 may load and write for long. (A rank that dies is torchrun's business, at once.)
+        # The timeout is two hours, because rank 0 may load and write for long. It is not needed for a rank that dies:
+        # torchrun then ends the others at once.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
 
 
 def end() -> None:
-    """Leave the other processes, when all is done."""
+    """Leave the other processes when all is done."""
     if distributed():
         dist.destroy_process_group()
 
 
 def distributed() -> bool:
-    """Did torchrun start this process (and be it alone)? Then the model is sharded."""
+    """Did torchrun start this process, even if only this one? Then the model is sharded."""
     return dist.is_initialized()
 
 
 def device() -> torch.device:
-    """Of this process: its GPU, or the CPU."""
+    """The device of this process: its GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def rank() -> int:
-    """The number of this process; 0 prints and writes."""
+    """The number of this process, from 0. Rank 0 prints and writes."""
     return dist.get_rank() if distributed() else 0
 
 
 def world_size() -> int:
-    """The number of processes, N; 1 without torchrun."""
+    """The number of processes, N. It is 1 without torchrun."""
     return dist.get_world_size() if distributed() else 1
 
 
 def seed_rank(seed, step=0):
-    """torch's generators, which sampling draws from: the seed itself on rank 0, and no two ranks draw the same."""
+    """Seed torch's generators, from which sampling draws, so that no two ranks draw the same.
+
+    Rank 0 gets the seed itself at step 0. Any other rank or step gets a seed derived from all three numbers.
+    """
     own = seed if rank() == 0 and step == 0 else random.Random(f"{seed} {rank()} {step}").getrandbits(32)
     torch.manual_seed(own)
 
 
 def gather(function: Callable) -> list:
-    """[function() of rank 0, of rank 1, ...] on every rank. Results travel pickled: no models.
+    """Return [function() of rank 0, of rank 1, ...] on every rank. Results are pickled, so they must not be models.
 
-    Bad input, a failed write, non-finite numbers, full memory of one rank are raised on all of them, so that all end
-    alike; any other error ends this process with its traceback, and torchrun then the others.
+    Bad input, a failed write, non-finite numbers or full memory on one rank raise an error on all ranks, so that all
+    end alike. Any other error ends this process with its traceback, and torchrun then ends the others.
     """
     if world_size() == 1:
         return [function()]
@@ -99,22 +105,29 @@ def gather(function: Callable) -> list:
 
 
 def first(function: Callable):
-    """function() of rank 0, called there only, on every rank; its errors as in gather."""
+    """Call function() on rank 0 only, and return its result on every rank. Its errors are treated as in gather()."""
     return gather(lambda: function() if rank() == 0 else None)[0]
 
 
 def fail(message, code) -> int:
-    """The end with an error that all ranks know: one line on stderr, from rank 0; no rank goes before it is there.
-    Returns the exit code."""
+    """End with an error that all ranks know. Returns the exit code.
+
+    Rank 0 prints one line on stderr, and no rank leaves before that line is printed.
+    """
     first(lambda: print(f"error: {' '.join(str(message).split())}", file=sys.stderr))
     end()
     return code
 
 
-def deal(costs: list[float], parts: int) -> list[slice]:
-    """Cut a list of items with these costs into contiguous parts of about equal cost; a part may be empty.
+def agree(value):
+    """Return rank 0's value on every rank. Otherwise a different last digit could lead to a different step on each."""
+    return first(lambda: value)
 
-    No part costs more than an equal share and the dearest item together.
+
+def deal(costs: list[float], parts: int) -> list[slice]:
+    """Cut a list of items with these costs into contiguous parts of about equal cost. Returns a slice for each part.
+
+    A part may be empty. No part costs more than an equal share and the most expensive item together.
     """
     middles = [end - cost / 2 for cost, end in zip(costs, accumulate(costs))]
     cuts = [bisect_left(middles, sum(costs) * part / parts) for part in range(parts)]
@@ -122,12 +135,18 @@ def deal(costs: list[float], parts: int) -> list[slice]:
 
 
 def share(items: list, work: Callable, costs: list[float] | None = None) -> list:
-    """work(items), each rank doing a part; work gives one result per item. All results, in order, on every rank."""
+    """Return work(items), of which each rank does a part. Every rank gets all results, in the order of the items.
+
+    work: gives one result per item. costs: those of deal(); None means that all items cost the same.
+    """
     part = deal(costs or [1] * len(items), world_size())[rank()]
     return [result for results in gather(lambda: work(items[part])) for result in results]
 
 
 def imbalance(loads: list[float], costs: list[float] | None = None) -> float:
-    """Most loaded rank over the mean, when items with these loads were dealt out by these costs: 1 is even."""
+    """The load of the most loaded rank over the mean, when deal() divides items with these loads by these costs.
+
+    It is 1 when all ranks have the same load. costs: None means that all items cost the same.
+    """
     sums = [sum(loads[part]) for part in deal(costs or [1] * len(loads), world_size())]
     return max(sums) * len(sums) / sum(sums) if sum(sums) else 1.0

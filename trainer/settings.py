@@ -35,12 +35,8 @@ PRESETS = {
 }
 
 
-OF_METHODS = {                                       # flags that not every method reads
-    ("gamma", "lam", "pivots", "uniform_pivot", "branch_all", "train_prefix", "one_stream"): ("deep_grpo",),
-    ("objective",): ("deep_grpo", "grpo"),
-    ("std",): ("deep_grpo", "grpo", "rrpo", "srpo"),
-    ("segment_tokens",): ("deep_grpo", "attnrl", "rrpo", "srpo"),
-}
+# Ablations that were flags of older versions, with the values that a run without them has in its config.json.
+RETIRED = dict(std=True, pivots=1, uniform_pivot=False, branch_all=False, train_prefix=False, one_stream=False)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -68,41 +64,13 @@ def command_line(program, argv) -> str:
 
 def parse_args(argv=None, description=None):
     """The settings of a run: flags, filled up by the preset, filled up by the defaults of Config."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=description, formatter_class=raw, allow_abbrev=False)
-    run = parser.add_argument_group("run")
-    run.add_argument("--preset", choices=PRESETS, help="fills in the flags; default: gsm8k with a GPU, tiny without")
-    run.add_argument("--method", choices=METHODS, help="deep_grpo; grpo: K = 0; others: baselines.py")
-    run.add_argument("--out", type=Path, help="run directory, a new one; default: runs/PRESET-METHOD-SEED")
-    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run")
-    run.add_argument("--seed", type=int, help="0")
-    run.add_argument("--steps", type=count, help="batches of questions to train on")
-    run.add_argument("--budget-tokens", type=count, help="end after the step that reaches this many generated ones")
-    run.add_argument("--step-tokens", type=count, help="as many batches of --questions per step as generate this many")
-    run.add_argument("--eval-every", type=int, help="greedy evaluation every N steps, before and after; 0: never")
-    run.add_argument("--save-every", type=int, help="checkpoint every N steps; also the best so far, and the last")
-    run.add_argument("--max-hours", type=float, help="save and end in time; --resume goes on")
-    run.add_argument("--dry-run", action="store_true", help="print the GPU memory that this takes (memory.py), and end")
-    run.add_argument("--gpus", type=count, help="for --dry-run; 1")
-    data = parser.add_argument_group("model and data")
-    data.add_argument("--model", help="hub name or local folder")
-    sets = ", ".join([*tasks.lock.PRESETS, *SETS])
-    data.add_argument("--data", help=f"training questions: local .jsonl, hub name, or one of {sets}")
-    data.add_argument("--eval-data", help="the same, to evaluate on; default: the last --eval-rows rows of --data")
-    data.add_argument("--eval-rows", type=count, help="questions to evaluate on")
-    data.add_argument("--val-rows", type=int, help="with --eval-data: last rows of --data, to choose a checkpoint on")
-    data.add_argument("--select-on-test", action="store_true", help="choose it on --eval-data, as the authors do")
-    data.add_argument("--template", choices=TEMPLATES, help="chat: the model's own, the default")
-    data.add_argument("--max-prompt-tokens", type=count, help="longer questions are named and skipped")
-    add_method_flags(parser)
-    optim = parser.add_argument_group("optimizer (AdamW, betas .9/.999, weight decay .01) and memory")
-    optim.add_argument("--lr", type=float, help="learning rate, constant")
-    optim.add_argument("--max-grad-norm", type=float)
-    optim.add_argument("--micro-batch-tokens", type=count, help="padded, per forward pass of the update")
-    optim.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-                       help="compute activations twice instead of keeping them")
-    optim.add_argument("--offload-optimizer", action="store_true",
-                       help="torchrun only: weights, gradients and moments in host memory")
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           allow_abbrev=False)
+    add_first_flags(parser.add_argument_group("the flags that most people need"))
+    add_run_flags(parser.add_argument_group("length of a run, evaluation and checkpoints"))
+    add_data_flags(parser.add_argument_group("questions and prompts"))
+    add_method_flags(parser.add_argument_group("the method (the paper's letters; deep_grpo.Config)"))
+    add_memory_flags(parser.add_argument_group("the update, and memory"))
     args = parser.parse_args(argv)
     if args.resume is not None:
         restore_settings(parser, args)
@@ -114,31 +82,95 @@ def parse_args(argv=None, description=None):
     return args
 
 
-def add_method_flags(parser):
-    """The fields of Config as flags."""
-    method = parser.add_argument_group("method (the paper's letters; deep_grpo.Config)")
-    method.add_argument("--questions", type=count, help="questions x per step")
-    method.add_argument("--group-size", type=int, help="G, rollouts per question")
-    method.add_argument("--branches", type=int, help="K, continuations per pivot")
-    method.add_argument("--gamma", type=float, help="exponent of depth in Eq. (Q)")
-    method.add_argument("--lam", type=float, help="lambda, weight of the branch stream")
-    method.add_argument("--beta", type=float, help="weight of the KL term; 0 needs no reference model")
-    method.add_argument("--clip-low", type=float, help="eps_low")
-    method.add_argument("--clip-high", type=float, help="eps_high")
-    method.add_argument("--temperature", type=float, help="T, of rollouts and branches")
-    method.add_argument("--objective", choices=["paper", "authors"], help="Eq. (J), or as in the authors' code")
-    method.add_argument("--segment-tokens", type=int, help="states every N tokens instead of by sentence (0)")
-    method.add_argument("--max-new-tokens", type=int, help="cap of a response; unfinished: reward 0")
-    method.add_argument("--updates", type=int, help="optimizer steps per batch")
-    method.add_argument("--stapo", action="store_true", default=None, help="silence spurious tokens; any method")
-    method.add_argument("--maspo", action="store_true", default=None, help="soft trust region, no clip; any method")
-    ablation = parser.add_argument_group("ablations (of deep_grpo)")
-    ablation.add_argument("--no-std", dest="std", action="store_false", default=None, help="A = R - mean; grpo, too")
-    ablation.add_argument("--pivots", type=int, help="different pivots per failed rollout, K branches each; 1")
-    for flag, text in {"--uniform-pivot": "any state alike, instead of Q(t)", "--branch-all": "right rollouts, too",
-                       "--train-prefix": "the prefix of a branch is not masked",
-                       "--one-stream": "rollouts and branches are one group, one mean"}.items():
-        ablation.add_argument(flag, action="store_true", default=None, help=text)
+def add_first_flags(group):
+    """The flags of every day. Where a preset fills a flag in, its default is that of the preset."""
+    group.add_argument("--preset", choices=PRESETS, help="fill in all flags that are not given; default: gsm8k with a "
+                       "GPU, tiny without")
+    group.add_argument("--method", choices=METHODS, metavar="METHOD", help="the method that trains, one of "
+                       f"{', '.join(METHODS)}; default: deep_grpo")
+    group.add_argument("--model", help="the model to start from, a hub name or a local folder; default: the preset's")
+    sets = ", ".join([*tasks.lock.LOCKS, *SETS])
+    group.add_argument("--data", help="the training questions, a local .jsonl, a hub name, or one of "
+                       f"{sets}; default: the preset's")
+    group.add_argument("--out", type=Path, help="the run directory, a new one; default: runs/PRESET-METHOD-SEED")
+    group.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run; "
+                       "default: start a new run")
+    group.add_argument("--seed", type=int, help="the seed of everything random; default: 0")
+    group.add_argument("--steps", type=count, help="the number of steps to train; default: the preset's")
+    group.add_argument("--questions", type=count, help="questions x in a step; default: the preset's")
+    group.add_argument("--group-size", type=int, help="G, rollouts per question; default: the method's, "
+                       f"{Config.group_size} for deep_grpo and grpo")
+    group.add_argument("--branches", type=int, help="K, continuations per pivot; default: the method's, "
+                       f"{Config.branches} for deep_grpo")
+    group.add_argument("--gamma", type=float, help=f"the exponent of depth in Eq. (Q); default: {Config.gamma:g}")
+    group.add_argument("--lam", type=float, help="lambda, the weight of the branch stream in Eq. (J); default: "
+                       f"{Config.lam:g}")
+    group.add_argument("--lr", type=float, help="the learning rate, which stays constant; default: the preset's")
+    group.add_argument("--max-new-tokens", type=int, help="the cap of a response, in tokens; a longer one has reward "
+                       "0; default: the preset's")
+
+
+def add_run_flags(group):
+    """When a run ends, evaluates and saves."""
+    group.add_argument("--budget-tokens", type=count, help="end after the step that reaches this many generated "
+                       "tokens; default: no such end")
+    group.add_argument("--step-tokens", type=count, help="draw batches of --questions in a step until this many tokens "
+                       "are generated; default: one batch")
+    group.add_argument("--eval-every", type=int, help="evaluate greedily every N steps, and before and after the run; "
+                       "0: never; default: the preset's")
+    group.add_argument("--save-every", type=int, help="save a checkpoint every N steps, besides the best one and "
+                       "the last; 0: only those; default: the preset's")
+    group.add_argument("--max-hours", type=float, help="save and end before this many hours are over, to go on with "
+                       "--resume; default: no such end")
+    group.add_argument("--dry-run", action="store_true", help="print the GPU memory that the run takes, and end; "
+                       "default: train")
+    group.add_argument("--gpus", type=count, help="the number of GPUs that --dry-run reckons with; default: 1")
+
+
+def add_data_flags(group):
+    """Which questions are evaluated, and how a prompt is made."""
+    group.add_argument("--eval-data", help="the evaluation questions, named as for --data; default: the preset's test "
+                       "set, or the last --eval-rows rows of --data")
+    group.add_argument("--eval-rows", type=count, help="the number of evaluation questions; default: the preset's")
+    group.add_argument("--val-rows", type=int, help="with --eval-data: hold out this many rows at the end of --data, "
+                       "to choose the best checkpoint on; default: the preset's")
+    group.add_argument("--select-on-test", action="store_true", help="choose the best checkpoint on --eval-data, as "
+                       "the authors do; default: on the held-out rows")
+    group.add_argument("--template", choices=TEMPLATES, help="the prompt around a question; default: chat, the model's "
+                       "own chat template")
+    group.add_argument("--max-prompt-tokens", type=count, help="name and skip the questions whose prompt is longer; "
+                       "default: the preset's")
+
+
+def add_method_flags(group):
+    """The other fields of Config, and the two options that compose with every method."""
+    group.add_argument("--objective", choices=["paper", "authors"], help="the form of J, that of the paper or that of "
+                       f"the authors' code (loss.py); default: {Config.objective}")
+    group.add_argument("--beta", type=float, help="the weight of the KL term; 0 needs no reference model; default: "
+                       f"{Config.beta:g}")
+    group.add_argument("--clip-low", type=float, help=f"eps_low of the clip; default: {Config.clip_low:g}")
+    group.add_argument("--clip-high", type=float, help=f"eps_high of the clip; default: {Config.clip_high:g}")
+    group.add_argument("--temperature", type=float, help="T of the policy, in rollouts, branches and loss; default: "
+                       f"{Config.temperature:g}")
+    group.add_argument("--segment-tokens", type=int, help="put a state after every N tokens of a response; "
+                       "default: 0, a state after every sentence")
+    group.add_argument("--updates", type=int, help=f"optimizer steps on one batch; default: {Config.updates}")
+    group.add_argument("--stapo", action="store_true", default=None, help="leave spurious tokens out of the loss "
+                       "(variants/stapo.py); composes with every method; default: off")
+    group.add_argument("--maspo", action="store_true", default=None, help="use a soft trust region instead of the clip "
+                       "(variants/maspo.py); composes with every method; default: off")
+
+
+def add_memory_flags(group):
+    """AdamW's betas are .9 and .999, its weight decay is .01; these are the settings of the authors' scripts."""
+    group.add_argument("--max-grad-norm", type=float, help="clip the gradient to this norm; default: "
+                       f"{Config.max_grad_norm:g}")
+    group.add_argument("--micro-batch-tokens", type=count, help="padded tokens in one forward pass of the update; "
+                       "changes memory, not the result; default: the preset's")
+    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                       help="compute activations twice instead of keeping them; default: the preset's")
+    group.add_argument("--offload-optimizer", action="store_true", help="under torchrun, keep weights, gradients and "
+                       "moments in host memory; default: on the GPU")
 
 
 def fill_settings(parser, args):
@@ -160,17 +192,17 @@ def fill_settings(parser, args):
         parser.error(f"argument --branches: --method {args.method} is K = 0, got {args.branches}")
     if settings.get("branches") != 0 and args.branches == 0:
         parser.error("argument --branches: K = 0 is GRPO, ask for it with --method grpo")
-    for names, methods in OF_METHODS.items():
-        for name in names:
-            if getattr(args, name) is not None and args.method not in methods:
-                flag = "no-std" if name == "std" else name.replace("_", "-")
-                parser.error(f"argument --{flag}: has no part in --method {args.method}, only in {', '.join(methods)}")
+    for name in dict.fromkeys(flag for method in METHODS.values() for flag in method.flags):
+        if getattr(args, name) is not None and name not in METHODS[args.method].flags:
+            known = ", ".join(other for other, method in METHODS.items() if name in method.flags)
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"argument {flag}: has no part in --method {args.method}, only in {known}")
     preset = PRESETS[args.preset]
     if args.eval_data is None and args.data not in (None, preset["data"]):       # others than it has a test set for
         preset = preset | dict(eval_data=None, val_rows=0, eval_rows=preset.get("val_rows", preset["eval_rows"]))
     defaults = {f.name: f.default for f in fields(Config)}
-    defaults |= dict(seed=0, template="chat", budget_tokens=None, step_tokens=None, save_every=0, eval_data=None,
-                     val_rows=0, gradient_checkpointing=False)
+    defaults |= dict(seed=0, template="chat", stapo=False, maspo=False, budget_tokens=None, step_tokens=None,
+                     save_every=0, eval_data=None, val_rows=0, gradient_checkpointing=False)
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -192,6 +224,9 @@ def restore_settings(parser, args):
     if missing := [f.name for f in fields(Config) if f.name not in settings]:
         parser.error(f"argument --resume: {args.resume} was made by an older version, which had no {missing[0]}: "
                      "its meaning may have changed, so it has to begin again")
+    if ablated := [name for name, value in RETIRED.items() if settings.pop(name, value) != value]:
+        parser.error(f"argument --resume: {args.resume} was made by an older version with --{ablated[0]}, which is now "
+                     "a --method of its own: it has to begin again")
     for name, value in (settings | {"out": args.resume}).items():        # a folder may be moved
         new = asked.get(name) not in (None, parser.get_default(name), value)
         if new and name not in ("steps", "budget_tokens"):

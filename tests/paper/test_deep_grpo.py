@@ -1,7 +1,8 @@
 """The whole algorithm against slow twins that follow the paper line by line, one sequence at a time."""
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,18 +12,20 @@ from conftest import EOS, make_model
 import deep_grpo
 from deep_grpo import (
     Config,
+    Fork,
     Group,
     Trajectory,
     choose_pivots,
     learn_recoverability,
     objective,
-    resample,
+    resample_failures,
     roll_out,
     score_groups,
-    summarize,
+    step,
     update,
 )
-from loss import per_token, sequence_weights, silence_spurious
+from loss import Span, sequence_weights
+from packing import Alone, attention_length, pack_groups
 from recoverability import Recoverability
 
 BETA = 0.3            # large enough that a wrong KL term shows
@@ -32,16 +35,30 @@ def example():
     """Three questions: failures with mixed and with equal siblings; none failed; all failed."""
     return [
         Group([3, 4, 5], [Trajectory([6, 7, 8, 9, EOS], 1.0),
-                          Trajectory([6, 6, 2, 9, 3, EOS], 0.0, 3,
-                                     [[5, EOS], [7, 7, 4], [9, EOS]], [1.0, 0.0, 0.0], 0.6),
-                          Trajectory([9, 2, EOS], 0.0, 0,
-                                     [[5, 5, EOS], [4, EOS], [3, 3, 3, 3, 3, 3]], [0.0, 0.0, 0.0], 0.2)]),
+                          Trajectory([6, 6, 2, 9, 3, EOS], 0.0,
+                                     [Fork(3, 0.6, [[5, EOS], [7, 7, 4], [9, EOS]], [1.0, 0.0, 0.0])]),
+                          Trajectory([9, 2, EOS], 0.0,
+                                     [Fork(0, 0.2, [[5, 5, EOS], [4, EOS], [3, 3, 3, 3, 3, 3]], [0.0, 0.0, 0.0])])]),
         Group([2, 9], [Trajectory([5, EOS], 1.0),
                        Trajectory([8, EOS], 1.0),
                        Trajectory([8, 8, 4, EOS], 1.0)]),
-        Group([7], [Trajectory([4, 5, 6, 7], 0.0, 2, [[EOS], [6, 8, EOS], [2, 2]], [0.0, 1.0, 1.0], 0.5),
-                    Trajectory([4, EOS], 0.0, 1, [[EOS], [EOS], [4, EOS]], [0.0, 0.0, 1.0], 0.7),
-                    Trajectory([3, EOS], 0.0, 0, [[2, EOS], [4, EOS], [4, 4, EOS]], [0.0, 1.0, 0.0], 0.5)]),
+        Group([7], [Trajectory([4, 5, 6, 7], 0.0, [Fork(2, 0.5, [[EOS], [6, 8, EOS], [2, 2]], [0.0, 1.0, 1.0])]),
+                    Trajectory([4, EOS], 0.0, [Fork(1, 0.7, [[EOS], [EOS], [4, EOS]], [0.0, 0.0, 1.0])]),
+                    Trajectory([3, EOS], 0.0, [Fork(0, 0.5, [[2, EOS], [4, EOS], [4, 4, EOS]], [0.0, 1.0, 0.0])])]),
+    ]
+
+
+def forest():
+    """Failures with two forks, the deeper one first, beside one with one fork and one with none."""
+    return [
+        Group([3, 4], [Trajectory([6, 6, 2, 9, 3, EOS], 0.0,
+                                  [Fork(3, 0.6, [[5, EOS], [7]], [1.0, 0.0]),
+                                   Fork(1, 0.2, [[9, EOS], [4, 4, EOS]], [0.0, 1.0])]),
+                       Trajectory([5, EOS], 1.0),
+                       Trajectory([5, 8, EOS], 0.0, [Fork(2, 0.5, [[EOS], [3, EOS]], [1.0, 0.0])])]),
+        Group([7], [Trajectory([4, 5], 0.0, [Fork(0, 0.3, [[8], [8, EOS]], [0.0, 0.0]),
+                                             Fork(1, 0.6, [[2, 2, EOS], [6]], [0.0, 1.0])]),
+                    Trajectory([9, EOS], 1.0)]),
     ]
 
 
@@ -80,14 +97,13 @@ def papers_j(model, ref_model, old_model, groups, config):
             surrogate, kl = token_terms(model, ref_model, old_model, g.prompt, t.response, advantage, config)
             total = total + (surrogate - config.beta * kl) / len(t.response) / len(g.trajectories)
         for t in failed:
-            k = len(t.branches) // len(t.pivots)                         # siblings: those of one pivot
-            for j, (y, reward) in enumerate(zip(t.branches, t.branch_rewards)):
-                siblings, kept = t.branch_rewards[j // k * k:j // k * k + k], t.response[:t.pivots[j // k]]
-                advantage = (reward - sum(siblings) / k) / spread(siblings)
-                prefix, trained = (g.prompt, kept + y) if config.train_prefix else (g.prompt + kept, y)
-                surrogate, kl = token_terms(model, ref_model, old_model, prefix, trained, advantage, config)
-                l_aux = (surrogate - config.beta * kl) / len(trained)
-                total = total + config.lam * l_aux / len(t.branches) / len(failed)
+            n_branches = sum(len(fork.branches) for fork in t.forks)
+            for fork in t.forks:                                         # siblings are those of one fork
+                for y, reward in zip(fork.branches, fork.rewards):
+                    advantage = (reward - sum(fork.rewards) / len(fork.rewards)) / spread(fork.rewards)
+                    prefix = g.prompt + t.response[:fork.pivot]
+                    surrogate, kl = token_terms(model, ref_model, old_model, prefix, y, advantage, config)
+                    total = total + config.lam * (surrogate - config.beta * kl) / len(y) / n_branches / len(failed)
     return total / len(groups)
 
 
@@ -98,9 +114,10 @@ def authors_j(model, ref_model, old_model, groups, config):
         rewards = [t.reward for t in g.trajectories]
         for t in g.trajectories:
             streams["main"].append((g.prompt, t.response, t.reward - sum(rewards) / len(rewards)))
-            for y, reward in zip(t.branches, t.branch_rewards):
-                advantage = reward - sum(t.branch_rewards) / len(t.branches)
-                streams["branch"].append((g.prompt + t.response[:t.pivot], y, advantage))
+            for fork in t.forks:
+                for y, reward in zip(fork.branches, fork.rewards):
+                    advantage = reward - sum(fork.rewards) / len(fork.rewards)
+                    streams["branch"].append((g.prompt + t.response[:fork.pivot], y, advantage))
     total = 0.0
     for name, weight in (("main", 1.0), ("branch", config.lam)):
         alive = [s for s in streams[name] if abs(s[2]) >= 1e-8]
@@ -115,38 +132,61 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+def assert_gradients(model, expected, atol=1e-11):
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-8, atol=atol)
+
+
+def moved(model, distance):
+    """A copy of the model with noise on its weights: another policy."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p += distance * torch.randn_like(p)
+    return other
+
+
+class Case(NamedTuple):
+    """Groups that are packed into `rows` rows when the attention length is `a` (None: that of the model)."""
+    groups: object
+    rows: int
+    a: float | None = None
+    temperature: float = 0.8
+    lam: float = 0.4
+
+
+CASES = {"whole": Case(example, 7, temperature=1.0, lam=1.0), "some split": Case(example, 10, 25.0),
+         "all split": Case(example, 24, 1e-9), "several forks": Case(forest, 5), "forks split": Case(forest, 15, 1e-9)}
+
+
 @pytest.mark.parametrize("twin, name", [(papers_j, "paper"), (authors_j, "authors")])
 @pytest.mark.parametrize("same_policy", [True, False])
-@pytest.mark.parametrize("temperature, lam, a, rows", [(1.0, 1.0, None, 7), (0.8, 0.4, 25.0, 10), (0.8, 0.4, 1e-9, 24)])
-def test_objective_equals_the_slow_twin(model, ref_model, twin, name, same_policy, temperature, lam, a, rows,
-                                        monkeypatch):
-    if a is not None:                                                # some trajectories, or all, as separate rows
-        monkeypatch.setattr(deep_grpo, "attention_length", lambda model: a)
-    assert len(deep_grpo.pack_groups(model, example())) == rows
-    config = Config(lam=lam, beta=BETA, temperature=temperature, objective=name, clip_low=0.1, clip_high=0.25)
-    old_model = copy.deepcopy(model)
-    if not same_policy:                                              # an older policy, so that the clip acts
-        with torch.no_grad():
-            for p in old_model.parameters():
-                p += 0.02 * torch.randn_like(p)
-    expected = -twin(model, ref_model, old_model, example(), config)
+@pytest.mark.parametrize("case", CASES)
+def test_objective_equals_the_slow_twin(model, ref_model, twin, name, same_policy, case, monkeypatch):
+    case = CASES[case]
+    if case.a is not None:                                           # some trajectories, or all, as separate rows
+        monkeypatch.setattr(deep_grpo, "attention_length", lambda model: case.a)
+    groups = case.groups()
+    assert len(pack_groups(groups, deep_grpo.attention_length(model))) == case.rows
+    config = Config(lam=case.lam, beta=BETA, temperature=case.temperature, objective=name, clip_low=0.1, clip_high=0.25)
+    old_model = moved(model, 0.0 if same_policy else 0.02)           # an older policy, so that the clip acts
+    expected = -twin(model, ref_model, old_model, groups, config)
     expected.backward()
     grads = gradients(model)
-    old = None if same_policy else score_groups(old_model, example(), config)[0]
+    old = None if same_policy else score_groups(old_model, groups, config)[0]
     for micro_batch_tokens in (None, 30, 1):                         # all rows, some, one at a time
         model.zero_grad()
-        loss, metrics = objective(model, example(), config, ref_model, old, micro_batch_tokens, backward=True)
+        loss, metrics = objective(model, groups, config, ref_model, old, micro_batch_tokens, backward=True)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-10) and not loss.requires_grad
         assert (metrics["clip_fraction"] > 0) != same_policy
         for key, p in model.named_parameters():
             assert grads[key].abs().max() > 1e-3, key
             torch.testing.assert_close(p.grad, grads[key], rtol=1e-8, atol=1e-11)
     model.zero_grad()
-    loss, _ = objective(model, example(), config, ref_model, old)    # no backward: the graph is the caller's
+    loss, _ = objective(model, groups, config, ref_model, old)       # no backward: the graph is the caller's
     assert all(p.grad is None for p in model.parameters())
     loss.backward()
-    for key, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[key], rtol=1e-8, atol=1e-11)
+    assert_gradients(model, grads)
 
 
 def test_without_branches_the_objective_is_grpo(model, ref_model):
@@ -159,100 +199,72 @@ def test_without_branches_the_objective_is_grpo(model, ref_model):
     assert metrics["forwarded_tokens"] == tokens
 
 
-def test_the_unmasked_prefix_carries_the_loss_of_every_branch(model, ref_model):
-    """The ablation: L_aux over prefix and suffix, with two pivots and with one."""
-    groups = example()
-    groups[0].trajectories[1].pivot = [3, 1]
-    groups[0].trajectories[1].branches.append([8])
-    groups[0].trajectories[1].branch_rewards.append(1.0)                 # siblings 1 0 | 0 1
-    config, old_model = Config(lam=0.4, beta=BETA, train_prefix=True), copy.deepcopy(model)
-    with torch.no_grad():
-        for p in old_model.parameters():
-            p += 0.02 * torch.randn_like(p)
-    expected = -papers_j(model, ref_model, old_model, groups, config)
-    expected.backward()
-    grads = gradients(model)
-    old, _, forwarded = score_groups(old_model, groups, config)
-    for micro_batch_tokens in (None, 30):
-        model.zero_grad()
-        loss, metrics = objective(model, groups, config, ref_model, old, micro_batch_tokens, backward=True)
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-        for key, p in model.named_parameters():
-            torch.testing.assert_close(p.grad, grads[key], rtol=1e-8, atol=1e-11)
-    masked, _ = objective(model, groups, replace(config, train_prefix=False), ref_model)
-    assert abs(masked.item() - loss.item()) > 1e-3 and forwarded == metrics["forwarded_tokens"]
-
-
 def test_rows_without_a_loss_token(model, ref_model):
     """sample() never draws an empty sequence; one that is given counts for nothing, alone in a micro-batch, too."""
     groups = [Group([3, 4], [Trajectory([], 0.0), Trajectory([4], 1.0)]),
-              Group([3], [Trajectory([4, 5], 0.0, 1, [[], [7]], [1.0, 0.0]), Trajectory([4], 1.0)])]
+              Group([3], [Trajectory([4, 5], 0.0, [Fork(1, 0.5, [[], [7]], [1.0, 0.0])]), Trajectory([4], 1.0)])]
     whole, _ = objective(model, groups, Config(beta=BETA), ref_model)
     whole.backward()
     grads = gradients(model)
     model.zero_grad()
     loss, _ = objective(model, groups, Config(beta=BETA), ref_model, micro_batch_tokens=1, backward=True)
     assert loss.item() == pytest.approx(whole.item(), rel=1e-10)
-    for key, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[key], rtol=1e-8, atol=1e-11)
+    assert_gradients(model, grads)
 
 
-def test_a_trained_prefix_is_a_smaller_lambda_in_the_authors_form(model):
-    """Siblings share the prefix, their advantages sum to 0 and all tokens weigh the same: at rho = 1 the prefix has no
-    gradient. What is left is the larger T_branch, which counts prefix tokens."""
-    alive = [(len(y), t.pivot) for g in example() for t in g.trajectories if len(set(t.branch_rewards)) > 1
-             for y in t.branches]
-    smaller = sum(n for n, _ in alive) / sum(n + pivot for n, pivot in alive)
-    results = []
-    for settings in (dict(train_prefix=True, lam=1.0), dict(lam=smaller), dict(lam=1.0)):
-        model.zero_grad()
-        objective(model, example(), Config(beta=0.0, objective="authors", **settings), backward=True)
-        results.append(gradients(model))
-    for name, grad in results[0].items():
-        torch.testing.assert_close(grad, results[1][name], rtol=1e-8, atol=1e-11)
-    assert any((results[0][name] - grad).abs().max() > 1e-3 for name, grad in results[2].items()) and smaller < 0.9
+@pytest.mark.parametrize("a, rows", [(1e9, 5), (1e-9, 15)])
+def test_scores_of_all_loss_tokens_are_those_of_each_sequence_alone(model, a, rows, monkeypatch):
+    monkeypatch.setattr(deep_grpo, "attention_length", lambda model: a)
+    groups, config = forest(), Config(temperature=0.7)
+    for micro_batch_tokens in (None, 12):
+        logps, entropies, forwarded = score_groups(model, groups, config, micro_batch_tokens)
+        packed = pack_groups(groups, a, micro_batch_tokens or math.inf)
+        assert forwarded == sum(len(row.ids) for row in packed)
+        assert len(packed) == rows or micro_batch_tokens
+        trajectories = [(g.prompt, t) for g in groups for t in g.trajectories]
+        assert len(logps) == len(entropies) == len(trajectories)
+        for (prompt, t), logp, entropy in zip(trajectories, logps, entropies):
+            sequences = [(prompt, t.response)]
+            sequences += [(prompt + t.response[:fork.pivot], y) for fork in t.forks for y in fork.branches]
+            slow = torch.cat([suffix_logps(model, prefix, y, 0.7) for prefix, y in sequences])
+            p = torch.cat([model(input_ids=torch.tensor([prefix + y])).logits[0, len(prefix) - 1:-1] / 0.7
+                           for prefix, y in sequences]).softmax(-1)
+            torch.testing.assert_close(logp, slow.detach(), rtol=0, atol=1e-10)
+            torch.testing.assert_close(entropy, -(p * p.log()).sum(-1).detach(), rtol=0, atol=1e-10)
+            assert not logp.requires_grad and not entropy.requires_grad
 
 
-def test_two_pivots_in_one_row_and_in_separate_rows(model, monkeypatch):
-    failed = Trajectory([6, 6, 2, 9, 3, EOS], 0.0, [3, 1], [[5, EOS], [7], [9, EOS], [4, 4, EOS]], [1.0, 0.0, 1.0, 0.0],
-                        [0.6, 0.2])
-    groups = [Group([3, 4], [failed, Trajectory([5, EOS], 1.0)])]
-    slow = torch.cat([suffix_logps(model, [3, 4] + failed.response[:kept], y, 1.0) for kept, y in
-                      [(0, failed.response), *zip([3, 3, 1, 1], failed.branches)]])
-    for a, rows in ((1e9, 2), (1e-9, 6)):
-        monkeypatch.setattr(deep_grpo, "attention_length", lambda model, a=a: a)
-        assert len(deep_grpo.pack_groups(model, groups)) == rows
-        (logp, _), _, forwarded = score_groups(model, groups, Config())
-        torch.testing.assert_close(logp, slow.detach(), rtol=0, atol=1e-10)
-        assert forwarded == sum(len(row.ids) for row in deep_grpo.pack_groups(model, groups))
+REFERENCE = object()
 
 
-def test_stapo_in_the_objective(model, ref_model):
-    config = Config(beta=BETA, stapo=True, temperature=0.4)
-    logps, entropies, forwarded = score_groups(model, example(), config)
-    flat = per_token([w for group in sequence_weights(example(), config) for row in group for w in row])
-    factors = silence_spurious(flat, torch.cat(logps), torch.cat(entropies))
-    assert 0 < (factors == 0).sum() < 10                                 # some tokens of this model are that unlikely
-    refs, *_ = score_groups(ref_model, example(), config)
-    d = torch.cat(refs) - torch.cat(logps)
-    by_hand = -(factors * (flat[:, 1] * flat[:, 0] - flat[:, 2] * (d.exp() - d - 1))).sum().item()       # rho = 1
-    plain, before = objective(model, example(), replace(config, stapo=False), ref_model)
-    for micro_batch_tokens in (None, 30):
-        loss, metrics = objective(model, example(), config, ref_model, None, micro_batch_tokens)
-        assert loss.item() == pytest.approx(by_hand, rel=1e-10) and abs(loss - plain) > 1e-3
-        assert metrics["trained_tokens"] == ((factors != 0) & (flat[:, 0] != 0)).sum() < before["trained_tokens"]
-    assert metrics["forwarded_tokens"] == before["forwarded_tokens"] + forwarded
+class Given(Alone):
+    """Instead of a model's, these log-probabilities: of the policy, and of REFERENCE."""
+
+    def __init__(self, logp, ref_logp):
+        self.logp, self.ref_logp = logp, ref_logp
+
+    def score(self, model, rows, temperature):
+        return (self.ref_logp if model is REFERENCE else self.logp), torch.zeros_like(self.logp)
 
 
-def test_maspo_in_the_update_acts_from_the_second_step_on(model):
-    twin, metrics = copy.deepcopy(model), {}
-    for m, config in ((model, Config(beta=0.0, updates=1, maspo=True)), (twin, Config(beta=0.0, updates=1))):
-        metrics[config.maspo] = update(m, torch.optim.SGD(m.parameters(), lr=0.05), example(), config)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
-    for m, config in ((model, Config(beta=0.0, updates=2, maspo=True)), (twin, Config(beta=0.0, updates=2))):
-        metrics[config.maspo] = update(m, torch.optim.SGD(m.parameters(), lr=0.05), example(), config)
-    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
-    assert metrics[True]["clip_fraction"] == 0 < metrics[False]["clip_fraction"]
+def test_the_objective_by_hand(model):
+    """Three loss tokens with log-probabilities, advantages and weights that fit on a line."""
+    logp = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-1.2, -2.0, -3.3], dtype=torch.float64)
+    old = [torch.tensor([-1.0, -2.1], dtype=torch.float64), torch.tensor([-2.5], dtype=torch.float64)]
+    groups = [Group([3], [Trajectory([4, 5], 1.0), Trajectory([6], 0.0)])]
+    spans = [Span(1, 1.0, 0.5, 0.01), Span(1, 1.0, 0.25, 0.02), Span(1, -2.0, 0.1, 0.03)]
+    terms = [0.5 * 1.0, 0.25 * math.exp(0.1), 0.1 * -2 * 0.8]      # ratios 1, e^.1, e^-.5 -> clipped at .8
+    k3 = [math.exp(-0.2) + 0.2 - 1, 0.0, math.exp(-0.3) + 0.3 - 1]
+    settings = dict(old_logps=old, weights=lambda groups, config: spans, ranks=Given(logp, ref))
+    loss, metrics = objective(model, groups, Config(beta=1.0), REFERENCE, **settings)
+    assert loss.item() == pytest.approx(-(sum(terms) - 0.01 * k3[0] - 0.03 * k3[2]), rel=1e-12)
+    assert metrics["clip_fraction"] == 1 / 3 and metrics["kl"] == pytest.approx(sum(k3) / 3, rel=1e-12)
+    loss.backward()
+    assert logp.grad.tolist() == pytest.approx([-0.5 + 0.01 * (1 - math.exp(-0.2)), -0.25 * math.exp(0.1),
+                                                0.03 * (1 - math.exp(-0.3))], rel=1e-12)
+    without, _ = objective(model, groups, Config(beta=1.0), None, **settings)
+    assert without.item() == pytest.approx(-sum(terms), rel=1e-12)
 
 
 def test_a_second_update_in_half_precision_is_that_of_the_new_weights():
@@ -270,7 +282,8 @@ def test_a_second_update_in_half_precision_is_that_of_the_new_weights():
 def test_the_prefix_of_a_branch_carries_no_loss(model):
     """With equal root rewards only suffixes push: nothing else is in this expression by hand."""
     prefix_token = 20
-    group = Group([3], [Trajectory([prefix_token, 5, EOS], 0.0, 1, [[6, EOS], [7, EOS]], [1.0, 0.0], 0.5),
+    group = Group([3], [Trajectory([prefix_token, 5, EOS], 0.0,
+                                    [Fork(1, 0.5, [[6, EOS], [7, EOS]], [1.0, 0.0])]),
                         Trajectory([9, EOS], 0.0)])
     loss, _ = objective(model, [group], Config(beta=0.0))
     by_hand = 0.0
@@ -286,7 +299,9 @@ def test_equal_rewards_have_exactly_no_gradient(model):
     groups = example()
     for g in groups:
         for t in g.trajectories:
-            t.reward, t.branch_rewards = 0.0, [0.0] * len(t.branches)
+            t.reward = 0.0
+            for fork in t.forks:
+                fork.rewards = [0.0] * len(fork.branches)
     loss, metrics = objective(model, groups, Config(beta=0.0), backward=True)
     assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters())
     assert metrics["trained_tokens"] == 0
@@ -339,7 +354,7 @@ def test_the_reference_gets_no_gradient(model, ref_model):
 
 
 def test_clip_fraction_by_hand(model):
-    failed = Trajectory([7, 8, 9, EOS], 0.0, 1, [[4, EOS], [EOS]], [1.0, 0.0], 0.5)
+    failed = Trajectory([7, 8, 9, EOS], 0.0, [Fork(1, 0.5, [[4, EOS], [EOS]], [1.0, 0.0])])
     groups = [Group([3], [Trajectory([5, 6, EOS], 1.0), failed])]
     config = Config(beta=0.0, clip_low=0.3, clip_high=0.2)   # A > 0, rho > 1.2; A < 0, rho < .7
     now, *_ = score_groups(model, groups, config)
@@ -384,7 +399,7 @@ def test_several_updates_keep_the_old_log_probabilities(model, ref_model, update
             for p in twin.parameters():
                 p -= 0.05 * p.grad
     assert metrics["clip_fraction"] > 0                           # the policy has moved: rho is not 1
-    tokens = sum(len(row.ids) for row in deep_grpo.pack_groups(model, example()))
+    tokens = sum(len(row.ids) for row in pack_groups(example(), attention_length(model)))
     assert metrics["forwarded_tokens"] == (updates + 1) * tokens and metrics["optimizer_steps"] == updates   # and once
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
@@ -403,116 +418,135 @@ def test_non_finite_stops_before_the_weights_change(model, broken):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
-# ---- rollouts, pivots, branches: with a `draw` that says what it was asked ----
+@pytest.mark.parametrize("micro_batch_tokens", [None, 30])
+def test_the_parts_of_two_processes_add_up(model, ref_model, micro_batch_tokens):
+    """Each computes its own micro-batches. Loss, metrics, scores and gradients are sums over the processes."""
+    class OneOfTwo(Alone):
+        size = 2
+
+        def __init__(self, number):
+            self.number = number
+
+        def mine(self, batches):
+            assert len(batches) % 2 == 0
+            return batches[self.number::2]
+
+    def parts(call):
+        return zip(*[call(OneOfTwo(number)) for number in range(2)])
+
+    config = Config(beta=BETA, clip_low=0.1, clip_high=0.25)
+    old, entropies, forwarded = score_groups(moved(model, 0.02), example(), config)
+    halves, entropy_halves, counts = parts(
+        lambda ranks: score_groups(moved(model, 0.0), example(), config, micro_batch_tokens, ranks))
+    whole, whole_entropies, _ = score_groups(model, example(), config)
+    torch.testing.assert_close(torch.cat(halves[0]) + torch.cat(halves[1]), torch.cat(whole), rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat(entropy_halves[0]) + torch.cat(entropy_halves[1]), torch.cat(whole_entropies),
+                               rtol=0, atol=1e-10)
+    assert all((torch.cat(half) == 0).any() for half in halves) and set(counts) == {forwarded}
+
+    loss, metrics = objective(model, example(), config, ref_model, old, backward=True)
+    grads = gradients(model)
+    model.zero_grad()
+    losses, their_metrics = parts(lambda ranks: objective(
+        model, example(), config, ref_model, old, micro_batch_tokens, backward=True, ranks=ranks))
+    assert sum(losses).item() == pytest.approx(loss.item(), rel=1e-10) and 0 not in losses
+    for name in ("entropy", "kl", "clip_fraction"):
+        assert sum(part[name] for part in their_metrics) == pytest.approx(metrics[name], rel=1e-10)
+        assert all(part[name] > 0 for part in their_metrics)
+    for name in ("trained_tokens", "forwarded_tokens"):                   # those of all, known without a model
+        assert {part[name] for part in their_metrics} == {metrics[name]}
+    assert their_metrics[0]["imbalance"] > 1 == metrics["imbalance"]
+    assert_gradients(model, grads)
+
+
+# ---- Lines 1 to 4, with a policy that says what it was asked ----
 
 def word(ids):
     return "".join({2: ".\n", EOS: ""}.get(i, f" w{i}") for i in ids)      # token 2 ends a sentence
 
 
-def test_roll_out_scores_every_response_with_its_own_question():
-    asked = []
+class Question(NamedTuple):
+    name: str
+    prompt: list[int]
 
-    def draw(prefixes, k, *, max_new_tokens):
-        asked.append((prefixes, k, max_new_tokens))
-        return [[[10 * x + i, EOS] for i in range(k)] for x in range(len(prefixes))]
 
-    groups = roll_out(draw, [[3, 4], [5]], lambda pairs: [float(x == 1 and y == [11, EOS]) for x, y in pairs],
-                      Config(group_size=3, max_new_tokens=20))
-    assert asked == [([[3, 4], [5]], 3, 20)]
-    assert [[(t.response, t.reward) for t in g.trajectories] for g in groups] == [
-        [([0, EOS], 0.0), ([1, EOS], 0.0), ([2, EOS], 0.0)],
-        [([10, EOS], 0.0), ([11, EOS], 1.0), ([12, EOS], 0.0)]]
+A, B = Question("A", [3, 4]), Question("B", [5])
+
+
+class Scripted:
+    """A policy that draws what it is told, grades by a rule, and writes into `events` what it was asked."""
+    text = staticmethod(word)
+
+    def __init__(self, *draws, right=lambda question, response: False, model=None):
+        self.draws, self.right, self.model, self.events = iter(draws), right, model, []
+
+    def sample(self, prefixes, k, max_new_tokens, expected_tokens=None):
+        self.events.append(("sample", prefixes, k, max_new_tokens, expected_tokens))
+        return next(self.draws)
+
+    def rewards(self, pairs):
+        self.events.append(("rewards", pairs))
+        return [float(self.right(question, response)) for question, response in pairs]
+
+
+def test_roll_out_grades_every_response_with_its_own_question():
+    drawn = [[[10 * x + i, EOS] for i in range(3)] for x in range(2)]
+    policy = Scripted(drawn, right=lambda question, y: question is B and y == [11, EOS])
+    groups = roll_out(policy, [A, B], Config(group_size=3, max_new_tokens=20))
+    assert policy.events == [("sample", [[3, 4], [5]], 3, 20, None),
+                             ("rewards", [(A, [0, EOS]), (A, [1, EOS]), (A, [2, EOS]),
+                                          (B, [10, EOS]), (B, [11, EOS]), (B, [12, EOS])])]
+    assert groups == [Group([3, 4], [Trajectory([0, EOS], 0.0), Trajectory([1, EOS], 0.0), Trajectory([2, EOS], 0.0)]),
+                      Group([5], [Trajectory([10, EOS], 0.0), Trajectory([11, EOS], 1.0), Trajectory([12, EOS], 0.0)])]
 
 
 def three_sentences():
-    return [Group([3], [Trajectory([5, 2, 6, 2, 7, EOS], 0.0), Trajectory([5, EOS], 1.0)]),
-            Group([4], [Trajectory([8, 9, 2, 8, 2, EOS], 0.0)])]
+    return [Group([3, 4], [Trajectory([5, 2, 6, 2, 7, EOS], 0.0), Trajectory([5, EOS], 1.0)]),
+            Group([5], [Trajectory([8, 9, 2, 8, 2, EOS], 0.0)])]
 
 
-def test_pivots_of_failures_only_at_ends_of_sentences():
-    groups, estimate = three_sentences(), Recoverability()
-    seen = set()
-    for seed in range(200):
-        chosen = choose_pivots(groups, Config(), estimate, word, np.random.default_rng(seed))
-        assert chosen[0].trajectories[1] == groups[0].trajectories[1]
-        seen.add((chosen[0].trajectories[0].pivot, round(chosen[0].trajectories[0].ratio, 6)))
-        assert chosen[1].trajectories[0].pivot in (0, 3)           # the last sentence ends with the response
-    assert seen == {(0, 0.25), (2, 0.5), (4, 0.75)}
+def pivots_of(groups):
+    """One (pivot, ratio) per rollout that has a fork; DEEP-GRPO has no more."""
+    assert all(len(t.forks) <= 1 and not t.branches for g in groups for t in g.trajectories)
+    return [(f.pivot, round(f.ratio, 6)) for g in groups for t in g.trajectories for f in t.forks]
+
+
+def test_one_pivot_for_every_failure_at_ends_of_sentences():
+    groups, estimate, policy = three_sentences(), Recoverability(), Scripted()
+
+    def chosen(config, seed):
+        return choose_pivots(policy, [A, B], groups, config, estimate, np.random.default_rng(seed))
+
+    drawn = [chosen(Config(), seed) for seed in range(200)]
+    assert all(g[0].trajectories[1] == groups[0].trajectories[1] for g in drawn)           # the right one has none
+    first, second = zip(*map(pivots_of, drawn))
+    assert set(first) == {(0, 0.25), (2, 0.5), (4, 0.75)}
+    assert set(second) == {(0, 0.333333), (3, 0.666667)}           # the last sentence ends with the response
     assert groups == three_sentences()                             # the argument is left alone
-    fixed = {choose_pivots(groups, Config(segment_tokens=4), estimate, word,
-                           np.random.default_rng(seed))[0].trajectories[0].pivot for seed in range(50)}
-    assert fixed == {0, 4}
-    for seed in range(50):                                      # gamma = -20 resamples from the question
-        chosen = choose_pivots(groups, Config(gamma=-20.0), estimate, word, np.random.default_rng(seed))
-        assert chosen[0].trajectories[0].pivot == chosen[1].trajectories[0].pivot == 0
+    assert {pivots_of(chosen(Config(segment_tokens=4), seed))[0][0] for seed in range(50)} == {0, 4}
+    for seed in range(50):                                         # gamma = -20 resamples from the question
+        assert pivots_of(chosen(Config(gamma=-20.0), seed)) == [(0, 0.25), (0, 0.333333)]
+    assert chosen(Config(branches=0), 0) == groups                 # GRPO has no use for a pivot
+    estimate.w, estimate.b, estimate.fitted = -40.0, 20.0, True    # P falls from 1 to 0 at r = .5
+    assert {pivots_of(chosen(Config(), seed))[0][0] for seed in range(50)} == {0, 2}
 
 
-def test_ablations_of_the_pivot():
-    groups, estimate = three_sentences(), Recoverability()
-    rngs = [np.random.default_rng(seed) for seed in range(300)]
-    right = [choose_pivots(groups, Config(branch_all=True), estimate, word, rng)[0].trajectories[1] for rng in rngs]
-    assert {(t.pivot, t.ratio) for t in right} == {(0, 0.5)}        # a right rollout of one sentence: its question
-    for i in range(40):
-        estimate.observe(i / 40, i < 10)                                 # P falls steeply
-    estimate.fit()
-    drawn = [choose_pivots(groups, Config(uniform_pivot=True), estimate, word, rng)[0].trajectories[0].pivot
-             for rng in rngs]
-    assert all(75 < drawn.count(kept) < 125 for kept in (0, 2, 4))       # 100 each, 8 standard deviation
-    two = [choose_pivots(groups, Config(pivots=2), estimate, word, rng) for rng in rngs]
-    first = [g[0].trajectories[0] for g in two]
-    assert {tuple(sorted(t.pivot)) for t in first} == {(0, 2), (0, 4), (2, 4)}
-    assert all([{0: 0.25, 2: 0.5, 4: 0.75}[kept] for kept in t.pivot] == t.ratio for t in first)
-    short = Group([4], [Trajectory([8, EOS], 0.0)])
-    assert choose_pivots([short], Config(pivots=2), estimate, word, rngs[0])[0].trajectories[0].pivot == [0]
-
-
-def test_resample_two_pivots_and_learn_from_each():
+def test_branches_continue_the_exact_prefix_within_the_room_that_is_left():
     groups = three_sentences()
-    groups[0].trajectories[0] = replace(groups[0].trajectories[0], pivot=[4, 2], ratio=[0.75, 0.5])
-    groups[1].trajectories[0] = replace(groups[1].trajectories[0], pivot=[3], ratio=[0.6])
-    asked = []
-
-    def draw(prefixes, k, *, max_new_tokens, expected_tokens):
-        asked.append((prefixes, k, max_new_tokens, expected_tokens))
-        return [[[10 * s + j] for j in range(k)] for s in range(len(prefixes))]
-
-    branched = resample(draw, groups, lambda pairs: [float(y[-1] in (11, 20)) for _, y in pairs],
-                        Config(branches=2, max_new_tokens=10))
-    assert asked == [([[3, 5, 2, 6, 2], [3, 5, 2], [4, 8, 9, 2]], 2, [6, 8, 7], [2, 4, 3])]
-    first, second = branched[0].trajectories[0], branched[1].trajectories[0]
-    assert first.branches == [[0], [1], [10], [11]] and first.branch_rewards == [0.0, 0.0, 0.0, 1.0]
-    assert second.branches == [[20], [21]] and second.branch_rewards == [1.0, 0.0]
-    estimate = Recoverability()
-    learn_recoverability(branched, estimate)
-    assert list(estimate.outcomes) == [(0.75, False), (0.5, True), (0.6, True)]
-    got = summarize(branched, [EOS])
-    assert (got["pivots"], got["recovered"], got["dead_branch_groups"]) == (3, 2 / 3, 1 / 3)
-    assert got["pivot_depth"] == pytest.approx((0.75 + 0.5 + 0.6) / 3)
-
-
-def test_resample_continues_the_exact_prefix_within_the_room_that_is_left():
-    groups, asked, graded = three_sentences(), [], []
-    groups[0].trajectories[0] = replace(groups[0].trajectories[0], pivot=4, ratio=0.75)
-    groups[1].trajectories[0] = replace(groups[1].trajectories[0], pivot=3, ratio=0.5)
-
-    def draw(prefixes, k, *, max_new_tokens, expected_tokens):
-        asked.append((prefixes, k, max_new_tokens, expected_tokens))
-        return [[[7] * 6, [6, EOS]], [[7] * 6 + [EOS], [9, EOS]]]
-
-    def reward(pairs):
-        graded.extend(pairs)
-        return [float(response[-2:] == [6, EOS]) for _, response in pairs]
-
-    branched = resample(draw, groups, reward, Config(branches=2, max_new_tokens=10))
+    groups[0].trajectories[0].forks = [Fork(4, 0.75)]
+    groups[1].trajectories[0].forks = [Fork(3, 0.5)]
+    before = copy.deepcopy(groups)
+    policy = Scripted([[[7] * 6, [6, EOS]], [[7] * 6 + [EOS], [9, EOS]]], right=lambda _, y: y[-2:] == [6, EOS])
+    branched = resample_failures(policy, [A, B], groups, Config(branches=2, max_new_tokens=10))
     # One call; 10 less what each pivot keeps; the rest of each failed response, 6 - 4 and 6 - 3 tokens.
-    assert asked == [([[3, 5, 2, 6, 2], [4, 8, 9, 2]], 2, [6, 7], [2, 3])]
-    deep, shallow = branched[0].trajectories[0], branched[1].trajectories[0]
-    assert deep.branches == [[7] * 6, [6, EOS]]
-    assert deep.branch_rewards == [0.0, 1.0]
-    assert shallow.branches == [[7] * 6 + [EOS], [9, EOS]] and shallow.branch_rewards == [0.0, 0.0]
-    assert graded == [(0, [5, 2, 6, 2] + [7] * 6), (0, [5, 2, 6, 2, 6, EOS]),
-                      (1, [8, 9, 2] + [7] * 6 + [EOS]), (1, [8, 9, 2, 9, EOS])]
-    assert branched[0].trajectories[1].branches == [] and groups[0].trajectories[0].branches == []
+    assert policy.events == [("sample", [[3, 4, 5, 2, 6, 2], [5, 8, 9, 2]], 2, [6, 7], [2, 3]),
+                             ("rewards", [(A, [5, 2, 6, 2] + [7] * 6), (A, [5, 2, 6, 2, 6, EOS]),
+                                          (B, [8, 9, 2] + [7] * 6 + [EOS]), (B, [8, 9, 2, 9, EOS])])]
+    assert branched == [
+        Group([3, 4], [Trajectory([5, 2, 6, 2, 7, EOS], 0.0, [Fork(4, 0.75, [[7] * 6, [6, EOS]], [0.0, 1.0])]),
+                       Trajectory([5, EOS], 1.0)]),
+        Group([5], [Trajectory([8, 9, 2, 8, 2, EOS], 0.0, [Fork(3, 0.5, [[7] * 6 + [EOS], [9, EOS]], [0.0, 0.0])])])]
+    assert groups == before                                             # the argument is left alone
 
     estimate = Recoverability(min_observations=1)
     learn_recoverability(branched, estimate)
@@ -520,32 +554,167 @@ def test_resample_continues_the_exact_prefix_within_the_room_that_is_left():
     assert estimate.fitted and estimate.w > 0                           # and P has learned from them
 
 
-def test_resample_without_failures_draws_nothing():
+def test_several_forks_of_a_rollout_are_resampled_in_order_and_learned_from_one_by_one():
+    groups = three_sentences()
+    groups[0].trajectories[0].forks = [Fork(4, 0.75), Fork(2, 0.5)]
+    groups[1].trajectories[0].forks = [Fork(3, 0.6)]
+    policy = Scripted([[[10 * n], [10 * n + 1]] for n in range(3)], right=lambda _, y: y[-1] in (11, 20))
+    branched = resample_failures(policy, [A, B], groups, Config(branches=2, max_new_tokens=10))
+    assert policy.events[0] == ("sample", [[3, 4, 5, 2, 6, 2], [3, 4, 5, 2], [5, 8, 9, 2]], 2, [6, 8, 7], [2, 4, 3])
+    assert branched[0].trajectories[0].forks == [Fork(4, 0.75, [[0], [1]], [0.0, 0.0]),
+                                                 Fork(2, 0.5, [[10], [11]], [0.0, 1.0])]
+    assert branched[1].trajectories[0].forks == [Fork(3, 0.6, [[20], [21]], [1.0, 0.0])]
+    estimate = Recoverability()
+    learn_recoverability(branched, estimate)
+    assert list(estimate.outcomes) == [(0.75, False), (0.5, True), (0.6, True)]
+    learn_recoverability(branched, None)                                # a method without a fit of Eq. (P)
+
+
+def test_without_failures_or_branches_nothing_is_resampled():
     groups = [Group([3], [Trajectory([5, EOS], 1.0)])]
-    assert resample(None, groups, None, Config()) == groups
-    groups = [Group([3], [Trajectory([5, EOS], 0.0, pivot=1)])]
-    assert resample(None, groups, None, Config(branches=0)) == groups
+    assert resample_failures(None, [A], groups, Config()) == groups
+    groups = [Group([3], [Trajectory([5, EOS], 0.0, [Fork(1, 0.5)])])]
+    assert resample_failures(None, [A], groups, Config(branches=0)) == groups
 
 
-def test_summary_by_hand():
-    got = summarize(example(), [EOS])
-    assert got == pytest.approx({
-        "reward": 4 / 9, "branch_reward": 5 / 15, "dead_groups": 2 / 3, "dead_branch_groups": 1 / 5,
-        "pivots": 5, "pivot_depth": (0.6 + 0.2 + 0.5 + 0.7 + 0.5) / 5, "recovered": 4 / 5,
-        "response_length": 30 / 9, "branch_length": 35 / 15,
-        "truncated": 1 / 9, "sequences": 24, "generated_tokens": 65})
-    easy = Trajectory([5, EOS], 0.0, 0, [[6, EOS], [7, EOS]], [1.0, 1.0], 0.5)   # all right
-    assert summarize([Group([3], [easy])], [EOS])["dead_branch_groups"] == 1
-    grpo = summarize([Group([3], [Trajectory([5, EOS], 1.0), Trajectory([6, EOS], 0.0)])], [EOS])
-    assert grpo["pivots"] == 0 and grpo["pivot_depth"] is None and grpo["recovered"] is None
+# ---- step() ----
+
+class Watched(Recoverability):
+    """Writes its calls into the events of a policy."""
+
+    def __init__(self, events, **options):
+        super().__init__(**options)
+        self.events = events
+
+    def observe(self, ratio, success):
+        self.events.append(("observe", round(ratio, 6), success))
+        super().observe(ratio, success)
+
+    def fit(self):
+        self.events.append(("fit",))
+        super().fit()
+
+
+class Step:
+    """Ingredients of step(): A with two failures and a right rollout, B with right rollouts only.
+
+    A rollout is right when it holds token 9. gamma = 400 makes the deepest state nearly certain.
+    """
+    config = Config(group_size=3, branches=2, gamma=400.0, max_new_tokens=10, beta=BETA, max_grad_norm=1e9)
+    rollouts = [[[6, 2, 7, 2, 8, EOS], [9, EOS], [6, 2, 6, EOS]], [[7, 9, EOS], [9, EOS], [8, 9, EOS]]]
+    branches = [[[9, EOS], [6, EOS]], [[6, EOS], [6] * 8]]
+    groups = [
+        Group([3, 4], [Trajectory([6, 2, 7, 2, 8, EOS], 0.0, [Fork(4, 3 / 4, [[9, EOS], [6, EOS]], [1.0, 0.0])]),
+                       Trajectory([9, EOS], 1.0),
+                       Trajectory([6, 2, 6, EOS], 0.0, [Fork(2, 2 / 3, [[6, EOS], [6] * 8], [0.0, 0.0])])]),
+        Group([5], [Trajectory([7, 9, EOS], 1.0), Trajectory([9, EOS], 1.0), Trajectory([8, 9, EOS], 1.0)])]
+    explored = [
+        ("sample", [[3, 4], [5]], 3, 10, None),
+        ("rewards", [(A, rollouts[0][0]), (A, rollouts[0][1]), (A, rollouts[0][2]),
+                     (B, rollouts[1][0]), (B, rollouts[1][1]), (B, rollouts[1][2])]),
+        ("sample", [[3, 4, 6, 2, 7, 2], [3, 4, 6, 2]], 2, [10 - 4, 10 - 2], [6 - 4, 4 - 2]),
+        ("rewards", [(A, [6, 2, 7, 2, 9, EOS]), (A, [6, 2, 7, 2, 6, EOS]), (A, [6, 2, 6, EOS]), (A, [6, 2] + [6] * 8)]),
+        ("observe", 0.75, True), ("observe", 0.666667, False), ("fit",)]
+
+    def __init__(self, model, *draws, config=config):
+        self.policy = Scripted(*(draws or (self.rollouts, self.branches)), right=lambda _, y: 9 in y, model=model)
+        self.config, self.events = config, self.policy.events
+        self.recoverability = Watched(self.events)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def take(self, batches, recoverability=..., **options):
+        recoverability = self.recoverability if recoverability is ... else recoverability
+        return step(self.policy, batches, self.config, recoverability, np.random.default_rng(0), self.optimizer,
+                    **options)
+
+    def update(self, *args, **options):
+        """A stand-in for update()."""
+        self.events.append(("update", *args, options))
+        return {"loss": 12.5}
+
+
+def test_a_step_is_the_lines_of_the_algorithm_in_order(model, ref_model):
+    taken = Step(model)
+    groups, metrics = taken.take([[A, B]], ref_model=ref_model, update=taken.update, micro_batch_tokens=30)
+    assert taken.events[:-1] == taken.explored
+    # One Fork per failure, none for right rollouts.
+    assert groups == taken.groups and metrics == {"loss": 12.5}
+    name, its_model, optimizer, its_groups, config, its_ref_model, options = taken.events[-1]
+    assert (name, its_groups, options) == ("update", groups, {"micro_batch_tokens": 30})
+    assert (its_model, optimizer, config, its_ref_model) == (model, taken.optimizer, taken.config, ref_model)
+
+
+@pytest.mark.parametrize("form", ["paper", "authors"])
+def test_a_step_follows_the_gradient_of_the_objective_on_its_groups(model, ref_model, form):
+    config, twin = replace(Step.config, objective=form), copy.deepcopy(model)
+    groups, metrics = Step(model, config=config).take([[A, B]], ref_model=ref_model, micro_batch_tokens=30)
+    loss, expected = objective(twin, groups, config, ref_model, backward=True)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-10) and metrics["kl"] == pytest.approx(expected["kl"])
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert q.grad.abs().max() > 1e-3
+        torch.testing.assert_close(p, q - 0.05 * q.grad, rtol=0, atol=1e-10)
+
+
+def test_with_k_0_a_step_samples_once_and_learns_nothing_of_depth(model):
+    taken = Step(model, Step.rollouts, config=replace(Step.config, branches=0))
+    groups, metrics = taken.take([[A, B]])
+    assert [event for event in taken.events if event != ("fit",)] == taken.explored[:2]
+    assert not any(t.forks for g in groups for t in g.trajectories)
+    assert not taken.recoverability.outcomes and not taken.recoverability.fitted
+    assert metrics["trained_tokens"] == 6 + 2 + 4 and metrics["grad_norm"] > 1e-3               # the rollouts of A
+
+
+def test_several_batches_share_one_update_and_each_learns_from_the_last(model):
+    """The second batch is asked for only when the first is done, and its pivots follow what the first has shown."""
+    hopeless = [[[[6, 2, 7, 2, 8, EOS]] * 3], [[[6, EOS]] * 2] * 3]              # no branch of a deep pivot is right
+    easy = [[[[7, 2, 7, 2, 8, EOS]] * 3], [[[9, EOS]] * 2] * 3]
+    taken = Step(model, *hopeless, *easy, config=replace(Step.config, gamma=0.0))
+    taken.recoverability = Watched(taken.events, min_observations=3)
+    for ratio in (0.2, 0.22, 0.24):
+        Recoverability.observe(taken.recoverability, ratio, True)
+    predictions = []
+
+    def certain(policy, questions, groups, config, recoverability, rng):
+        predictions.append((questions, recoverability.predict(np.array([0.25, 0.5, 0.75])).tolist()))
+        return choose_pivots(policy, questions, groups, replace(config, gamma=400.0), recoverability, rng)
+
+    def batches():
+        for question in (A, B):
+            taken.events.append(("batch", question.name))
+            yield [question]
+
+    groups, _ = taken.take(batches(), choose_pivots=certain, update=taken.update)
+    assert [event[0] for event in taken.events] == [
+        *["batch", "sample", "rewards", "sample", "rewards", "observe", "observe", "observe", "fit"] * 2, "update"]
+    assert [event[1:] for event in taken.events if event[0] == "observe"] == [(0.75, False)] * 3 + [(0.75, True)] * 3
+    assert [g.prompt for g in groups] == [[3, 4], [5]] and taken.events[-1][3] == groups
+    (first, unfitted), (second, fitted) = predictions
+    assert 0.9 > fitted[0] > fitted[1] > fitted[2]
+    assert (first, second) == ([A], [B]) and unfitted == [1.0] * 3
+
+
+def test_another_method_takes_the_place_of_line_2_and_of_the_weights(model):
+    def at_the_question(policy, questions, groups, config, recoverability, rng):
+        return [Group(g.prompt, [replace(t, forks=[Fork(0, 0.1)]) for t in g.trajectories[:1]] + g.trajectories[1:])
+                for g in groups]
+
+    def weights(groups, config):
+        seen.append(groups)
+        return sequence_weights(groups, replace(config, lam=0.0))
+
+    seen, twin, taken = [], copy.deepcopy(model), Step(model)
+    groups, metrics = taken.take([[A, B]], recoverability=None, choose_pivots=at_the_question, weights=weights)
+    assert taken.events[2][:4] == ("sample", [[3, 4], [5]], 2, [10, 10]) and len(taken.events) == 4
+    assert [[len(t.forks) for t in g.trajectories] for g in groups] == [[1, 0, 0], [1, 0, 0]] and seen == [groups]
+    loss, _ = objective(twin, groups, replace(Step.config, lam=0.0))
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-10)
 
 
 def test_defaults_are_those_of_the_authors_script():
-    assert Config() == Config(group_size=8, branches=8, gamma=2.0, lam=1.0, beta=1e-4, clip_low=0.2,
-                              clip_high=0.2, temperature=1.0, objective="paper", segment_tokens=0,
-                              max_new_tokens=768, updates=1, max_grad_norm=1.0, std=True, pivots=1,
-                              uniform_pivot=False, branch_all=False, train_prefix=False, one_stream=False,
-                              stapo=False, maspo=False)
+    settings = dict(group_size=8, branches=8, gamma=2.0, lam=1.0, beta=1e-4, clip_low=0.2, clip_high=0.2,
+                    temperature=1.0, objective="paper", segment_tokens=0, max_new_tokens=768, updates=1,
+                    max_grad_norm=1.0)
+    assert Config() == Config(**settings) and {field.name for field in fields(Config)} == set(settings)
     assert Config(branches=0, lam=0.0, beta=0.0, clip_low=0.0, clip_high=0.0)      # off, not impossible
 
 
@@ -553,7 +722,7 @@ def test_defaults_are_those_of_the_authors_script():
     ("group_size", 0), ("branches", -1), ("lam", -0.1), ("beta", float("nan")), ("temperature", 0.0),
     ("objective", "ppo"), ("gamma", float("inf")), ("max_new_tokens", 0), ("updates", 0), ("clip_low", -1.0),
     ("segment_tokens", 1.5), ("segment_tokens", -1), ("clip_high", -0.1), ("lam", float("inf")),
-    ("max_grad_norm", 0.0), ("pivots", 0)])
+    ("max_grad_norm", 0.0)])
 def test_impossible_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         Config(**{name: value})

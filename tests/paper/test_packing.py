@@ -1,6 +1,6 @@
 """Packed rows against separate rows: the mask token by token, log-probabilities and gradients to rounding."""
-import subprocess
-import sys
+import runpy
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +8,33 @@ import pytest
 import torch
 from conftest import make_model
 
-from packing import Row, attention_length, micro_batches, pack, pack_or_split, score_rows, tree_mask
-from trainer.model import checkpoint_activations
+from deep_grpo import Fork, Group, Trajectory
+from packing import (
+    Alone,
+    Row,
+    attention_length,
+    batch_costs,
+    micro_batches,
+    pack,
+    pack_groups,
+    pack_or_split,
+    score_rows,
+    tree_mask,
+)
 
-ROLLOUTS = [  # prompt, response, pivot, branches: ragged, pivot at the root and inside, an empty branch
-    ([3, 4, 5], [6, 7, 8, 9, 10], 2, [[11, 12, 13], [6], []]),
-    ([3], [5, 4], 0, [[7, 8, 9], [9, 9]]),
-    ([9, 8, 7, 6], [5, 4, 3, 3, 5, 1], None, []),
-    ([2, 2], [5, 6, 7], 3, [[8, 1]]),
+ROLLOUTS = [  # prompt, response, (pivot, suffix) of its branches: ragged, pivot at the root and inside, an empty branch
+    ([3, 4, 5], [6, 7, 8, 9, 10], [(2, [11, 12, 13]), (2, [6]), (2, [])]),
+    ([3], [5, 4], [(0, [7, 8, 9]), (0, [9, 9])]),
+    ([9, 8, 7, 6], [5, 4, 3, 3, 5, 1], []),
+    ([2, 2], [5, 6, 7], [(3, [8, 1])]),
+    ([4], [6, 7, 8, 9], [(1, [5, 5]), (3, [7]), (0, [8, 9])]),                       # several pivots
 ]
 
 
-def separate_logps(model, prompt, response, pivot, branches):
+def separate_logps(model, prompt, response, branches):
     """The slow twin: every sequence alone through the whole model, log_softmax of all logits, no mask."""
     pieces = []
-    for prefix, tail in [(prompt, response), *((prompt + response[:pivot], y) for y in branches)]:
+    for prefix, tail in [(prompt, response), *((prompt + response[:pivot], y) for pivot, y in branches)]:
         logits = model(input_ids=torch.tensor([prefix + tail])).logits[0, :-1]
         logp = logits.log_softmax(-1).gather(-1, torch.tensor([(prefix + tail)[1:]]).T)[:, 0]
         pieces.append(logp[len(prefix) - 1:])
@@ -30,7 +42,7 @@ def separate_logps(model, prompt, response, pivot, branches):
 
 
 def test_row_by_hand():
-    row = pack([1, 2], [3, 4, 5, 6], 2, [[7, 8], [9]])
+    row = pack([1, 2], [3, 4, 5, 6], [(2, [7, 8]), (2, [9])])
     assert row == Row(ids=[1, 2, 3, 4, 5, 6, 7, 8, 9],
                       positions=[0, 1, 2, 3, 4, 5, 4, 5, 4],
                       segments=[0, 0, 1, 1, 1, 1, 2, 2, 3],
@@ -45,22 +57,18 @@ def test_mask_by_its_definition():
     segments = torch.tensor([r.segments + [-1] * (width - len(r.ids)) for r in rows])
     mask = tree_mask(segments, torch.tensor([r.prefixes + [0] * (width - len(r.ids)) for r in rows]))
     assert mask.shape == (len(rows), 1, width, width) and mask.dtype == torch.bool
-    for b, (prompt, _, pivot, _) in enumerate(ROLLOUTS):
-        n = len(rows[b].ids)
+    for b, (prompt, _, branches) in enumerate(ROLLOUTS):
+        n, pivots = len(rows[b].ids), [0, 0, *(pivot for pivot, _ in branches)]          # of each segment
         for q in range(n):
             for k in range(width):
-                segment = rows[b].segments[k] if k < n else None
-                in_prefix = segment == 0 or (segment == 1 and k < len(prompt) + (pivot or 0))
-                assert mask[b, 0, q, k] == (k <= q and (in_prefix or segment == rows[b].segments[q]))
+                own, other = rows[b].segments[q], rows[b].segments[k] if k < n else None
+                in_prefix = other == 0 or (other == 1 and k < len(prompt) + pivots[own])
+                assert mask[b, 0, q, k] == (k <= q and (in_prefix or other == own))
     assert mask.any(-1).all()                                # also padding: a fully masked row would be NaN
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("chunk", [3, 4096])
-def test_log_probabilities_and_gradients_equal_those_of_separate_rows(checkpointing, chunk):
-    model, twin = make_model(), make_model()
-    if checkpointing:
-        checkpoint_activations(model)
+def check_against_separate_rows(model, twin, chunk) -> int:
+    """Log-probabilities and gradients of packed rows; returns how often the first layer was computed."""
     calls, heads = [], []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     model.lm_head.register_forward_pre_hook(lambda module, args: heads.append(len(args[0])))
@@ -75,9 +83,26 @@ def test_log_probabilities_and_gradients_equal_those_of_separate_rows(checkpoint
         assert q.grad.abs().max() > 1e-3, name                           # not a comparison of zeros
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
     assert not entropies.requires_grad
-    assert len(calls) == 1 + checkpointing                               # it was really computed again, and so
-    assert max(heads) <= chunk                                           # was the head, but for its last chunk
-    assert sum(heads) == 2 * len(logps) - (len(logps) % chunk or chunk)
+    assert max(heads) <= chunk                                           # the head is computed in chunks, and again,
+    assert sum(heads) == 2 * len(logps) - (len(logps) % chunk or chunk)  # but for its last one
+    return len(calls)
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_log_probabilities_and_gradients_equal_those_of_separate_rows(chunk):
+    assert check_against_separate_rows(make_model(), make_model(), chunk) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_without_rows_one_token_is_computed_and_nothing_is_learned(tied):
+    """Under FSDP a process that has no rows still has to take part in the forward and the backward pass."""
+    model, seen = make_model(tie_word_embeddings=tied), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    logps, entropies = score_rows(model, [])
+    assert logps.shape == entropies.shape == (0,) and logps.dtype == torch.float64 and seen == [(1, 1)]
+    logps.sum().backward()
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
 
 
 def test_rows_without_branches_need_no_mask():
@@ -85,11 +110,11 @@ def test_rows_without_branches_need_no_mask():
     model, seen = make_model(), []
     model.model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
-    plain = [(prompt, response, None, []) for prompt, response, *_ in ROLLOUTS]
+    plain = [(prompt, response, []) for prompt, response, _ in ROLLOUTS]
     logps, _ = score_rows(model, [pack(*rollout) for rollout in plain])
     torch.testing.assert_close(logps, torch.cat([separate_logps(make_model(), *r) for r in plain]), rtol=0, atol=1e-10)
     score_rows(model, [pack(*rollout) for rollout in ROLLOUTS])
-    assert seen[0] is None and seen[1].shape[:2] == (4, 1)
+    assert seen[0] is None and seen[1].shape[:2] == (len(ROLLOUTS), 1)
 
 
 def test_attention_length_by_hand():
@@ -103,13 +128,31 @@ def test_attention_length_by_hand():
 
 def test_the_rule_for_separate_rows_at_its_boundary():
     # Prefix 3 + 2, suffixes of 5: one row of 20 tokens, or three of 10. 20 + 400 / A = 30 + 300 / 2A at A = 25.
-    rollout = ([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], 2, [[11] * 5, [12] * 5])
+    rollout = ([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [(2, [11] * 5), (2, [12] * 5)])
     assert pack_or_split(*rollout, a=25.0) == [pack(*rollout)]
     assert pack_or_split(*rollout, a=24.99) == [
         pack([1, 2, 3], [4, 5, 6, 7, 8, 9, 10]), pack([1, 2, 3, 4, 5], [11] * 5), pack([1, 2, 3, 4, 5], [12] * 5)]
     assert pack_or_split(*rollout, a=25.0, limit=20) == [pack(*rollout)]
     assert len(pack_or_split(*rollout, a=25.0, limit=19)) == 3
-    assert pack_or_split([1], [2, 3], 1, [], a=1e-9, limit=2) == [pack([1], [2, 3], 1)]
+    assert pack_or_split([1], [2, 3], [], a=1e-9, limit=2) == [pack([1], [2, 3])]
+
+
+def test_separate_rows_of_several_pivots_have_their_own_prefixes():
+    rollout = ([1], [4, 5, 6], [(2, [7]), (0, [8]), (1, [9, 9])])
+    assert pack_or_split(*rollout, a=1e-9) == [
+        pack([1], [4, 5, 6]), pack([1, 4, 5], [7]), pack([1], [8]), pack([1, 4], [9, 9])]
+
+
+def test_rows_of_groups_by_hand():
+    """A row per rollout. Where a question has no branch at all, its rollouts are branches of the question."""
+    forked = Trajectory([5, 6, 7], 0.0, [Fork(2, 0.6, [[8], [9]], [1.0, 0.0]), Fork(1, 0.3, [[3, 3]], [0.0])])
+    groups = [Group([1, 2], [Trajectory([4], 1.0), forked]),
+              Group([3], [Trajectory([5], 0.0), Trajectory([6, 7], 1.0)])]
+    row = pack([1, 2], [5, 6, 7], [(2, [8]), (2, [9]), (1, [3, 3])])
+    assert pack_groups(groups, a=inf) == [pack([1, 2], [4]), row, pack([3], [5], [(0, [6, 7])])]
+    split = [pack([1, 2], [5, 6, 7]), pack([1, 2, 5, 6], [8]), pack([1, 2, 5, 6], [9]), pack([1, 2, 5], [3, 3])]
+    assert pack_groups(groups, a=inf, limit=8) == [pack([1, 2], [4]), *split, pack([3], [5], [(0, [6, 7])])]
+    assert pack_groups(groups, a=1e-9) == [pack([1, 2], [4]), *split, pack([3], [5]), pack([3], [6, 7])]
 
 
 def test_temperature_and_entropy():
@@ -141,7 +184,7 @@ def test_bfloat16_logits_are_scored_in_float32():
 def test_the_mask_is_what_keeps_branches_apart():
     # A later branch must not see an earlier one: change the first branch and look at the second.
     model = make_model()
-    a, b = (score_rows(model, [pack([3, 4, 5], [6, 7, 8], 1, [changed, [9, 10]])])[0]
+    a, b = (score_rows(model, [pack([3, 4, 5], [6, 7, 8], [(1, changed), (1, [9, 10])])])[0]
             for changed in ([4, 4, 4], [11, 12, 13]))
     torch.testing.assert_close(a[-2:], b[-2:], rtol=0, atol=1e-12)
 
@@ -174,8 +217,9 @@ def test_padding_is_under_a_tenth_with_lengths_as_on_gsm8k(tokens):
     for prompt in rng.integers(60, 160, 64):
         for n in rng.lognormal(np.log(220) - 0.08, 0.4, 8).clip(16, 512).astype(int):
             pivot = int(0.7 * n)
-            branches = [[2] * max(1, int(m)) for m in rng.normal(n - pivot, 20, 8 * (rng.random() < 0.45))]
-            rows += pack_or_split([2] * int(prompt), [2] * int(n), pivot, branches, 7100.0, tokens)
+            lengths = rng.normal(n - pivot, 20, 8 * (rng.random() < 0.45))
+            branches = [(pivot, [2] * max(1, int(m))) for m in lengths]
+            rows += pack_or_split([2] * int(prompt), [2] * int(n), branches, 7100.0, tokens)
     batches = [[len(rows[i].ids) for i in batch] for batch in micro_batches(rows, tokens)]
     padded = sum(len(batch) * max(batch) for batch in batches)
     assert max(len(batch) * max(batch) for batch in batches) <= tokens
@@ -185,26 +229,44 @@ def test_padding_is_under_a_tenth_with_lengths_as_on_gsm8k(tokens):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="prompt"):
         pack([], [1, 2])
-    for pivot in (None, -1, 3):
-        with pytest.raises(ValueError, match="pivot"):
-            pack([1], [2, 3], pivot, [[4]])
-    for pivot, branches in (([], [[4]]), ([0, 1], [[4], [5], [6]])):
-        with pytest.raises(ValueError, match=f"equally many for each pivot, got {len(branches)} for pivot"):
-            pack([1], [2, 3], pivot, branches)
+    for pivot in (-1, 3):
+        with pytest.raises(ValueError, match=f"pivot must be 0 to the 2 tokens of the response, got {pivot}"):
+            pack([1], [2, 3], [(1, [5]), (pivot, [4])])
     model = make_model()
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="sdpa"):
         score_rows(model, [pack([1], [2])])
-    model = make_model()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        score_rows(model, [pack([1], [2])])
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        model = make_model()
+        for value in (None, 1, 30.0):
+            setattr(model.config, name, value)
+            if value != 30.0:
+                score_rows(model, [pack([1], [2])])
+        with pytest.raises(ValueError, match=name):
+            score_rows(model, [pack([1], [2])])
 
 
-def test_the_drawing_is_the_mask():
-    out = subprocess.run([sys.executable, "packing.py"], capture_output=True, text=True, check=True,
-                         cwd=Path(__file__).parents[2]).stdout
-    drawn = [line.split()[2:] for line in out.splitlines() if line[:2] in (" P", " R", " 1", " 2")]
+def test_what_micro_batches_cost_by_hand():
+    rows = [pack([1], [2] * (n - 1)) for n in (3, 10, 5, 4, 10, 2)]                 # 34 tokens
+    assert batch_costs(rows, [[1, 4], [2, 3, 0, 5]]) == {
+        "forwarded_tokens": 34, "padding": 1 - 34 / 40, "imbalance": 1.0}           # 2 x 10, 4 x 5
+    # The first rank computes 10 + 5 + 3 tokens, the second 10 + 4 + 2; round by round one of them waits.
+    two = batch_costs(rows, [[1], [4], [2], [3], [0], [5]], ranks=2)
+    assert two == {"forwarded_tokens": 34, "padding": 0.0, "imbalance": (10 + 5 + 3) / (34 / 2)}
+    three = batch_costs(rows, [[1, 4], [2, 3, 0, 5], []], ranks=3)                  # the third has nothing to do
+    assert three == {"forwarded_tokens": 34, "padding": 1 - 34 / 40, "imbalance": 20 / (40 / 3)}
+
+
+def test_one_process_alone_has_all_micro_batches():
+    model, rows = make_model(), [pack(*ROLLOUTS[0])]
+    assert Alone().size == 1 and Alone().mine([[1], [0, 2]]) == [[1], [0, 2]] and Alone().total(rows) is rows
+    for got, expected in zip(Alone().score(model, rows, 0.7), score_rows(model, rows, 0.7)):
+        assert torch.equal(got, expected)
+
+
+def test_the_drawing_is_the_mask(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "packing.py"), run_name="__main__")
+    drawn = [line.split()[2:] for line in capsys.readouterr().out.splitlines() if line[:2] in (" P", " R", " 1", " 2")]
     assert ["".join(line) for line in drawn] == [
         "#........", "##.......", "###......", "####.....", "#####....", "######...",
         "####..#..", "####..##.", "####....#"]

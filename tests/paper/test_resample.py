@@ -9,7 +9,6 @@ from transformers import DynamicCache, GenerationConfig
 
 import resample
 from resample import sample
-from trainer.model import checkpoint_activations
 
 RAGGED = [[5, 6, 7, 8, 9, 10], [3], [4, 4], [9, 8, 7, 6, 5, 4, 3, 2, 2, 3, 4]]
 HOSTILE = dict(do_sample=True, temperature=0.3, top_k=3, top_p=0.5, min_p=0.3, typical_p=0.4,
@@ -213,13 +212,10 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_comes_back_as_it_was(training):
-    model = make_model(attention_dropout=0.5)
-    checkpoint_activations(model)
-    model.train(training)
+    model = make_model(attention_dropout=0.5).train(training)
     config = model.generation_config
     greedy = draw(model)
     assert model.training == training and model.generation_config is config
-    assert model.is_gradient_checkpointing
     expected = [[argmax_step_by_step(model.eval(), p, 9, {EOS})] for p in RAGGED]
     assert greedy == expected                                            # no dropout while sampling
     model.lm_head.weight.data.fill_(float("nan"))

@@ -1,0 +1,279 @@
+"""The table of methods: its settings and flags, what all rows have in common, and whole steps of every method."""
+import copy
+import inspect
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import EOS, make_model
+from small_policy import make_policy, pivots
+
+import train_gsm8k
+import trainer.policy
+from deep_grpo import Config, Group, Trajectory
+from grading import grade_gsm8k
+from recoverability import Recoverability
+from trainer.session import sample_lines
+from trainer.settings import parse_args
+from variants import METHODS
+
+ABLATIONS = ["no_std", "two_pivots", "uniform_pivot", "branch_all", "train_prefix", "one_stream"]
+
+
+# ---- the table ----
+
+def test_settings_are_those_of_the_papers():
+    """G and K of every method, beta where there is no KL term, and where there is no clip."""
+    found = {name: (config.group_size, config.branches) for name, config in
+             ((name, Config(**method.settings)) for name, method in METHODS.items())}
+    assert found == {"deep_grpo": (8, 8), "grpo": (8, 0), "dr_grpo": (8, 0), "treerl": (6, 2), "attnrl": (6, 2),
+                     "fr3e": (16, 16), "rrpo": (5, 4), "srpo": (5, 4), **dict.fromkeys(ABLATIONS, (8, 8))}
+    others = {name: {k: v for k, v in method.settings.items() if k not in ("group_size", "branches")}
+              for name, method in METHODS.items()}
+    no_clip = {"clip_low": 1.0, "clip_high": 1e6}
+    assert others == dict.fromkeys(METHODS, {}) | {"dr_grpo": {"beta": 0.0}, "rrpo": no_clip, "srpo": no_clip}
+
+
+def test_the_fit_belongs_to_deep_grpo_and_its_ablations():
+    assert {name for name, method in METHODS.items() if method.fits_p} == {"deep_grpo", *ABLATIONS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_functions_have_the_signatures_that_the_package_tells(method):
+    def names(function):
+        return [*inspect.signature(function).parameters]
+
+    assert names(METHODS[method].choose_pivots) == "policy questions groups config recoverability rng".split()
+    assert names(METHODS[method].weights)[:2] == ["groups", "config"]
+    assert names(METHODS[method].update)[:3] == ["model", "optimizer", "groups"]
+    assert METHODS[method].choose_pivots.__doc__ and METHODS[method].weights.__doc__
+
+
+# ---- what all methods have in common ----
+
+def two_questions(group_size=6):
+    """Rollouts of several sentences, one or two words each; right and wrong ones in both questions."""
+    rng = np.random.default_rng(0)
+
+    def response(sentences):
+        words = [x for _ in range(sentences) for x in (*rng.integers(5, 23, rng.integers(1, 3)).tolist(), 2)]
+        return [*words, 7, EOS]
+
+    return [Group([3, prompt], [Trajectory(response(7 + i), float(i in right)) for i in range(group_size)])
+            for prompt, right in ((5, (1, 3)), (6, (0,)))]
+
+
+QUESTIONS = [SimpleNamespace(text=text) for text in ("Why?", "How?")]
+
+
+def explored(method, seed=0, **settings):
+    """Lines 2 and 3 of a method: (config, groups with K branches of made-up tokens on every Fork)."""
+    torch.manual_seed(seed)                                                # of SRPO's answers
+    policy = make_policy(make_model(), **METHODS[method].settings | settings)
+    policy.encode = lambda text: [3, 5]
+    rng, groups = np.random.default_rng(seed), two_questions()
+    groups = METHODS[method].choose_pivots(policy, QUESTIONS, groups, policy.config, Recoverability(), rng)
+    for number, fork in enumerate(fork for g in groups for t in g.trajectories for fork in t.forks):
+        fork.branches = [[8] * (1 + (number + k) % 4) for k in range(policy.config.branches)]
+        fork.rewards = [float((number + k) % 3 == 0) for k in range(policy.config.branches)]
+    return policy.config, groups
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_line_2_adds_forks_and_nothing_else(method):
+    policy = make_policy(make_model(), **METHODS[method].settings)
+    policy.encode = lambda text: [3, 5]
+    groups = two_questions()
+    chosen = METHODS[method].choose_pivots(policy, QUESTIONS, groups, policy.config, Recoverability(),
+                                           np.random.default_rng(0))
+    assert groups == two_questions()                                       # the argument is left alone
+    forks = [fork for g in chosen for t in g.trajectories for fork in t.forks]
+    assert all(fork.branches == fork.rewards == [] and 0 <= fork.ratio <= 1 for fork in forks)
+    assert all(0 <= fork.pivot < len(t.response) for g in chosen for t in g.trajectories for fork in t.forks)
+    assert all(len({fork.pivot for fork in t.forks}) == len(t.forks) for g in chosen for t in g.trajectories)
+    bare = [Group(g.prompt, [replace(t, forks=[]) for t in g.trajectories]) for g in chosen]
+    assert bare == groups and bool(forks) == (policy.config.branches > 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_those_of_all_loss_tokens_in_order(method):
+    config, groups = explored(method, beta=0.25)
+    before = copy.deepcopy(groups)
+    spans = METHODS[method].weights(groups, config)
+    assert groups == before
+    ends = np.cumsum([span.tokens for span in spans]).tolist()
+    lengths = [len(y) for g in groups for t in g.trajectories for y in (t.response, *(y for _, y in t.branches))]
+    assert set(np.cumsum(lengths).tolist()) <= set(ends) and ends[-1] == sum(lengths)      # no span crosses a border
+    assert all(span.w_kl == pytest.approx(0.25 * span.w, rel=1e-12) and span.w >= 0 for span in spans)
+    assert any(span.A > 0 for span in spans) and any(span.A < 0 for span in spans)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_learned_where_all_rewards_are_equal(method):
+    config, groups = explored(method)
+    for reward in (0.0, 1.0):
+        for t in (t for g in groups for t in g.trajectories):
+            t.reward = reward
+            for fork in t.forks:
+                fork.rewards = [reward] * len(fork.branches)
+        assert all(span.A == 0 for span in METHODS[method].weights(groups, config))
+
+
+# ---- flags ----
+
+# These two are taken and change nothing: Q(t) is uniform, and all sequences of a question weigh the same.
+WITHOUT_EFFECT = {("uniform_pivot", "gamma"), ("one_stream", "lam")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_the_flags_that_change_it_and_no_others(method):
+    """Every flag that only some methods have is tried with every method: does it change a pivot or a weight?"""
+    changes = {"gamma": -3.0, "lam": 0.25, "segment_tokens": 4, "objective": "authors"}
+    assert set(changes) == {flag for row in METHODS.values() for flag in row.flags}
+
+    def outcome(**settings):
+        results = [explored(method, seed, **settings) for seed in range(4)]
+        return [(pivots(groups), METHODS[method].weights(groups, config)) for config, groups in results]
+
+    plain = outcome()
+    for flag, value in changes.items():
+        if (method, flag) not in WITHOUT_EFFECT:
+            assert (outcome(**{flag: value}) != plain) == (flag in METHODS[method].flags), flag
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flags_without_a_part_in_the_method_are_refused(method, capsys):
+    for flag, value in {"gamma": 1.5, "lam": 0.5, "segment_tokens": 4, "objective": "authors"}.items():
+        argv = ["--preset", "tiny", "--method", method, f"--{flag.replace('_', '-')}", str(value)]
+        if flag in METHODS[method].flags:
+            assert getattr(parse_args(argv), flag) == value
+            continue
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            parse_args(argv)
+        error, = capsys.readouterr().err.splitlines()
+        known = ", ".join(name for name, row in METHODS.items() if flag in row.flags)
+        assert f"has no part in --method {method}, only in {known} (" in error
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--method", "treerl", "--gamma", "1"], "--gamma: has no part in --method treerl, only in deep_grpo, no_std"),
+    (["--method", "no_std", "--objective", "authors"], "--objective: has no part in --method no_std, only in"),
+    (["--method", "one_stream", "--objective", "authors"], "--objective: has no part in --method one_stream"),
+    (["--method", "dr_grpo", "--branches", "8"], "--branches: --method dr_grpo is K = 0, got 8"),
+    (["--method", "treerl", "--branches", "0"], "--branches: K = 0 is GRPO"),
+    (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
+    (["--step-tokens", "0"], "--step-tokens: must be at least 1"),
+    (["--group-size", "0"], "group_size must be an integer of at least 1")])
+def test_what_a_method_cannot_do_is_named(flags, message, tmp_path, capsys):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        train_gsm8k.prepare(parse_args([*flags, "--preset", "tiny", "--out", str(tmp_path / "run")]))
+    assert re.search(re.escape(message), capsys.readouterr().err + str(caught.value))
+
+
+def test_settings_of_a_method_give_way_to_flags():
+    args = parse_args(["--preset", "gsm8k", "--method", "rrpo"])
+    assert (args.group_size, args.branches, args.clip_high, args.questions) == (5, 4, 1e6, 64)
+    args = parse_args(["--preset", "gsm8k", "--method", "fr3e", "--branches", "4", "--stapo", "--maspo"])
+    assert (args.group_size, args.branches, args.stapo, args.maspo) == (16, 4, True, True)
+    args = parse_args(["--preset", "tiny", "--method", "dr_grpo", "--beta", "0.5", "--branches", "0"])
+    assert (args.beta, args.branches, args.stapo, args.maspo) == (0.5, 0, False, False)
+
+
+# ---- whole steps ----
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_of_every_method_counts_its_tokens(method, tmp_path, monkeypatch):
+    flags = ["--preset", "tiny", "--method", method, "--questions", "2", "--eval-every", "0", "--seed", "3"]
+    run = train_gsm8k.prepare(parse_args([*flags, "--out", str(tmp_path / "run")]))
+    config, drawn, forwarded, learned, sample = run.policy.config, [], [], [], trainer.policy.sample
+    monkeypatch.setattr(trainer.policy, "sample", lambda *a, **more: drawn.append(sample(*a, **more)) or drawn[-1])
+
+    def count(module, args, kwargs):
+        if not kwargs["use_cache"]:                        # not of sampling
+            forwarded.append(kwargs["input_ids"])
+
+    run.policy.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    for _ in range(2):                                     # the second step has right rollouts to branch, too
+        drawn.clear(), forwarded.clear()
+        metrics, _, questions, groups = train_gsm8k.train_step(run)
+        learned.append(metrics["trained_tokens"])
+    rollouts = [t for g in groups for t in g.trajectories]
+    tokens = [len(y) for tails in drawn for branches in tails for y in branches]
+    assert metrics["generated_tokens"] == sum(tokens)
+    held = sum(len(y) for t in rollouts for y in (t.response, *(y for _, y in t.branches)))
+    if method == "srpo":                                   # besides, what the model answers when it is asked
+        assert held < sum(tokens) <= held + 8 * sum(t.reward == 0 for t in rollouts)
+    else:
+        assert held == sum(tokens) and metrics["sequences"] == len(tokens)
+    assert metrics["forwarded_tokens"] == sum((ids != 0).sum().item() for ids in forwarded)      # 0 is padding
+
+    spans = METHODS[method].weights(groups, config)
+    assert sum(span.tokens for span in spans) == held and metrics["optimizer_steps"] == 1
+    trained = sum(span.tokens for span in spans if span.A and span.w)
+    if method == "train_prefix":                           # and the prefix with every branch that has an advantage
+        trained += sum(fork.pivot * len(fork.branches) for t in rollouts for fork in t.forks
+                       if len(set(fork.rewards)) > 1)
+    assert metrics["trained_tokens"] == trained and sum(learned) > 0
+
+    branched = [t for t in rollouts if t.branches]
+    shown = [line for line in sample_lines(run, questions, groups) if line["branches"]]
+    for line in shown:
+        assert line["response"].startswith(line["prefix"]) and len(line["branches"]) == config.branches
+        for branch in line["branches"]:                    # a branch goes on from its own pivot
+            assert branch["reward"] <= grade_gsm8k(line["prefix"] + branch["text"], line["gold"])
+    assert bool(shown) == bool(branched) == (config.branches > 0)
+    assert all(len(fork.branches) == len(fork.rewards) == config.branches for t in rollouts for fork in t.forks)
+    forks = sum(len(t.forks) for t in rollouts)
+    assert metrics["pivots"] == forks
+    assert len(run.recoverability.outcomes) == 0 if not METHODS[method].fits_p else (
+        len(run.recoverability.outcomes) >= forks > 0)
+
+
+@pytest.mark.parametrize("method, forks", [
+    ("deep_grpo", 4), ("grpo", 0), ("dr_grpo", 0), ("treerl", 6 * 2), ("attnrl", 4 * 2), ("fr3e", 2 * 4), ("rrpo", 1),
+    ("srpo", 1), ("two_pivots", 4 * 2), ("uniform_pivot", 4), ("branch_all", 6)])
+def test_a_question_has_as_many_forks_as_the_rule_says(method, forks):
+    """Six rollouts, two of them right. AttnRL branches round(6 exp(-1/3)) = 4 of them."""
+    _, (first, _) = explored(method)
+    assert sum(len(t.forks) for t in first.trajectories) == forks
+
+
+def test_the_training_script_passes_the_functions_of_the_row(tmp_path, monkeypatch):
+    """A row whose weights are not handed on would train as DEEP-GRPO does, and no metric would say so."""
+    called = []
+
+    def noted(name):
+        function = getattr(METHODS["treerl"], name)
+        return lambda *args, **options: called.append(name) or function(*args, **options)
+
+    row = METHODS["treerl"]
+    changed = type(row)(row.settings, noted("choose_pivots"), noted("weights"), noted("update"), flags=row.flags)
+    monkeypatch.setitem(METHODS, "treerl", changed)
+    run = train_gsm8k.prepare(parse_args(["--preset", "tiny", "--method", "treerl", "--questions", "1", "--eval-every",
+                                          "0", "--out", str(tmp_path / "run")]))
+    train_gsm8k.train_step(run)
+    assert called == ["choose_pivots", "update", "weights"]
+
+
+def test_step_tokens_are_equal_for_all_methods_and_budgets_survive_a_restart(tmp_path):
+    flags = ["--preset", "tiny", "--questions", "1", "--eval-every", "0", "--step-tokens", "2500",
+             "--budget-tokens", "5000"]
+    rows = {}
+    for method in ("grpo", "deep_grpo"):
+        out = tmp_path / method
+        assert train_gsm8k.main([*flags, "--method", method, "--out", str(out)]) == 0
+        rows[method] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert len(rows[method]) == 2                      # updates
+        for step, row in enumerate(rows[method], start=1):
+            # Whole questions: the last one begins below the mark.
+            assert 0 <= row["generated_total"] - 2500 * step < 1.5 * row["generated_tokens"] / row["questions"]
+    assert rows["deep_grpo"][0]["questions"] > 1
+    out = tmp_path / "halves"
+    assert train_gsm8k.main([*flags, "--method", "deep_grpo", "--steps", "1", "--out", str(out)]) == 0
+    assert train_gsm8k.main(["--resume", str(out), "--steps", "40"]) == 0
+    assert (out / "metrics.jsonl").read_text() == (tmp_path / "deep_grpo" / "metrics.jsonl").read_text()

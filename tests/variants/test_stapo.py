@@ -1,0 +1,62 @@
+"""STAPO: which tokens are spurious, by hand, and what the objective makes of it."""
+import pytest
+import torch
+from test_deep_grpo import BETA, example
+
+from deep_grpo import Config, objective, score_groups
+from loss import loss_table, sequence_weights
+from variants.stapo import silence_spurious
+
+
+def doubles(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_improbable_confident_accidents_of_right_answers_are_silenced():
+    # The probability of the last token is .002, which is not below .002.
+    logp = doubles([0.001, 0.5, 0.001, 0.001, 0.001, 0.5, 0.002]).log()
+    entropy = doubles([0.1, 0.1, 5.0, 0.2, 0.1, 0.1, 0.1])
+    table = doubles([[1.0, 0.1, 0.01, 1, -1]] * 4 + [[-1.0, 0.2, 0.02, 0, -2]] * 2 + [[2.0, 0.3, 0.03, 1, -3]])
+    before = table.clone()
+    # Improbable are those with the entropies .1, 5, .2, .1: their 75 % quantile is .2 + .25 * 4.8. Of the three
+    # below it the last has A < 0.
+    scale = (0.1 * 4 + 0.2 * 2 + 0.3) / (0.1 * 2 + 0.2 * 2 + 0.3)
+    factors = doubles([0, scale, scale, 0, scale, scale, scale])
+    silenced = silence_spurious(table, logp, entropy)
+    torch.testing.assert_close(silenced[:, 1], table[:, 1] * factors, rtol=1e-12, atol=0)
+    torch.testing.assert_close(silenced[:, 2], table[:, 2] * factors, rtol=1e-12, atol=0)
+    assert torch.equal(silenced[:, [0, 3, 4]], table[:, [0, 3, 4]])                    # the rest of the table stays
+    assert silenced[:, 1].sum().item() == pytest.approx(table[:, 1].sum().item(), rel=1e-12)
+    assert torch.equal(table, before)                                                  # and so does the argument
+    assert torch.equal(silence_spurious(table, torch.zeros(7), entropy), table)
+    low = silence_spurious(table, logp, entropy, quantile=0.25)                        # .1, and .1 is not below it
+    torch.testing.assert_close(low, table, rtol=1e-12, atol=0)
+    alone = silence_spurious(table[:1], logp[:1], entropy[:1], quantile=1.0)           # nor is the only one
+    assert torch.equal(alone, table[:1])
+    assert torch.equal(silence_spurious(table, logp, entropy, probability=0.0005), table)
+    assert torch.isfinite(silence_spurious(table[[0, 2]], logp[[0, 2]], entropy[[0, 2]])).all()
+
+
+def test_when_every_token_with_a_weight_is_silenced_nothing_is_left():
+    """The factors are then 0 / 0. They are 0, not nan."""
+    table = doubles([[1.0, 0.1, 0.01, 1, 0], [1.0, 0.0, 0.0, 1, 0]])
+    silenced = silence_spurious(table, doubles([-9.0, -9.0]), doubles([0.1, 5.0]))
+    assert silenced.tolist() == [[1.0, 0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 1.0, 0.0]]
+
+
+def test_stapo_in_the_objective(model, ref_model):
+    config = Config(beta=BETA, temperature=0.4)
+    logps, entropies, forwarded = score_groups(model, example(), config)
+    plain_table = loss_table(example(), sequence_weights(example(), config))
+    table = silence_spurious(plain_table, torch.cat(logps), torch.cat(entropies))
+    assert 0 < ((table[:, 1] == 0) & (plain_table[:, 1] != 0)).sum() < 10     # some tokens are that unlikely
+    refs, *_ = score_groups(ref_model, example(), config)
+    d = torch.cat(refs) - torch.cat(logps)
+    by_hand = -(table[:, 1] * table[:, 0] - table[:, 2] * (d.exp() - d - 1)).sum().item()             # rho = 1
+    plain, before = objective(model, example(), config, ref_model)
+    for micro_batch_tokens in (None, 30):
+        loss, metrics = objective(model, example(), config, ref_model, None, micro_batch_tokens,
+                                  reweigh=silence_spurious)
+        assert loss.item() == pytest.approx(by_hand, rel=1e-10) and abs(loss - plain) > 1e-3
+        assert metrics["trained_tokens"] == ((table[:, 1] != 0) & (table[:, 0] != 0)).sum() < before["trained_tokens"]
+    assert metrics["forwarded_tokens"] == before["forwarded_tokens"] + forwarded

@@ -1,22 +1,29 @@
-# make demo: watch GRPO and DEEP-GRPO learn.   make compare: all methods at equal budget, 35 minutes.   make test: check every formula.   make test-slow: a whole run of two processes.
-# All make .venv first when it is missing.
+# Every target makes .venv first when it is missing, or when a list of requirements has changed. `make help` lists them.
 PYTHON ?= python3
+RUN = .venv/bin/python
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: demo compare test test-slow
-.venv/installed: requirements.txt
+.PHONY: help demo check test test-slow compare
+help:                    ## list these targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/' | awk -F: '{printf "make %-12s%s\n", $$1, $$2}'
+
+.venv/installed: requirements.txt requirements-test.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt
 	@touch $@
 
-demo: .venv/installed
-	.venv/bin/python -m experiments.demo
+demo: .venv/installed    ## train GRPO and DEEP-GRPO on the embedded task and draw the result, minutes on two cores
+	$(RUN) -m experiments.demo
 
-compare: .venv/installed
-	.venv/bin/python -m experiments.compare
+check: .venv/installed   ## test every equation of the paper, half a minute
+	$(PYTEST) -n 2 --dist loadfile tests/paper
 
-test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests/trainer/test_train.py tests/trainer/test_ranks.py tests/trainer/test_checkpoint.py tests
+test: .venv/installed    ## run all tests but the long ones, minutes
+	$(PYTEST) -n 2 --dist loadfile tests/trainer/test_ranks.py tests/trainer/test_train.py tests/trainer/test_checkpoint.py tests
 
-test-slow: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow tests
+test-slow: .venv/installed  ## run the long tests, among them whole runs and runs that are killed
+	$(PYTEST) -m slow tests
+
+compare: .venv/installed ## compare all methods at an equal budget of tokens, about half an hour on two cores
+	$(RUN) -m experiments.compare

@@ -1,6 +1,7 @@
-"""The README: every path, function, flag and command that it names exists; order and length are those intended."""
+"""The README and its neighbours: every path, function, flag and command that they name exists, and quotes are exact."""
 import functools
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -9,36 +10,45 @@ from pathlib import Path
 
 import pytest
 
+import deep_grpo
 import train_gsm8k
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
-TREE = BLOCKS[-1]
-COMMANDS = re.findall(r"^(?:python|make|torchrun) .*", "\n".join(BLOCKS[:-1]), re.M)
-COMMANDS += re.findall(r"`((?:python|make) [^`]+)`", README)
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("results/*.md"))]
+WRITTEN_BY_A_RUN = {"metrics.jsonl", "samples.jsonl", "timing.jsonl", "run.png", "config.json", "note.md", "RUN_DIR"}
+COMMAND = r"(?:python(?! -c)|torchrun|make) [^\n`#]+"
+COMMANDS = sorted({command.strip() for page in PAGES for block in re.findall(r"```bash\n(.*?)```|^    (\S.*)$|`([^`\n]+)`",
+                                                                              page.read_text(), re.S | re.M)
+                   for command in re.findall(rf"^{COMMAND}", "\n".join(block), re.M)})
 
 
 @functools.cache
-def help_of(program):
-    command = [sys.executable, program, "--help"]
+def help_of(*program):
+    command = [sys.executable, *program, "--help"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_every_path_exists():
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    named += re.findall(r"`([\w/.-]+\.(?:py|md|txt|toml|png|jsonl?))`", README)
-    named += [line.split()[0] for line in TREE.splitlines()]
-    written_by_a_run = {"metrics.jsonl", "samples.jsonl", "timing.jsonl"}
-    assert len(named) >= 25
-    assert not [path for path in named if not (ROOT / path).exists() and path not in written_by_a_run]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_exists(page):
+    text = page.read_text()
+    linked = [path for path in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text)]
+    assert not [path for path in linked if not (page.parent / path).exists()]
+    named = re.findall(r"`([\w/.-]+\.(?:py|md|txt|toml|png|svg|patch|jsonl?))`", text)
+    missing = [path for path in named if not (ROOT / path).exists() and not (page.parent / path).exists()]
+    assert not [path for path in missing if Path(path).name not in WRITTEN_BY_A_RUN and not path.startswith("runs/")]
 
 
-def test_every_module_is_in_the_tree():
-    modules = {path.name for path in ROOT.glob("*.py")}
-    assert modules == {line.split()[0] for line in TREE.splitlines() if line.split()[0].endswith(".py")}
-    assert modules == {f"{name}.py" for name in re.findall(r'"(\w+)"', re.search(r"py-modules = \[(.*?)\]",
-                                                           (ROOT / "pyproject.toml").read_text(), re.S)[1])}
+def test_the_readme_quotes_the_algorithm_word_for_word():
+    assert f"```python\n{inspect.getsource(deep_grpo.step)}```" in README
+
+
+def test_the_readme_shows_the_five_equations():
+    blocks = re.findall(r"^```math\n(.*?)^```", README, re.M | re.S)
+    assert len(blocks) >= 5
+    for name in "QPALJ":
+        assert f"**({name})**" in README
+    assert not [block for block in blocks if block.count("{") != block.count("}")]
 
 
 def test_every_function_exists():
@@ -49,7 +59,11 @@ def test_every_function_exists():
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
-@pytest.mark.parametrize("command", sorted({c.split("#")[0].strip() for c in COMMANDS}))
+def test_there_are_commands():
+    assert len(COMMANDS) >= 15
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_exists_with_its_flags(command):
     program, *words = command.split()
     if program == "make":
@@ -57,16 +71,32 @@ def test_every_command_exists_with_its_flags(command):
         return
     if program == "torchrun":
         assert words.pop(0) == "--nproc-per-node" and words.pop(0).isdigit()
-    assert (ROOT / words[0]).exists()
+    if words[0] == "-m":
+        module = words.pop(0) and words[0]
+        if module == "venv":
+            return
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+        program = ["-m", module]
+    else:
+        assert (ROOT / words[0]).exists()
+        program = [words[0]]
     flags = [word for word in words if word.startswith("--")]
     if flags:
-        assert not [flag for flag in flags if f"{flag} " not in help_of(words[0])]
+        assert not [flag for flag in flags if not re.search(rf"{flag}[ ,\n\]]", help_of(*program))]
+    if "--method" in flags:
+        assert words[words.index("--method") + 1] in train_gsm8k.METHODS
 
 
 def test_flags_in_the_text_exist():
     shown = help_of("train_gsm8k.py")
-    named = re.findall(r"`(--[\w-]+)", README)
-    assert named and not [flag for flag in named if not re.search(rf"{flag}[ \n]", shown)]
+    named = set(re.findall(r"`(--[\w-]+)", README)) - {"--index-url"}
+    assert named and not [flag for flag in named if not re.search(rf"{flag}[ ,\n]", shown)]
+
+
+def test_every_test_that_is_named_exists():
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    defined = {name for path in ROOT.glob("tests/**/*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert named and not named - defined
 
 
 def test_the_glossary_holds_the_metrics_of_a_step_and_no_other(tmp_path):
@@ -74,15 +104,20 @@ def test_the_glossary_holds_the_metrics_of_a_step_and_no_other(tmp_path):
                              "--eval-rows", "2", "--out", str(tmp_path / "run")])
     logged = {name for log in ("metrics.jsonl", "timing.jsonl")
               for name in json.loads((tmp_path / "run" / log).read_text().splitlines()[-1])}
-    table = re.search(r"\| metric \|.*?(?=\n\n)", README, re.S)[0]
-    named = set(re.findall(r"`([\w*]+)`", "".join(line.split("|")[1] for line in table.splitlines())))
+    table = re.search(r"\| metric \|.*", (ROOT / "trainer" / "README.md").read_text(), re.S)[0]
+    named = set(re.findall(r"`([\w*]+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
     assert code == 0 and {re.sub("^(seconds|imbalance)_.*", r"\1_*", name) for name in logged} == named
 
 
-def test_order_and_length():
-    titles = re.findall(r"^## (.*)", README, re.M)
-    assert titles == ["Two commands", "GSM8K on one GPU", "Several GPUs", "At equal budget",
-                      "From the paper to the code to the test", "Departures",
-                      "Metrics, and what a healthy run looks like", "Questions", "Speed", "Files"]
-    assert README.index("assets/demo.png") < README.index("## Two commands")
-    assert 900 <= len(README.split()) <= 1300
+def test_the_planted_bug_applies_and_is_one_that_a_test_catches(tmp_path):
+    """Exercise 4: the patch must keep up with the code, and the test named there must fail with it."""
+    for name in ("loss.py", "recoverability.py", "pivot.py", "resample.py", "packing.py", "deep_grpo.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    for name in ("conftest.py", "paper/test_loss.py"):
+        (tmp_path / Path(name).name).write_text((ROOT / "tests" / name).read_text())
+    subprocess.run(["git", "apply", str(ROOT / "exercises" / "planted_bug.patch")], cwd=tmp_path, check=True)
+    test = "test_groups_and_siblings_are_never_mixed"
+    assert test in (ROOT / "exercises" / "README.md").read_text()
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_loss.py", "-k", test],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and " failed" in done.stdout, done.stdout

@@ -152,7 +152,7 @@ def learn_recoverability(groups, recoverability) -> None:
     """Line 4: one outcome per pivot into the buffer M, then the fit of Eq. (P). None: the method has no such fit."""
     if recoverability is None:
         return
-    for fork in (fork for g in groups for t in g.trajectories for fork in t.forks):
+    for fork in (fork for g in groups for t in g.trajectories for fork in t.forks if fork.branches):
         recoverability.observe(fork.ratio, any(fork.rewards))
     recoverability.fit()
 

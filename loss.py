@@ -46,8 +46,8 @@ def group_advantages(rewards: Tensor, normalize: bool = True, eps: float = 1e-6)
 
 
 def advantages_of(rewards: list[float], normalize: bool = True) -> list[float]:
-    """Eq. (A) of one group, as a list of numbers, computed in fp64."""
-    return group_advantages(torch.tensor(rewards, dtype=torch.float64), normalize).tolist()
+    """Eq. (A) of one group, as a list of numbers, computed in fp64. No rewards give no advantages."""
+    return [] if not rewards else group_advantages(torch.tensor(rewards, dtype=torch.float64), normalize).tolist()
 
 
 # ---- Eq. (L) ----

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAPER = ["recoverability", "pivot", "resample", "loss", "packing", "deep_grpo"]
 COMMANDS = ["train_gsm8k", "eval_math"]
 FOLDERS = ["grading", "tasks", "trainer", "variants", "experiments"]
+BY_NAME = ["import_module", "run_module", "__import__"]
 MAY_IMPORT = {
     "paper": {"paper"},
     "grading": {"grading"},
@@ -64,7 +65,7 @@ def imported_names(path: Path, text: str) -> list[tuple[int, str]]:
             package = path.parts[:len(path.parts) - node.level] if node.level else ()
             base = [*package, *([node.module] if node.module else [])]
             names += [(node.lineno, ".".join([*base, alias.name])) for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in BY_NAME:
             if node.args and isinstance(node.args[0], ast.Constant):
                 names.append((node.lineno, node.args[0].value))
     return names

@@ -93,6 +93,13 @@ def test_log_probabilities_and_gradients_equal_those_of_separate_rows(chunk):
     assert check_against_separate_rows(make_model(), make_model(), chunk) == 1
 
 
+@pytest.mark.parametrize("full_layers", [0, 1])
+def test_layers_with_a_sliding_window_see_as_far_back_as_in_separate_rows(full_layers):
+    """In a packed row a token stands far from its prefix, so the window has to be measured in positions."""
+    settings = dict(use_sliding_window=True, sliding_window=3, max_window_layers=full_layers)
+    check_against_separate_rows(make_model(**settings), make_model(**settings), 4096)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_without_rows_one_token_is_computed_and_nothing_is_learned(tied):
     """Under FSDP a process that has no rows still has to take part in the forward and the backward pass."""

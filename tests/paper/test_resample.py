@@ -186,6 +186,7 @@ def test_same_seed_same_samples_and_branches_differ():
     assert len({tuple(t) for t in results[0][0]}) > 1               # copies of a prefix go different ways
 
 
+@pytest.mark.filterwarnings("ignore:out of memory")               # the second of the two warnings
 def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
     model, sizes, generate = make_model(), [], resample._generate
 

@@ -101,7 +101,7 @@ def two_pivots(groups, rng, estimate=None, **settings):
 
 
 def test_two_pivots_are_different_states_drawn_one_after_the_other():
-    groups, rng, n = three_sentences(), np.random.default_rng(0), 3000
+    groups, rng, n = three_sentences(), np.random.default_rng(0), 1500
     states, q = [(0, 0.25), (2, 0.5), (4, 0.75)], np.array([0.25, 0.5, 0.75]) ** 2
     q /= q.sum()
     draws = [two_pivots(groups, rng) for _ in range(n)]

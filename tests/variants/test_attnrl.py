@@ -36,7 +36,8 @@ def slow_influence(model, prompt, response, ends, gap):
 
 @pytest.mark.parametrize("gap", [4, 2])
 def test_influence_by_its_definition_and_the_model_is_left_as_it_was(gap):
-    model, response = make_model().train(), np.random.default_rng(0).integers(2, 23, 30).tolist()
+    model = make_model(attention_dropout=0.5).train()                      # which must not act here
+    response = np.random.default_rng(0).integers(2, 23, 30).tolist()
     ends = [3, 4, 9, 14, 17, 22, 28, 30]
     got = forward_context_influence(model, [3, 5, 8], response, ends, gap)
     assert got == pytest.approx(slow_influence(model.eval(), [3, 5, 8], response, ends, gap), rel=1e-5, abs=1e-9)
@@ -124,6 +125,21 @@ def test_the_number_of_trees_follows_the_accuracy_of_each_question():
         rollouts = [Trajectory([5, EOS], float(i < right)) for i in range(6)]
         chosen = choose(attnrl.choose_pivots, policy, [Group([3], rollouts), Group([4], [Trajectory([5, EOS], 0.0)])])
         assert pivots(chosen) == [[[0]] * trees + [[]] * (6 - trees), [[0]]]
+
+
+def test_the_states_of_two_questions_do_not_mix():
+    """Both at once give what each gives alone."""
+    policy, rng = make_policy(make_model()), np.random.default_rng(1)
+
+    def question(prompt, rewards):
+        responses = [[x for _ in range(9) for x in (*rng.integers(5, 23, 2).tolist(), 2)] + [EOS] for _ in rewards]
+        return Group(prompt, [Trajectory(y, r) for y, r in zip(responses, rewards)])
+
+    groups = [question([3, 5], [1.0, 0.0, 1.0]), question([4], [0.0, 0.0, 0.0])]
+    alone = [choose(attnrl.choose_pivots, policy, [g])[0] for g in groups]
+    assert choose(attnrl.choose_pivots, policy, groups) == alone
+    first, second = pivots(alone)
+    assert first != second and [len(forks) for forks in first] == [2, 2, 0]
 
 
 def test_its_weights_are_those_of_treerl():

@@ -13,7 +13,7 @@ help:                    ## list these targets
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt
 	@touch $@
 
-demo: .venv/installed    ## train GRPO and DEEP-GRPO on the embedded task and draw the result, minutes on two cores
+demo: .venv/installed    ## train GRPO and DEEP-GRPO on the embedded task and draw the result, about eight minutes on two cores
 	$(RUN) -m experiments.demo
 
 check: .venv/installed   ## test every equation of the paper, half a minute

@@ -34,6 +34,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ import tasks.lock
 from grading import grade_gsm8k, grade_last_number, grade_math
 from resample import sample
 from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
+from trainer.check import check_length, check_model, context_of
 from trainer.checkpoint import append_lines, write_whole
 from trainer.model import load_model
 from trainer.ranks import device, end, fail, first, gather, rank, start, world_size
@@ -140,11 +142,27 @@ def make_batches(questions, k, new_tokens, batch_tokens):
     return batches
 
 
+def r1_answer(text):
+    """Return (answer, is its tag closed?) of a response to the template r1.
+
+    The answer stands in the last tag after the last </think>, because the reasoning may name the tags, too. An empty
+    tag is passed over. Without tags the answer is all that follows </think>, and the second value is None. If the model
+    goes on with a turn of the user, then this turn and all that follows it do not count.
+    """
+    text = text[max(0, text.find("</think>")):]
+    text = re.sub(r"</answer>\s*User:.*", "</answer>", text, flags=re.S).rpartition("</think>")[2]
+    tags = [tag.partition("</answer>") for tag in text.split("<answer>")[1:]]
+    if not tags:
+        return text, None
+    return next(((answer.strip(), bool(closed)) for answer, closed, _ in reversed(tags) if answer.strip()), ("", False))
+
+
 def grade(question, text, finished, template):
     """Return {column: is it correct?} of an answer: only `correct` for MATH, also strict and last_number for GSM8K."""
-    if template == "r1" and "<answer>" in text:      # what stands between the first tags, in a box or not
-        text = text.split("<answer>")[1].split("</answer>")[0].strip()
-        text = f"\\boxed{{{text}}}" if question.math and "\\boxed" not in text else text
+    if template == "r1":
+        text, closed = r1_answer(text)
+        if question.math and "\\boxed" not in text and (closed or closed is False and finished):  # 1 may be cut from 18
+            text = f"\\boxed{{{text}}}"
     if question.math:
         return {"correct": grade_math(text, question.gold)}
     return {"correct": finished and grade_gsm8k(text, question.gold),
@@ -158,7 +176,8 @@ def answer_batch(args, model, tokenizer, stop, name, questions, batch):
     The randomness is that of torch's global generator.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
-    room = [max(0, min(args.max_new_tokens, TOTAL_TOKENS - len(questions[i].prompt))) for i in batch]
+    total = min(TOTAL_TOKENS, context_of(model))
+    room = [max(0, min(args.max_new_tokens, total - len(questions[i].prompt))) for i in batch]
     tails = sample(model, [questions[i].prompt for i in batch], args.samples, max_new_tokens=[max(1, n) for n in room],
                    eos_token_id=stop, pad_token_id=pad, temperature=args.temperature)
     for i, space, own in zip(batch, room, tails):
@@ -288,10 +307,13 @@ def prepare(args):
     rows = {name: tasks.lock.make_rows(tasks.lock.LOCKS[name], 256, seed=0) if name in tasks.lock.LOCKS
             else load_set(name, args.data_dir) for name in args.sets}
     model, tokenizer = load_model(args.model, torch.bfloat16 if device().type == "cuda" else torch.float32)
-    model.to(device()).eval()
+    check_model(model.to(device()).eval(), args.model, training=False)
     stop = stop_ids(tokenizer, model)
     questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0]
                  for name in args.sets}
+    check_length(model, args.model, max(len(q.prompt) for asked in questions.values() for q in asked), 1)
+    if context_of(model) < TOTAL_TOKENS:
+        print(f"the context of {args.model} has {context_of(model)} tokens: prompt and answer share them")
     config = describe(args, model, stop, questions)
     check_folder(args.out, config)
     return (model, tokenizer, stop, questions), config

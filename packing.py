@@ -122,6 +122,19 @@ def tree_mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
     return seen[:, None]
 
 
+def layer_masks(config, mask: torch.Tensor, positions: torch.Tensor):
+    """The mask of every kind of layer that a model has: one for all, or {kind: mask} where its layers differ.
+
+    In a layer with a sliding window of n tokens, token q sees only tokens whose position is less than n before its own.
+    config: that of the backbone. mask: tree_mask, [B, 1, L, L]. positions: [B, L].
+    """
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if not window or kinds == {"full_attention"}:
+        return mask
+    near = positions[:, None, :, None] - positions[:, None, None, :] < window            # (B, 1, L, L)
+    return {"full_attention": mask, "sliding_attention": mask & near} if kinds else mask & near
+
+
 def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[list[int]]:
     """Return the indices of rows, longest first, in batches of at most `tokens` padded tokens (None: one per rank).
 
@@ -179,6 +192,7 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     if any(len(row.lengths) > 1 for row in rows):
         positions, segments = padded([r.positions for r in rows], 0), padded([r.segments for r in rows], -1)
         mask = tree_mask(segments, padded([r.prefixes for r in rows], 0))
+        mask = layer_masks(model.base_model.config, mask, positions)
     # Without branches attention is plainly causal, which is faster. No token sees the padding at the end.
     hidden = model.base_model(input_ids=padded([r.ids for r in rows], 0), position_ids=positions,
                               attention_mask=mask, use_cache=False).last_hidden_state          # (B, L, d)
@@ -207,7 +221,8 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
 def batch_costs(rows: list[Row], batches: list[list[int]], ranks: int = 1) -> dict:
     """Return what the micro-batches cost: forwarded_tokens, padding (its share of what is computed), and imbalance.
 
-    imbalance is the number of tokens of the most loaded rank over the mean. It is 1 when all ranks have the same load.
+    In every round each rank takes one micro-batch and waits for the largest. imbalance is the sum of these largest
+    over the mean load of a rank. It is 1 when all ranks have the same load.
     """
     forwarded = sum(len(row.ids) for row in rows)
     loads = [len(batch) * len(rows[batch[0]].ids) if batch else 0 for batch in batches]      # longest row first

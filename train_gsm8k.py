@@ -39,10 +39,11 @@ import tasks.lock
 from deep_grpo import Config, step
 from recoverability import Recoverability
 from tasks import SETS, load_rows, load_set, make_questions, split_validation, stop_ids
+from trainer.check import check_length, check_model
 from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
 from trainer.memory import report
 from trainer.metrics import summarize
-from trainer.model import Ranks, checkpoint_activations, load_model, place
+from trainer.model import Ranks, checkpoint_activations, layers_of, load_model, place
 from trainer.plot import plot_run
 from trainer.policy import Clock, Policy
 from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, start, world_size
@@ -69,8 +70,14 @@ def prepare(args) -> Run:
                              f"or --resume {args.out}")
         rows = load_questions(args)
         model, tokenizer = load_model(args.model)
+        check_model(model, args.model)
+        if distributed():
+            layers_of(model)
         weights.append(model)
-        return encode_questions(args, rows, tokenizer), tokenizer, stop_ids(tokenizer, model), model.config
+        asked = encode_questions(args, rows, tokenizer)
+        longest = max(len(q.prompt) for part in asked[:3] for q in part)
+        check_length(model, args.model, longest, config.max_new_tokens)
+        return asked, tokenizer, stop_ids(tokenizer, model), model.config
 
     (questions, eval_questions, val_questions, skipped), tokenizer, stop, model_config = first(load)
     model = place(weights, model_config, args.offload_optimizer)

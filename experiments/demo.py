@@ -1,32 +1,38 @@
-r"""The demo: GRPO and DEEP-GRPO side by side on the embedded task, at an equal budget of generated tokens.
+r"""The demo: DEEP-GRPO beside GRPO on the embedded task, at an equal budget of generated tokens.
 
-    python demo.py           # `make demo`: tiny-deep, 3 seeds each, two runs at a time, one thread each
+    python -m experiments.demo           # `make demo`: tiny-deep, 3 seeds of each, two runs at a time, one thread each
 
-Both methods start from the shipped base model and see the same questions. A DEEP-GRPO step costs 8 rollouts
-per question and 8 short branches per failure, which while nearly everything fails is as many tokens as 24
-rollouts: GRPO gets G = 24. As failures get rarer DEEP-GRPO steps get cheaper; both run until the same number
-of tokens has been generated.
-Writes one run directory each, table.md and comparison.png. Finished runs in --out are kept and not run again.
+All runs start from the shipped base model. DEEP-GRPO draws 8 rollouts per question and 8 short branches per failure.
+While nearly everything fails, that is as many tokens as 24 rollouts. It is therefore compared with two forms of GRPO:
+
+    GRPO, G = 8      as many questions in an update. An update has a third of the tokens, so there are more updates.
+    GRPO, G = 24     as many tokens in an update, at first. As failures get rarer, updates of DEEP-GRPO get cheaper.
+
+All of them run until the same number of tokens has been generated. The demo takes about eight minutes on two cores.
+GRPO with G = 8 accounts for two fifths of that: it samples few sequences at a time, so a token takes it longer. The
+demo writes a run directory for each run, table.md and comparison.png. Finished runs in --out are kept and are not run
+again.
 """
 import argparse
+import textwrap
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
-from experiments.compare import Arm, Experiment, curve, run_all, seconds_of
+from experiments.figures import ACCENT, GREY, INK, LIGHT, new_figure, save_figure
+from experiments.runs import Arm, Experiment, accuracy_curve, interval, run_all, seconds_of
 from recoverability import sigmoid
 from trainer.checkpoint import find_checkpoints
 from trainer.plot import read_metrics
 from trainer.settings import OneLineParser, count
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
-
-ARMS = {"grpo": Arm("GRPO, G = 24", "--method grpo --group-size 24", "tab:gray"),
-        "deep_grpo": Arm("DEEP-GRPO, G = 8, K = 8", "--method deep_grpo", "tab:red")}
+ARMS = {"deep_grpo": Arm("DEEP-GRPO, G = 8, K = 8", "--method deep_grpo"),
+        "grpo": Arm("GRPO, G = 8", "--method grpo"),
+        "grpo24": Arm("GRPO, G = 24", "--method grpo --group-size 24")}
+NAMES = {"deep_grpo": "DEEP-GRPO", "grpo": "GRPO (G = 8)", "grpo24": "GRPO (G = 24)"}
+LOOKS = {"deep_grpo": (ACCENT, "-"), "grpo": (INK, "--"), "grpo24": (GREY, ":")}
 
 
 def table(directories) -> str:
@@ -46,100 +52,136 @@ def table(directories) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(axis, directories, x_name, y_name):
-    """Mean over seeds with all seeds behind it. x_name: generated_total, or None for updates."""
+def accuracy_at(runs, tokens) -> np.ndarray:
+    """Greedy accuracy of every run after so many generated tokens, linear between evaluations."""
+    return np.array([np.interp(tokens, *accuracy_curve(read_metrics(run))) for run in runs])
+
+
+def shared_tokens(directories) -> float:
+    """The generated tokens that every run has reached."""
+    return min(read_metrics(run)["generated_total"][1][-1] for runs in directories.values() for run in runs)
+
+
+def verdict_of(found) -> str:
+    """Which differences to DEEP-GRPO are significant: a paired t test by seed, 95 %. found: method -> accuracies."""
+    clear = []
+    for method in ("grpo", "grpo24"):
+        mean, width, _ = interval(found["deep_grpo"] - found[method])
+        if abs(mean) > width:
+            clear.append(f"{'ahead of' if mean > 0 else 'behind'} {NAMES[method]}")
+    return (f"DEEP-GRPO is significantly {' and '.join(clear)}" if clear else
+            f"with {len(found['grpo'])} seeds no difference to DEEP-GRPO is significant")
+
+
+def caption(directories) -> str:
+    """Two sentences made from the numbers: all methods after half and after all of the tokens."""
+    tokens, sentences = shared_tokens(directories), []
+    for x, start in ((tokens / 2, "After half of the tokens"), (tokens, "At the end")):
+        found = {method: accuracy_at(runs, x) for method, runs in directories.items()}
+        reached = [f"{100 * found[method].mean():.0f} % with {NAMES[method]}" for method in ARMS]
+        sentences.append(f"{start} the accuracy is {reached[0]}, {reached[1]} and {reached[2]}; {verdict_of(found)}.")
+    return "\n".join(sentences)
+
+
+def plot_accuracy(axis, directories):
+    """Accuracy over generated tokens: the mean over seeds, with all seeds behind it, named at its end."""
+    end, last = shared_tokens(directories), {}
     for method, runs in directories.items():
-        label, _, color = ARMS[method]
-        curves = []
-        for run in runs:
-            x, values = curve(read_metrics(run), x_name, y_name)
-            axis.plot(x, values, color=color, alpha=0.25, linewidth=1)
-            curves.append((x, values))
-        grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 60)
-        mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
-        axis.plot(grid, mean, color=color, linewidth=2.5, label=label)
-    axis.legend(fontsize=8)
+        colour, style = LOOKS[method]
+        curves = [accuracy_curve(read_metrics(run)) for run in runs]
+        for tokens, accuracy in curves:
+            axis.plot(tokens / 1000, 100 * accuracy, color=colour, alpha=0.25, linewidth=0.8)
+        grid = np.linspace(0, end, 61)
+        mean = np.mean([np.interp(grid, *curve) for curve in curves], axis=0)
+        axis.plot(grid / 1000, 100 * mean, style, color=colour, linewidth=2.5, label=NAMES[method])
+        last[method] = (100 * mean[-1], 100 * mean[30])
+    height = np.inf
+    for method in sorted(last, key=last.get, reverse=True):                  # names are kept apart from one another
+        height = min(last[method][0], height - 8)
+        axis.annotate(NAMES[method], (end / 1000, height), (6, 0), textcoords="offset points", va="center",
+                      color=LOOKS[method][0], annotation_clip=False)
+    best = max(last, key=lambda method: last[method][1])
+    axis.set(xlabel=f"generated tokens (thousands); bold lines are means of {len(runs)} seeds",
+             ylabel="greedy accuracy on\nheld-out questions (%)", ylim=(0, 100), xlim=(0, end / 1000),
+             title=f"After half of the tokens {NAMES[best]} has the highest accuracy")
 
 
-def draw_pivots(fit_axis, where_axis, runs):
-    """The fit of Eq. (P) over the observed recovery rates, and where pivots were drawn, from all seeds."""
+def outcomes_of(runs) -> list[dict]:
+    """The state of Eq. (P) of every run at its end: w, b, and the outcomes [(relative depth, success)]."""
     newest = [find_checkpoints(run)[-1][1] for run in runs]
-    states = [torch.load(folder / "trainer.pt", weights_only=False)["recoverability"] for folder in newest]
+    return [torch.load(folder / "trainer.pt", weights_only=False)["recoverability"] for folder in newest]
+
+
+def plot_fit(axis, states):
+    """P(success given depth): observed at every tenth of the depth, and the fit of Eq. (P) of every seed."""
     ratio, success = np.array([outcome for state in states for outcome in state["outcomes"]]).T
     place = np.rint(10 * ratio)                                              # depths to the nearest tenth
     used = np.unique(place)
     rate = np.array([success[place == i].mean() for i in used])
     error = np.sqrt(rate * (1 - rate) / [(place == i).sum() for i in used])
-    fit_axis.errorbar(used / 10, rate, yerr=error, fmt="o", color="black", label="observed ± standard error")
+    axis.errorbar(used / 10, 100 * rate, yerr=100 * error, fmt="o", color=INK, markersize=5)
     depth = np.linspace(0.05, 0.95, 50)
-    for i, state in enumerate(states):
-        fit_axis.plot(depth, sigmoid(state["w"] * depth + state["b"]), color="tab:red", alpha=0.6,
-                      label=None if i else "fit of Eq. (P), a line per seed")
-    fit_axis.set(title="P(success | r): at least one of K branches right",
-                 xlabel="relative depth r of the pivot", ylim=(0, 1))
-    fit_axis.legend(fontsize=8)
-    first, second = [], []
+    for state in states:
+        axis.plot(depth, 100 * sigmoid(state["w"] * depth + state["b"]), color=ACCENT, alpha=0.7, linewidth=1.5)
+    axis.text(0.04, 0.11, "observed, standard errors", color=INK, transform=axis.transAxes, fontsize=9)
+    axis.text(0.04, 0.03, "fit of Eq. (P), every seed", color=ACCENT, transform=axis.transAxes, fontsize=9)
+    falls = all(state["w"] < 0 for state in states)
+    axis.set(title="Recovery falls with depth" if falls else "How often pivots are recovered",
+             xlabel="relative depth of the pivot", ylim=(0, 100), xlim=(0, 1),
+             ylabel="at least one of 8\nbranches is correct (%)")
+
+
+def plot_pivot_depths(axis, states):
+    """Where pivots were drawn: the share of each tenth of the depth, in the first and the second half of all pivots."""
+    halves = [[], []]
     for outcomes in (state["outcomes"] for state in states):
-        first += [r for r, _ in outcomes[:len(outcomes) // 2]]
-        second += [r for r, _ in outcomes[len(outcomes) // 2:]]
-    where_axis.hist([first, second], bins=np.arange(-0.05, 1.1, 0.1), density=True,
-                    color=["tab:pink", "tab:red"], label=["first half of all pivots", "second half"])
-    where_axis.set(title="where pivots were drawn", xlabel="relative depth r", ylabel="density")
-    where_axis.legend(fontsize=8)
+        halves[0] += [r for r, _ in outcomes[:len(outcomes) // 2]]
+        halves[1] += [r for r, _ in outcomes[len(outcomes) // 2:]]
+    axis.hist(halves, bins=np.arange(-0.05, 1.1, 0.1), color=[LIGHT, ACCENT],
+              weights=[np.full(len(half), 100 / len(half)) for half in halves])
+    axis.text(0.04, 0.90, "first half of all pivots", color=GREY, transform=axis.transAxes, fontsize=9)
+    axis.text(0.04, 0.81, "second half", color=ACCENT, transform=axis.transAxes, fontsize=9)
+    late = np.median(halves[0] + halves[1]) > 0.5
+    axis.set(title="Most pivots are late" if late else "Where pivots were drawn", xlabel="relative depth of the pivot",
+             ylabel="share of pivots (%)", xlim=(0, 1))
 
 
-def caption(directories) -> str:
-    """What is seen, made from the numbers: both methods at half and at all of the tokens, and of the updates."""
-    metrics = [read_metrics(run) for runs in directories.values() for run in runs]
-    sentences = []
-    for x_name, unit in (("generated_total", "generated tokens"), (None, "updates")):
-        most = min(m[x_name][1][-1] if x_name else m["grad_norm"][0][-1] for m in metrics)
-        for x in (most / 2, most):
-            grpo, deep = (np.array([np.interp(x, *curve(read_metrics(run), x_name)) for run in directories[m]])
-                          for m in ("grpo", "deep_grpo"))
-            difference = deep.mean() - grpo.mean()
-            error = np.sqrt(sum(np.var(v, ddof=len(v) > 1) / len(v) for v in (grpo, deep)))
-            verdict = ("ahead" if difference > 2 * error else
-                       "behind" if difference < -2 * error else "no clear difference")
-            sentences.append(f"After {x:.0f} {unit}: GRPO {grpo.mean():.2f}, DEEP-GRPO {deep.mean():.2f}; "
-                             f"{difference:+.2f} \u00b1 {error:.2f} (standard error): {verdict}.")
-    return "\n".join(sentences)
-
-
-def draw(directories, path):
-    """The figure of the comparison, also returned."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
-    draw_curves(axes[0, 0], directories, "generated_total", "eval_accuracy")
-    axes[0, 0].set(title="greedy accuracy on held-out questions", xlabel="generated tokens")
-    draw_curves(axes[0, 1], directories, None, "eval_accuracy")
-    axes[0, 1].set(title="greedy accuracy on held-out questions", xlabel="updates")
-    draw_curves(axes[0, 2], directories, None, "entropy")
-    axes[0, 2].set(title="entropy of the policy (nats per token)", xlabel="updates")
-    draw_pivots(axes[1, 0], axes[1, 1], directories["deep_grpo"])
-    draw_curves(axes[1, 2], directories, None, "reward")
-    axes[1, 2].set(title="mean reward of the rollouts", xlabel="updates")
-    seeds = len(directories["grpo"])
-    figure.supxlabel(f"Bold: mean of {seeds} seeds.\n{caption(directories)}", fontsize=10)
-    figure.savefig(path, dpi=90)
+def plot_demo(directories):
+    """Accuracy above; below, what DEEP-GRPO has learned about its failures, and where it branched."""
+    figure, axes = new_figure(7, "aa;fp", height_ratios=(1.25, 1))
+    plot_accuracy(axes["a"], directories)
+    states = outcomes_of(directories["deep_grpo"])
+    plot_fit(axes["f"], states)
+    plot_pivot_depths(axes["p"], states)
+    sentences = caption(directories).replace("G = ", "G\u00a0=\u00a0").split("\n")       # a line ends elsewhere
+    lines = [line for sentence in sentences for line in textwrap.wrap(sentence, 112)]
+    figure.supxlabel("\n".join(lines), fontsize=9, color=INK, x=0.01, ha="left")
     return figure
 
 
-def main():
+def main(argv=None):
     """Run what is missing, then print the table and write the figure."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["tiny", "tiny-deep"], default="tiny-deep")
-    parser.add_argument("--seeds", type=count, default=3)
-    parser.add_argument("--budget-tokens", type=int, default=80_000, help="generated tokens per run")
-    parser.add_argument("--eval-every", type=int, default=4, help="updates between evaluations")
-    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    args = parser.parse_args()
+    parser.add_argument("--preset", choices=["tiny", "tiny-deep"], default="tiny-deep",
+                        help="Selects the base model and the length of the questions. The default is tiny-deep.")
+    parser.add_argument("--seeds", type=count, default=3, help="Sets the seeds of every method. The default is 3.")
+    parser.add_argument("--budget-tokens", type=int, default=80_000,
+                        help="Sets the generated tokens of a run. The default is 80000.")
+    parser.add_argument("--eval-every", type=int, default=4,
+                        help="Evaluates after this many updates. GRPO with G = 8, whose updates are a third as "
+                        "long, is evaluated after three times as many. The default is 4.")
+    parser.add_argument("--jobs", type=count, default=2,
+                        help="Sets how many runs go on at a time, with one thread each. The default is 2.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"),
+                        help="Names the folder for run directories, table and figure. The default is runs/demo.")
+    args = parser.parse_args(argv)
     start = time.time()
+    arms = ARMS | {"grpo": ARMS["grpo"]._replace(flags=f"{ARMS['grpo'].flags} --eval-every {3 * args.eval_every}")}
     flags = f"--preset {args.preset} --eval-every {args.eval_every}"
-    directories = run_all(Experiment("demo", args.seeds, args.budget_tokens, flags, ARMS), args.out, args.jobs)
+    directories = run_all(Experiment("demo", args.seeds, args.budget_tokens, flags, arms), args.out, args.jobs)
     text = table(directories)
     (args.out / "table.md").write_text(text + "\n")
-    draw(directories, args.out / "comparison.png")
+    save_figure(plot_demo(directories), args.out / "comparison.png")
     print(f"\n{args.preset}, {args.seeds} seeds, mean ± standard deviation:\n\n{text}\n\n"
           f"{caption(directories)}\n")
     print(f"figure: {args.out / 'comparison.png'}   ({time.time() - start:.0f} seconds)")

@@ -1,24 +1,33 @@
 r"""Speed and memory, side by side: each trick of this repository against the same work without it.
 
-    python bench.py                     # every row, on the device that there is; half an hour on two cores
-    python bench.py update head         # these rows
-    python bench.py trl                 # needs: pip install trl==1.16.0
-    python bench.py --gpu               # the paper's step with the shapes of Qwen2.5-0.5B
+    python -m experiments.speed                    # all rows of the first list; half an hour on two cores
+    python -m experiments.speed update head        # only these rows
+    python -m experiments.speed trl                # needs: pip install trl==1.16.0
+    python -m experiments.speed --gpu              # the second list: the step of the paper on a GPU
 
-update      one packed row per rollout against a row per sequence, and what the rule of packing.py chooses
-generation  one prefill per prefix, its cache repeated, against a prefill per branch; blocks against one call
-passes      what the reference and old log-probabilities cost where they are needed
-head        log-probabilities of loss tokens, in chunks, against logits of everything
-step        a whole step against the same with every trick off
-growth      how the parts of a step grow with K, G, response length, model size
-trl         a GRPO step (K = 0) against TRL's GRPOTrainer
---gpu       decode: milliseconds per step; paper_update: by micro-batch; paper_whole, also in 24 GB; sharded: one GPU as
-            it is and under fully_shard, against memory.py; trl
+Each row is a comparison. The first list is for any device:
 
-Weights are random, responses have lengths drawn beforehand (log-normal, as on GSM8K: sigma .4), so that all variants
-do equal work. Every number is the median of --repeats runs in one process, variants alternating, after one that does
-not count; memory is the peak above the start of a run, on a CPU of a further one. `x` is time over that of the first
-variant. A row that fails is named, and the next one begins.
+    update        one packed row per rollout against a row per sequence, and what the rule of packing.py chooses
+    generation    one prefill per prefix against one per branch, and blocks of tokens against one call
+    passes        what the reference and the old log-probabilities cost where they are needed
+    head          log-probabilities of the loss tokens in chunks against the logits of all tokens
+    step          a whole step against the same step with every trick off
+    growth        how a step grows with K, with G, with the length of responses and with the model
+    trl           a step of GRPO (K = 0) against TRL's GRPOTrainer
+
+The second list has the shapes of Qwen2.5-0.5B and the step of the paper:
+
+    decode        milliseconds per decoding step
+    paper_update  the update of the paper's step, by layout and by micro-batch
+    paper_whole   the whole step of the paper, as it is and in 24 GB of memory
+    sharded       one GPU as it is and under fully_shard, with the estimate of trainer/memory.py beside it
+    trl           as above
+
+The weights are random. The lengths of responses are drawn beforehand, so that all variants do equal work. They are
+log-normal with sigma 0.4, as on GSM8K. Every number is the median of --repeats runs in one process. The variants of a
+row alternate, and a first run of each does not count. Memory is the peak above the start of a run. On a CPU a further
+run measures it. The column x is the time over that of the first variant. When a row fails, its error is printed and the
+next row begins.
 """
 import argparse
 import ctypes
@@ -42,22 +51,23 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 import deep_grpo
 import resample
-from deep_grpo import Config, Group, Trajectory, objective, score_groups
-from loss import sequence_weights, weighted_objective
-from packing import attention_length, micro_batches, pack, score_rows
+from deep_grpo import Config, Fork, Group, Trajectory, objective, score_groups
+from loss import clipped_surrogate, k3_kl, loss_table, paper_weights
+from packing import attention_length, micro_batches, pack, pack_groups, score_rows
 from trainer.memory import estimate
-from trainer.model import checkpoint_activations, gathered, precision, shard
+from trainer.model import Ranks, checkpoint_activations, gathered, precision, shard
 from trainer.settings import OneLineParser, command_line, count
 
-# Qwen2.5's proportions. "0.5b" and "1.5b" are its own; the vocabulary of the smaller ones is trimmed to 8k.
+# layers, width, heads, key/value heads, inner width, vocabulary, in Qwen2.5's proportions. "0.5b" and "1.5b" are its
+# own; the vocabulary of the smaller ones is trimmed to 8k.
 SIZES = {"test": (1, 32, 4, 1, 96, 64), "5m": (3, 256, 4, 1, 1392, 8192), "12m": (8, 256, 4, 1, 1392, 8192),
          "18m": (8, 320, 5, 1, 1736, 8192), "0.5b": (24, 896, 14, 2, 4864, 151936),
          "1.5b": (28, 1536, 12, 2, 8960, 151936)}
-PEAK = 790e12                            # bf16 operations per second measured on one H200
+PEAK = 790e12                            # bf16 operations per second, as measured on one H200
 
 
 def make_model(size, layers=None):
-    """A Qwen2 with random weights, on the GPU if there is one."""
+    """A Qwen2 with random weights, on the GPU if there is one. layers: None is the number that the size has."""
     depth, hidden, heads, kv_heads, inner, vocabulary = SIZES[size]
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, tie_word_embeddings=True,
@@ -69,7 +79,7 @@ def make_model(size, layers=None):
 
 
 class Work:
-    """Prompts, lengths and rewards of one step, drawn beforehand: all variants have the same to do."""
+    """The prompts, lengths and rewards of one step. They are drawn beforehand, so all variants have the same to do."""
 
     def __init__(self, model, questions, mean, cap, prompt=110, group_size=8, branches=8, failed=0.45, depth=0.7):
         rng = np.random.default_rng(0)
@@ -80,45 +90,46 @@ class Work:
         self.lengths = drawn.clip(max(1, mean // 8), cap).astype(int)
         self.failed = rng.random((questions, group_size)) < (failed if branches else 0)
         self.pivots = (depth * self.lengths).astype(int)
-        self.right = lambda: float(rng.random() < 0.5)
+        self.depth = depth
+        self.coin = lambda: float(rng.random() < 0.5)
 
-    def rollouts(self, draw):
-        """The root rollouts, as groups, failures with their pivot."""
+    def rollouts(self, sampler):
+        """The rollouts of all questions, as groups; every failed one has a Fork at its pivot."""
         per_row = [x for x in self.prompts for _ in range(self.G)]
-        tails = draw(self.model, per_row, 1, self.lengths.reshape(-1).tolist())
-        tails = iter(t for (t,) in tails)
-        return [Group(x, [Trajectory(next(tails), 1.0 - f, p if f else None) for f, p in zip(failed, pivots)])
+        responses = iter(y for (y,) in sampler(self.model, per_row, 1, self.lengths.reshape(-1).tolist()))
+        return [Group(x, [Trajectory(next(responses), 1.0 - f, [Fork(int(p), self.depth)] if f else [])
+                          for f, p in zip(failed, pivots)])
                 for x, failed, pivots in zip(self.prompts, self.failed, self.pivots)]
 
-    def branch(self, draw, groups):
-        """The same groups with K branches at every pivot, as long as the rest of the failure was."""
-        pivoted = [(g, t) for g in groups for t in g.trajectories if t.pivot is not None and self.K]
-        if pivoted:
-            drawn = draw(self.model, [g.prompt + t.response[:t.pivot] for g, t in pivoted], self.K,
-                         [len(t.response) - t.pivot for _, t in pivoted])
-            for (_, t), t.branches in zip(pivoted, drawn):
-                t.branch_rewards = [self.right() for _ in t.branches]
+    def branch(self, sampler, groups):
+        """Give every Fork K branches, each as long as the rest of its rollout; returns the groups."""
+        forked = [(g, t, fork) for g in groups for t in g.trajectories for fork in t.forks]
+        if forked:
+            drawn = sampler(self.model, [g.prompt + t.response[:fork.pivot] for g, t, fork in forked], self.K,
+                            [len(t.response) - fork.pivot for _, t, fork in forked])
+            for (*_, fork), branches in zip(forked, drawn):
+                fork.branches, fork.rewards = branches, [self.coin() for _ in branches]
         return groups
 
-    def draw_random(self, model, prefixes, k, caps):
-        """Random tokens where nothing needs to be sampled."""
+    def sample_nothing(self, model, prefixes, k, caps):
+        """Random tokens, where a row of the table does not measure sampling."""
         return [[self.ids(n) for _ in range(k)] for n in caps]
 
     def groups(self):
         """Rollouts and branches of random tokens."""
-        return self.branch(self.draw_random, self.rollouts(self.draw_random))
+        return self.branch(self.sample_nothing, self.rollouts(self.sample_nothing))
 
 
-# Ours, and the same without tricks
+# ---- the code of this repository, and the same work without its tricks ----
 
-def draw_ours(model, prefixes, k, caps):
-    """resample.sample; the stop id is one that no model samples, lengths are given by the caps."""
+def sample_ours(model, prefixes, k, caps):
+    """resample.sample. The stop id is one that no model samples, so the caps give the lengths."""
     with precision(model):
         return resample.sample(model, prefixes, k, max_new_tokens=caps, eos_token_id=model.config.vocab_size,
                                pad_token_id=0)
 
 
-def draw_plainly(model, prefixes, k, caps):
+def sample_plainly(model, prefixes, k, caps):
     """One `generate` call for all rows, each prefilled by itself, until the longest has ended."""
     rows = [p for p in prefixes for _ in range(k)]
     width = max(map(len, rows))
@@ -132,35 +143,35 @@ def draw_plainly(model, prefixes, k, caps):
 
 
 def update_ours(model, groups, config, ref_model=None, tokens=4096):
-    """Forward and backward of deep_grpo.objective; returns the loss."""
-    with precision(model):
-        return objective(model, groups, config, ref_model, None, tokens, backward=True)[0].item()
+    """The forward and backward pass of deep_grpo.objective, as a run computes it; returns the loss."""
+    return objective(model, groups, config, ref_model, None, tokens, backward=True, ranks=Ranks())[0].item()
 
 
 def update_plainly(model, groups, config, ref_model=None, tokens=4096):
-    """The same gradient: a padded row per sequence, logits of all tokens, and a pass for old log-probabilities."""
-    sequences = [(prefix, y, w) for g, ws in zip(groups, sequence_weights(groups, config))
-                 for t, row in zip(g.trajectories, ws)
-                 for prefix, y, w in [(g.prompt, t.response, row[0]),
-                                      *((g.prompt + t.response[:t.pivot], y, w) for y, w in zip(t.branches, row[1:]))]]
-    total, rows = 0.0, [pack(prefix, y) for prefix, y, _ in sequences]
+    """The same gradient from a padded row per sequence, logits of all tokens, and a pass for log pi_old."""
+    sequences = [(g.prompt + t.response[:pivot], y) for g in groups for t in g.trajectories
+                 for pivot, y in [(0, t.response), *t.branches]]
+    table = loss_table(groups, paper_weights(groups, config))
+    of_sequence = table.split([len(y) for _, y in sequences])
+    total, rows = 0.0, [pack(prefix, y) for prefix, y in sequences]
     for batch in micro_batches(rows, tokens):
         part = [rows[i] for i in batch]
         with precision(model):
             with torch.no_grad():
-                old = all_logits(model, part)
-                ref = all_logits(ref_model, part) if ref_model is not None else None
-            logp = all_logits(model, part)
-        repeats = torch.tensor([len(sequences[i][1]) for i in batch], device=logp.device)
-        weights = (logp.new_tensor(c).repeat_interleave(repeats) for c in zip(*(sequences[i][2][1:] for i in batch)))
-        loss = -weighted_objective(logp, old, ref, *weights)
+                old = score_plainly(model, part)
+                ref = score_plainly(ref_model, part) if ref_model is not None else None
+            logp = score_plainly(model, part)
+        A, w, w_kl, *_ = torch.cat([of_sequence[i] for i in batch]).to(logp).T
+        loss = -(w * clipped_surrogate(logp, old, A)).sum()
+        if ref is not None:
+            loss = loss + (w_kl * k3_kl(logp, ref)).sum()
         loss.backward()
         total += loss.item()
     return total
 
 
-def all_logits(model, rows):
-    """score_rows without its tricks (rows of one sequence): a padding mask, all logits at once."""
+def score_plainly(model, rows):
+    """The log-probabilities of packing.score_rows for rows of one sequence, from a padding mask and all logits."""
     width = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows], device=model.device)
@@ -170,13 +181,13 @@ def all_logits(model, rows):
     return logp.flatten(0, 1)[flat].gather(-1, targets[:, None])[:, 0]
 
 
-# Measuring
+# ---- measuring ----
 
 def peak_memory(run):
-    """Megabytes of this process above the start at the worst moment of run(); None where the system does not tell."""
+    """The peak of run(), in megabytes of this process above its start; None where the system does not tell."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")          # Linux: the peak counts from now on
+        Path("/proc/self/clear_refs").write_text("5")          # on Linux the peak counts from now on
         before = process_status("VmRSS:")
         run()
         return process_status("VmHWM:") - before
@@ -185,12 +196,15 @@ def peak_memory(run):
 
 
 def process_status(name):
-    """A line of /proc/self/status, in megabytes."""
+    """The value of a line of /proc/self/status, in megabytes."""
     return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
 
 
 def side_by_side(args, row, variants, work=None):
-    """One row of the table: {variant: function} -> medians of alternating runs. work: {variant: text}."""
+    """The records of one row of the table, from medians of alternating runs.
+
+    variants: {name: function without arguments}. work: {name: what it had to do}, for the last column.
+    """
     seconds, peaks, cuda = {name: [] for name in variants}, {}, torch.cuda.is_available()
     for repeat in range(args.repeats + 1):
         for name, run in variants.items():
@@ -214,12 +228,12 @@ def side_by_side(args, row, variants, work=None):
 
 
 def synchronize():
-    """Wait for the GPU, where there is one: without, a clock there shows when work was handed over."""
+    """Wait for the GPU, where there is one. A clock would otherwise show when the work was handed over."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-ALWAYS, NEVER = np.inf, np.nan           # A in the rule of packing.pack_or_split: pack all rollouts, none (nan <= nan)
+ALWAYS, NEVER = np.inf, np.nan           # A of packing.pack_or_split: pack all rollouts, or none (nan <= nan is false)
 
 
 def with_length(a, run):
@@ -228,39 +242,43 @@ def with_length(a, run):
         return run()
 
 
-def tokens_through(model, groups, a):
-    """Tokens that one pass over the groups computes."""
-    return with_length(a, lambda: sum(len(row.ids) for row in deep_grpo.pack_groups(model, groups)))
+def tokens_through(groups, a):
+    """The number of tokens that one pass over the groups computes."""
+    return sum(len(row.ids) for row in pack_groups(groups, a))
 
 
-# Rows of the table. Each is a generator of records; SHAPES are prompt + response up to the pivot : suffix, K, rollouts.
+# ---- rows of the table: each function yields records ----
 
+# The update in four shapes: tokens of prompt, response up to the pivot, and suffix; K; number of rollouts.
 SHAPES = [(110, 154, 66, 8, 4), (110, 20, 200, 8, 2), (110, 154, 66, 0, 16), (1000, 2000, 900, 8, 1)]
 
 
-def update(args):
-    """Root-tree rows against one row per sequence: forward and backward of Eq. (J) without KL."""
+def time_updates(args):
+    """Packed rows against one row per sequence: forward and backward of Eq. (J) without KL."""
     for shape in SHAPES:
-        yield from update_shape(args, *shape)
+        yield from time_update_of(args, *shape)
 
 
-def update_shape(args, prompt, prefix, suffix, k, n):
-    """The two lines of one of SHAPES."""
-    layers = 2 if prompt == 1000 else None                     # the long one would take an hour on a CPU
+def time_update_of(args, prompt, prefix, suffix, k, n):
+    """The two records of one of SHAPES."""
+    layers = 2 if prompt == 1000 else None                     # the long shape would take an hour on a CPU
     model, config = make_model(args.size, layers), Config(beta=0.0)
     ids, scale = Work(model, 1, 8, 8).ids, 10 if args.size == "test" else 1
-    groups = [Group(ids(prompt // scale), [
-        Trajectory(ids((prefix + suffix) // scale), float(i % 2), prefix // scale,
-                   [ids(suffix // scale) for _ in range(k)], [float(j % 2) for j in range(k)], 0.5)
-        for i in range(n)])]
 
+    def rollout(i):
+        response = ids((prefix + suffix) // scale)
+        branches = [ids(suffix // scale) for _ in range(k)]
+        forks = [Fork(prefix // scale, 0.5, branches, [float(j % 2) for j in range(k)])] if k else []
+        return Trajectory(response, float(i % 2), forks)
+
+    groups = [Group(ids(prompt // scale), [rollout(i) for i in range(n)])]
     fits = max(4096, (prompt + prefix + (k + 1) * suffix) // scale)
 
     def run(a):
         with_length(a, lambda: update_ours(model, groups, config, None, fits))
         model.zero_grad()
 
-    packed, separate, chosen = (tokens_through(model, groups, a) for a in (ALWAYS, NEVER, attention_length(model)))
+    packed, separate, chosen = (tokens_through(groups, a) for a in (ALWAYS, NEVER, attention_length(model)))
     yield from side_by_side(
         args, f"update {prompt}+{prefix}:{suffix} K={k}" + (f", {layers} layers" if layers else ""),
         {"packed": lambda: run(ALWAYS), "separate": lambda: run(NEVER)},
@@ -268,40 +286,42 @@ def update_shape(args, prompt, prefix, suffix, k, n):
          "separate": f"{separate} tokens"})
 
 
-def generation(args):
+def time_generation(args):
     """Branches of one pivot per prefix, in lengths as on GSM8K."""
     model = make_model(args.size)
     work = Work(model, args.questions, args.mean, args.cap, failed=1.0)
-    groups = work.rollouts(work.draw_random)
-    prefixes = [g.prompt + t.response[:t.pivot] for g in groups for t in g.trajectories]
-    caps = [len(t.response) - t.pivot for g in groups for t in g.trajectories]
+    groups = work.rollouts(work.sample_nothing)
+    forked = [(g.prompt, t.response, fork.pivot) for g in groups for t in g.trajectories for fork in t.forks]
+    prefixes = [prompt + response[:pivot] for prompt, response, pivot in forked]
+    caps = [len(response) - pivot for _, response, pivot in forked]
 
     def one_call():
         with mock.patch.object(resample, "BLOCK", 10**6):
-            draw_ours(model, prefixes, work.K, caps)
+            sample_ours(model, prefixes, work.K, caps)
 
     yield from side_by_side(args, f"branches of {len(prefixes)} prefixes, K={work.K}", {
-        "prefill per prefix, blocks of 16": lambda: draw_ours(model, prefixes, work.K, caps),
-        "prefill per branch, blocks of 16": lambda: draw_ours(
+        "prefill per prefix, blocks of 16": lambda: sample_ours(model, prefixes, work.K, caps),
+        "prefill per branch, blocks of 16": lambda: sample_ours(
             model, [p for p in prefixes for _ in range(work.K)], 1, [c for c in caps for _ in range(work.K)]),
         "prefill per prefix, one call": one_call,
-        "plain generate": lambda: draw_plainly(model, prefixes, work.K, caps)},
+        "plain generate": lambda: sample_plainly(model, prefixes, work.K, caps)},
         {"prefill per prefix, blocks of 16": f"{sum(caps) * work.K} tokens"})
 
 
-def passes(args):
-    """An update with beta = 0 and one step per batch has one pass; what the others add when they are needed."""
+def time_passes(args):
+    """An update with beta = 0 and one step per batch has one pass; what the others add where they are needed."""
     model, ref_model = make_model(args.size), make_model(args.size)
     groups = Work(model, args.questions, args.mean, args.cap).groups()
-    runs = {"policy only (beta = 0, one update)": lambda: update_ours(model, groups, Config(beta=0.0)),
+    config = Config(beta=0.0)
+    runs = {"policy only (beta = 0, one update)": lambda: update_ours(model, groups, config),
             "with the reference (beta > 0)": lambda: update_ours(model, groups, Config(), ref_model),
             "with old log-probabilities (two or more updates)": lambda: (
-                score_groups(model, groups, Config(beta=0.0), 4096), update_ours(model, groups, Config(beta=0.0)))}
+                score_groups(model, groups, config, 4096, Ranks()), update_ours(model, groups, config))}
     yield from side_by_side(args, "update, which passes", runs)
 
 
-def head(args):
-    """Log-probabilities and their gradient, rows without branches: 16 of 110 + 220 tokens."""
+def time_head(args):
+    """Log-probabilities and their gradient, for 16 rows of 110 + 220 tokens without branches."""
     model = make_model(args.size)
     ids, n = Work(model, 1, 8, 8).ids, 16 if args.size != "test" else 2
     rows = [pack(ids(110), ids(220)) for _ in range(n)]
@@ -314,20 +334,20 @@ def head(args):
     yield from side_by_side(args, f"log-probabilities of {n} x 110+220 tokens", {
         "loss tokens, chunks of 4,096 (as shipped)": lambda: run(lambda: score_rows(model, rows)[0]),
         "loss tokens, chunks of 512": lambda: run(lambda: score_rows(model, rows, chunk=512)[0]),
-        "logits of all tokens": lambda: run(lambda: all_logits(model, rows))})
+        "logits of all tokens": lambda: run(lambda: score_plainly(model, rows))})
 
 
-def step(args):
-    """Rollouts, branches, update with a reference; all tricks off is draw_plainly and update_plainly."""
+def time_steps(args):
+    """Rollouts, branches, and an update with a reference. All tricks off is sample_plainly and update_plainly."""
     model, ref_model = make_model(args.size), make_model(args.size)
     clock = {}
 
-    def run(name, draw, learn, branches=8):
+    def run(name, sampler, learn, branches=8):
         work = Work(model, args.questions, args.mean, args.cap, branches=branches)
         start = time.perf_counter()
-        groups = work.rollouts(draw)
+        groups = work.rollouts(sampler)
         times = [time.perf_counter() - start]
-        groups = work.branch(draw, groups)
+        groups = work.branch(sampler, groups)
         times.append(time.perf_counter() - start - times[0])
         learn(model, groups, Config(), ref_model)
         synchronize()
@@ -338,29 +358,30 @@ def step(args):
     for k, title in ((8, "whole step, K=8"), (0, "whole step, K=0 (GRPO)")):
         clock.clear()
         records = side_by_side(args, title, {
-            "as shipped": lambda k=k: run("as shipped", draw_ours, update_ours, k),
-            "all tricks off": lambda k=k: run("all tricks off", draw_plainly, update_plainly, k)})
+            "as shipped": lambda k=k: run("as shipped", sample_ours, update_ours, k),
+            "all tricks off": lambda k=k: run("all tricks off", sample_plainly, update_plainly, k)})
         for record in records:
             parts = [statistics.median(column) for column in zip(*clock[record["variant"]][1:args.repeats + 1])]
             record["work"] = "rollouts {:.0%}, branches {:.0%}, update {:.0%}".format(*(p / sum(parts) for p in parts))
         yield from records
 
 
-def growth(args):
-    """Rollouts, branches and update as one thing grows; x is against its first value."""
-    yield from sweep(args, "K", [dict(branches=k) for k in (0, 2, 4, 8, 16)])
-    yield from sweep(args, "G", [dict(group_size=g) for g in (2, 4, 8, 16)])
-    yield from sweep(args, "length", [dict(mean=args.mean * f, cap=args.cap * f) for f in (1, 2, 4)])
-    yield from sweep(args, "size", [dict(size=s) for s in {"12m": ("5m", "12m", "18m")}.get(args.size, [args.size])])
+def time_growth(args):
+    """Rollouts, branches and update while one quantity grows; x compares with its first value."""
+    yield from time_growth_of(args, "K", [dict(branches=k) for k in (0, 2, 4, 8, 16)])
+    yield from time_growth_of(args, "G", [dict(group_size=g) for g in (2, 4, 8, 16)])
+    yield from time_growth_of(args, "length", [dict(mean=args.mean * f, cap=args.cap * f) for f in (1, 2, 4)])
+    sizes = ("5m", "12m", "18m") if args.size == "12m" else (args.size,)
+    yield from time_growth_of(args, "size", [dict(size=size) for size in sizes])
 
 
-def sweep(args, name, settings):
-    """A step by each of the settings, which are changes to Work or a size of the model."""
+def time_growth_of(args, name, settings):
+    """A step with each of the settings, which are arguments of Work or a size of the model."""
     base = dict(questions=max(1, args.questions // 2), mean=args.mean, cap=args.cap)
     models = {size: make_model(size) for size in {change.get("size", args.size) for change in settings}}
 
     def run(model, work):
-        update_ours(model, work.branch(draw_ours, work.rollouts(draw_ours)), Config(beta=0.0))
+        update_ours(model, work.branch(sample_ours, work.rollouts(sample_ours)), Config(beta=0.0))
         model.zero_grad()
 
     variants, texts = {}, {}
@@ -370,19 +391,25 @@ def sweep(args, name, settings):
         model = models[changes.pop("size", args.size)]
         variants[label] = lambda model=model, changes=changes: run(model, Work(model, **changes))
         groups = Work(model, **changes).groups()
-        generated = sum(len(y) for g in groups for t in g.trajectories for y in (t.response, *t.branches))
-        texts[label] = f"{generated} generated, {tokens_through(model, groups, attention_length(model))} in the update"
+        generated = loss_tokens(groups)
+        texts[label] = f"{generated} generated, {tokens_through(groups, attention_length(model))} in the update"
     yield from side_by_side(args, f"step as {name} grows", variants, texts)
 
 
-def trl(args):
-    """A GRPO step against TRL's GRPOTrainer: same model, prompts, G, caps, beta, precision, rows in a micro-batch.
+def loss_tokens(groups):
+    """The number of tokens of all rollouts and branches."""
+    return sum(len(y) for g in groups for t in g.trajectories for y in (t.response, *(y for _, y in t.branches)))
 
-    Equal, too: T = 1, top_k 0, top_p 1, one update per batch, AdamW, no gradient checkpointing, sequence means
-    (loss_type "grpo"), an entropy metric. Not equal: TRL's step includes tokenisation and its logging.
+
+def time_trl(args):
+    """A step of GRPO against TRL's GRPOTrainer.
+
+    Equal are model, prompts, G, caps, beta, precision, and the number of rows in a micro-batch. Equal are also T = 1,
+    top_k 0, top_p 1, one update per batch, AdamW, no gradient checkpointing, sequence means (loss_type "grpo") and a
+    metric of entropy. TRL's step alone includes tokenisation and its logging.
     """
     if importlib.util.find_spec("trl") is None:
-        print("row trl left out: pip install trl==1.16.0", file=sys.stderr)
+        print("the row trl is left out, because TRL is not installed: pip install trl==1.16.0", file=sys.stderr)
         return
     n, prompt, cap, rows = {"0.5b": (64, 100, 256, 32), "test": (2, 10, 8, 8)}.get(args.size, (4, 100, 96, 8))
     model, ref_model = make_model(args.size), make_model(args.size)
@@ -399,8 +426,7 @@ def trl(args):
         synchronize()
         ours["generation"].append(time.perf_counter() - start)
         groups = [Group(p, [Trajectory(y, float(j % 2)) for j, y in enumerate(ys)]) for p, ys in zip(prompts, tails)]
-        with precision(model):
-            deep_grpo.update(model, optimizer, groups, config, ref_model, rows * (prompt + cap))
+        deep_grpo.update(model, optimizer, groups, config, ref_model, rows * (prompt + cap), Ranks())
         synchronize()
         ours["update"].append(time.perf_counter() - start - ours["generation"][-1])
         args.bar.update()
@@ -415,12 +441,12 @@ def trl(args):
 
 
 def train_with_trl(model, prompts, config, rows, steps, times, between):
-    """GRPOTrainer on the prompts, `rows` in a micro-batch; fills times, and calls between() after each step."""
+    """Run GRPOTrainer on the prompts, `rows` in a micro-batch. Fills `times`, and calls between() after each step."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from trl import GRPOConfig, GRPOTrainer
 
-    class Timed(GRPOTrainer):
+    class TimedTrainer(GRPOTrainer):
         def _generate(self, *args, **kwargs):
             start = time.perf_counter()
             out = super()._generate(*args, **kwargs)
@@ -428,7 +454,7 @@ def train_with_trl(model, prompts, config, rows, steps, times, between):
             times["generation"].append(time.perf_counter() - start)
             return out
 
-    class Clock(transformers.TrainerCallback):
+    class StepTimer(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             self.start = time.perf_counter()
 
@@ -451,16 +477,18 @@ def train_with_trl(model, prompts, config, rows, steps, times, between):
             num_generations=8, max_completion_length=config.max_new_tokens, beta=config.beta, loss_type="grpo",
             learning_rate=1e-6, lr_scheduler_type="constant", max_steps=steps, gradient_checkpointing=False,
             report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10**6, shuffle_dataset=False)
-        Timed(folder, args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
-              callbacks=[Clock()], reward_funcs=lambda completions, **_: [float(j % 2) for j in range(len(completions))]
-              ).train()
+        trainer = TimedTrainer(
+            folder, args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
+            callbacks=[StepTimer()],
+            reward_funcs=lambda completions, **_: [float(j % 2) for j in range(len(completions))])
+        trainer.train()
 
 
 def decode_static(model, ids, n):
-    """n sampled tokens after ids [B, L] from a static cache; on a GPU one step is a CUDA graph, replayed n times.
+    """n sampled tokens after ids [B, L] from a static cache. On a GPU one step is a CUDA graph, replayed n times.
 
-    The fastest way to decode that needs no other library, and no part of resample.py: it is here to show what is
-    left on the table. Returns [B, n] (on a GPU after three tokens of warm-up).
+    This is the fastest way to decode that needs no other library. resample.py does not use it; it is here to show what
+    could be gained. Returns [B, n], on a GPU after three tokens of warm-up.
     """
     batch, width = ids.shape
     cache = StaticCache(config=model.config, max_cache_len=width + n + 4)
@@ -470,7 +498,7 @@ def decode_static(model, ids, n):
     def one():
         logits = model(input_ids=token, position_ids=position.expand(batch, 1), past_key_values=cache, use_cache=True,
                        attention_mask=(slots <= position)[None, None]).logits[:, -1].float()
-        noise = torch.empty_like(logits).exponential_()        # argmax p / noise is a draw from p, without a sync
+        noise = torch.empty_like(logits).exponential_()        # argmax p / noise is a sample from p, without a sync
         token.copy_((logits.softmax(-1) / noise).argmax(-1, keepdim=True))
         position.add_(1)
 
@@ -494,8 +522,8 @@ def decode_static(model, ids, n):
     return torch.cat(out, 1)
 
 
-def decode(args):
-    """Milliseconds per decode step after a prompt of 110 tokens, in bf16."""
+def time_decoding(args):
+    """Milliseconds per decoding step after a prompt of 110 tokens, in bf16."""
     n, sizes = (4, (2, 3)) if args.size == "test" else (128, (64, 512, 1840))
     model = make_model(args.size).to(torch.bfloat16 if torch.cuda.is_available() else torch.float32).eval()
 
@@ -510,21 +538,21 @@ def decode(args):
                 "generate, static cache": lambda ids=ids: generate(ids, cache_implementation="static"),
                 "static cache, CUDA graph": lambda ids=ids: decode_static(model, ids, n)}):
             yield record | {"work": f"{1000 * record['seconds'] / n:.2f} ms per step"}
-    if torch.cuda.is_available():                              # graphs keep their memory
+    if torch.cuda.is_available():                              # graphs keep their memory otherwise
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def paper_update(args):
-    """The update of the paper's step: packed and separate, DEEP-GRPO and GRPO; by micro-batch; with checkpointing."""
+def time_paper_update(args):
+    """The update of the paper's step: packed and separate, DEEP-GRPO and GRPO, by micro-batch, and checkpointed."""
     model, config = make_model(args.size), Config(beta=0.0)
     head_size = model.get_output_embeddings().weight.numel()
     layers_size = sum(p.numel() for p in model.parameters()) - head_size               # tied: counted once
 
     def measured(title, k, tokens, lengths):
         groups = Work(model, **paper_step(args), branches=k).groups()
-        loss_tokens = sum(len(y) for g in groups for t in g.trajectories for y in (t.response, *t.branches))
+        scored = loss_tokens(groups)
 
         def run(a):
             with_length(a, lambda: update_ours(model, groups, config, None, tokens))
@@ -532,9 +560,9 @@ def paper_update(args):
 
         variants = {name: lambda a=a: run(a) for name, a in lengths.items()}
         for record in side_by_side(args, f"{title}, micro-batches of {tokens}", variants):
-            through = tokens_through(model, groups, lengths[record["variant"]])
-            rate = 6 * (layers_size * through + head_size * loss_tokens) / record["seconds"]
-            yield record | {"work": f"{loss_tokens / record['seconds']:.0f} loss tokens/s, {through} tokens, "
+            through = tokens_through(groups, lengths[record["variant"]])
+            rate = 6 * (layers_size * through + head_size * scored) / record["seconds"]
+            yield record | {"work": f"{scored / record['seconds']:.0f} loss tokens/s, {through} tokens, "
                                     f"{100 * rate / PEAK:.1f} % of {PEAK / 1e12:.0f} TFLOP/s (without attention)"}
 
     packed, both = {"packed": ALWAYS}, {"packed": ALWAYS, "separate": NEVER}
@@ -547,19 +575,18 @@ def paper_update(args):
         yield from measured("update, K=8, gradient checkpointing", 8, tokens, packed)
 
 
-def paper_whole(args):
-    """64 x 8 rollouts, 45 % branched at 70 % depth, AdamW, reference: as it is, and where 24 GB is all there is."""
+def time_paper_step(args):
+    """64 x 8 rollouts, 45 % of them branched at 70 % depth, AdamW and a reference; as it is, and in 24 GB."""
     model, ref_model = make_model(args.size), make_model(args.size)
     optimizer, times = torch.optim.AdamW(model.parameters(), lr=1e-6), []
 
     def run(tokens):
         work, start = Work(model, **paper_step(args)), time.perf_counter()
-        groups = work.rollouts(draw_ours)
+        groups = work.rollouts(sample_ours)
         rolled = time.perf_counter()
-        groups = work.branch(draw_ours, groups)
+        groups = work.branch(sample_ours, groups)
         branched = time.perf_counter()
-        with precision(model):
-            deep_grpo.update(model, optimizer, groups, Config(), ref_model, tokens)
+        deep_grpo.update(model, optimizer, groups, Config(), ref_model, tokens, Ranks())
         synchronize()
         times.append((rolled - start, branched - rolled, time.perf_counter() - branched))
 
@@ -582,11 +609,11 @@ def paper_whole(args):
             torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def sharded(args):
-    """Sampling and update on one device, as they are and under `fully_shard` with nobody to share with.
+def time_sharding(args):
+    """Sampling and update on one device, as they are and under `fully_shard` with no other process.
 
-    What FSDP costs where it gains nothing, and peak memory above that of weights beside the estimate of memory.py.
-    16 questions, with gradient checkpointing.
+    This shows what FSDP costs where it gains nothing. The last column has what trainer/memory.py expects as the peak
+    above the weights. There are 16 questions, and gradients are checkpointed.
     """
     cuda = torch.cuda.is_available()
     shape = paper_step(args) | ({} if args.size == "test" else dict(questions=16, cap=256))
@@ -597,13 +624,13 @@ def sharded(args):
             models = {"one device": make_model(size), "fully_shard": shard(make_model(size), compute)}
             work = Work(models["one device"], **shape)
             groups, rows = work.groups(), len(work.prompts) * work.G
-            tokens = min(8192, tokens_through(models["one device"], groups, NEVER))
+            tokens = min(8192, tokens_through(groups, NEVER))
             width = max(map(len, work.prompts)) + int(work.lengths.max())
             parts = estimate(models["one device"], 1, rows, width, tokens, False, True, compute=compute)
 
             def sampling(model):
                 with gathered(model):
-                    Work(model, **shape).rollouts(draw_ours)
+                    Work(model, **shape).rollouts(sample_ours)
 
             def learning(model, groups=groups, tokens=tokens):
                 update_ours(model, groups, Config(beta=0.0), None, tokens)
@@ -616,36 +643,44 @@ def sharded(args):
                 computed = sum(n for name, n in parts[phase].items() if name not in before)
                 yield from side_by_side(args, f"{size}, {phase}", {
                     name: lambda model=model, run=run: run(model) for name, model in models.items()},
-                    {"one device": f"memory.py: {computed / 2**20:.0f} MB"})
+                    {"one device": f"trainer/memory.py: {computed / 2**20:.0f} MB"})
     finally:
         dist.destroy_process_group()
 
 
 def paper_step(args):
-    """The questions and lengths of GSM8K in the paper's step; few and short for a test."""
+    """The questions and lengths of the paper's step on GSM8K; few and short ones for a test."""
     small = args.size == "test"
     return dict(questions=2, mean=12, cap=16) if small else dict(questions=64, mean=220, cap=512)
 
 
-ROWS = {row.__name__: row for row in (update, generation, passes, head, step, growth, trl)}
-GPU_ROWS = {row.__name__: row for row in (decode, paper_update, paper_whole, sharded, trl)}
+COMPARISONS = {"update": time_updates, "generation": time_generation, "passes": time_passes, "head": time_head,
+               "step": time_steps, "growth": time_growth, "trl": time_trl}
+GPU_COMPARISONS = {"decode": time_decoding, "paper_update": time_paper_update, "paper_whole": time_paper_step,
+                   "sharded": time_sharding, "trl": time_trl}
 
 
 def main(argv=None) -> int:
-    """The rows asked for, as a Markdown table; --json keeps every run."""
+    """Print the rows that are asked for as a Markdown table; --json keeps every run."""
+    known = COMPARISONS | GPU_COMPARISONS
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS | GPU_ROWS)}; default: all of the "
-                        "first seven")
-    parser.add_argument("--gpu", action="store_true", help="the rows of the paper's step, Qwen2.5-0.5B's shapes")
-    parser.add_argument("--size", choices=SIZES, help="model; default: 12m, with a GPU or --gpu 0.5b")
-    parser.add_argument("--repeats", type=count, help="runs that count; 5, with --gpu 3")
-    parser.add_argument("--json", type=Path, help="write all records, with hardware and versions")
+    parser.add_argument("rows", nargs="*", metavar="ROW",
+                        help=f"Names a row of the table: {', '.join(known)}. The default is all rows of the first "
+                        "list, and with --gpu all of the second.")
+    parser.add_argument("--gpu", action="store_true",
+                        help="Takes the second list and the shapes of Qwen2.5-0.5B. The default is the first list.")
+    parser.add_argument("--size", choices=SIZES,
+                        help="Chooses the model. The default is 12m, and 0.5b where there is a GPU or with --gpu.")
+    parser.add_argument("--repeats", type=count,
+                        help="Sets the number of runs that count. The default is 5, and 3 with --gpu.")
+    parser.add_argument("--json", type=Path, help="Names a file for all records, with hardware and versions. The "
+                        "default is to write no file.")
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (3 if args.gpu else 5)
-    rows = args.rows or [*(GPU_ROWS if args.gpu else ROWS)]
+    rows = args.rows or [*(GPU_COMPARISONS if args.gpu else COMPARISONS)]
     for name in rows:
-        if name not in ROWS | GPU_ROWS:
-            parser.error(f"argument ROW: {name!r} is not one of {', '.join(ROWS | GPU_ROWS)}")
+        if name not in known:
+            parser.error(f"argument ROW: {name!r} is not one of {', '.join(known)}")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"argument --json: there is no folder {args.json.parent}")
     cuda = torch.cuda.is_available()
@@ -670,9 +705,9 @@ def main(argv=None) -> int:
     with tqdm(desc="runs", unit="run") as args.bar:
         for name in rows:
             try:
-                for record in (ROWS | GPU_ROWS)[name](args):
+                for record in known[name](args):
                     keep(record)
-            except Exception:                        # the others are worth having
+            except Exception:                        # the other rows are worth having
                 failed.append(name)
                 args.bar.write(traceback.format_exc(), file=sys.stderr)
     if failed:

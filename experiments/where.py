@@ -1,26 +1,29 @@
 r"""Where does resampling from pivots pay? A map over the embedded task: how rare, how deep, how many, how long.
 
-    python where.py --predict        # seconds: the prediction alone
-    python where.py                  # hours on two cores: results/where.md and .png
+    python -m experiments.where --predict        # seconds: the prediction alone
+    python -m experiments.where --redraw         # seconds: the figure from results/where.json
+    python -m experiments.where                  # two hours on two cores: results/where.json, .md and .png
 
-A cell of the map is a lock (tiny.py): the probability p that the base policy does a hard turn right, the number of hard
-turns, whether they come late or early, and the length of the easy rest. In each, GRPO (G = 8) and DEEP-GRPO (8 + 8)
-train on equal tokens per update until half of the held-out questions are right; the factor is tokens of GRPO over
-tokens of DEEP-GRPO.
+A cell of the map is a lock (tasks/lock.py). It has a probability p that the base policy does a hard turn right, a
+number of hard turns, which come late or early, and a number of easy turns. In each cell, GRPO (G = 8) and DEEP-GRPO
+(8 + 8) train on equal tokens per update until half of the held-out questions are answered correctly. The factor is the
+tokens that GRPO needs over the tokens that DEEP-GRPO needs.
 
-The prediction counts right answers per generated token, at the base policy. A rollout of T tokens is right with
-probability s. A branch of a failed one makes c T tokens anew and is right with probability q. With r = (1 - s) K
-branches per rollout
+The prediction counts correct answers per generated token, at the base policy. A rollout of T tokens is correct with
+probability s. A branch of a failed rollout generates c T tokens and is correct with probability q. There are
+r = (1 - s) K branches per rollout, so
 
-    factor = (right answers per token of DEEP-GRPO) / (of GRPO) = (1 + r q/s) / (1 + r c)
+    factor = (correct answers per token of DEEP-GRPO) / (of GRPO) = (1 + r q/s) / (1 + r c)
 
-Resampling pays where q/s > c: where a branch is more often right than a new rollout, per token. With one hard turn q/s
-is the probability f that the pivot comes before it, so the boundary is f = c, whatever p is: late errors pay, early
-ones do not. Eq. (P) moves pivots to where f is high, but there c is high, too: after early errors the factor comes back
-to about 1 at best. q and c are computed here from Eq. (Q), and an Eq. (P) fitted to simulated outcomes.
+Resampling pays where q/s > c, that is where a branch is more often correct than a new rollout, per token. With one hard
+turn q/s is the probability f that the pivot comes before it. The boundary is then f = c, whatever p is: late errors
+pay, early ones do not. Eq. (P) moves pivots to where f is high, but there c is high, too. After early errors the factor
+therefore comes back to about 1 at best. q and c are computed here from Eq. (Q) and from an Eq. (P) fitted to simulated
+outcomes.
 
-Measured, that is the limit of rare right answers: a step of AdamW is as long for one of them as for ten, so with more
-than about one in an update the factor goes to 1 (results/README.md).
+The measured factors approach this prediction only as correct answers get rare. The length of an AdamW step barely
+depends on how many correct answers are behind it. With more than about one correct answer in an update the factor
+therefore goes to 1 (results/where.md).
 """
 import argparse
 import json
@@ -28,20 +31,18 @@ import random
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from tqdm import tqdm
 
 import tasks.lock
-from experiments.compare import ARMS, Experiment, base_flags, curve, interval, run_all
-from pivot import draw_pivots
+from experiments.figures import ACCENT, GREY, INK, new_figure, save_figure
+from experiments.runs import Arm, Experiment, accuracy_curve, base_flags, interval, make_base, run_all, write_page
+from pivot import draw_pivot
 from recoverability import Recoverability
-from tasks.lock import Lock, make_base
+from tasks.lock import Lock
 from trainer.plot import read_metrics
 from trainer.settings import OneLineParser, command_line, count
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
 
 P = (0.3, 0.1, 0.03, 0.01)
 SHORT, LONG = (5, 6), (12, 14)
@@ -54,7 +55,8 @@ ROWS = {                                             # name -> lock for a p
     "long, late, 3 hard": lambda p: Lock(LONG, 3, (1, 4), p),
 }
 CELLS = {(row, p): lock(p) for row, lock in ROWS.items() for p in P if lock(p).hard == 1 or p >= 0.1}
-METHODS = {name: ARMS[name]._replace(flags=f"--method {name}") for name in ("grpo", "deep_grpo")}
+ARMS = {"grpo": Arm("GRPO, G = 8", "--method grpo"), "deep_grpo": Arm("DEEP-GRPO, G = 8, K = 8", "--method deep_grpo")}
+TITLE = "Where does resampling from pivots pay?"
 
 
 @cache
@@ -75,7 +77,7 @@ def predict(lock, branches=8, gamma=2.0, n=2000, seed=0) -> dict[str, float]:
         error = hard[right.index(False)]             # number of turns before the first wrong one
         length = 9 * len(turns) + 4
         ends = [*range(9, 9 * len(turns) + 1, 9), length]
-        (kept, ratio), = draw_pivots(ends, estimate, gamma, draws)
+        kept, ratio = draw_pivot(ends, estimate, gamma, draws)
         left = sum(i >= kept // 9 for i in hard)     # hard turns that a branch has to do
         p_branch = lock.p ** left if kept // 9 <= error else 0.0
         estimate.observe(ratio, bool(draws.random() < 1 - (1 - p_branch) ** branches))
@@ -90,9 +92,9 @@ def predict(lock, branches=8, gamma=2.0, n=2000, seed=0) -> dict[str, float]:
 
 
 def tokens_to_half(directory) -> float:
-    """Generated tokens at which greedy accuracy first reaches .5, linear between evaluations; inf if it has not."""
+    """Generated tokens at which greedy accuracy first reaches .5, linear between evaluations; inf if it never does."""
     try:
-        tokens, accuracy = curve(read_metrics(directory), "generated_total")
+        tokens, accuracy = accuracy_curve(read_metrics(directory))
     except (OSError, KeyError, ValueError):          # there is no log yet, or its last line is being written
         return np.inf
     for i in np.flatnonzero(accuracy >= 0.5)[:1]:
@@ -118,99 +120,128 @@ def factor(grpo, deep, budget) -> tuple[float, float, str]:
     return float(np.exp(mean)), width, f"{bound}{np.exp(mean):.2f} ({low:.2f} to {high:.2f})"
 
 
-def measure(lock, out, args) -> dict:
+def measure_cell(lock, out, args) -> dict:
     """Tokens to half accuracy of both methods, every seed (None: not within the budget), in one cell."""
     base = make_base(lock, out / "base", args.base_steps)
     flags = (f"--preset tiny-deep {base_flags(out / 'base')} --eval-every 2 --step-tokens {args.step_tokens} "
              f"--lr {args.lr}")
-    experiment = Experiment("", args.seeds, args.step_tokens * args.updates, flags, METHODS)
+    experiment = Experiment("", args.seeds, args.step_tokens * args.updates, flags, ARMS)
     directories = run_all(experiment, out, args.jobs, lambda d: np.isfinite(tokens_to_half(d)))
     tokens = {name: [tokens_to_half(d) for d in runs] for name, runs in directories.items()}
     return {"base": base, **{name: [t if np.isfinite(t) else None for t in ts] for name, ts in tokens.items()}}
 
 
 def factor_of(found, args) -> tuple[float, float, str]:
-    """factor() of a cell as measure() gives it."""
+    """factor() of a cell as measure_cell() returns it."""
     return factor(*tokens_of(found), args.step_tokens * args.updates)
 
 
 def tokens_of(found) -> list[np.ndarray]:
-    """Tokens to half of GRPO and of DEEP-GRPO, every seed, of a cell as measure() gives it; inf: not there."""
-    return [np.array([np.inf if t is None else t for t in found[name]]) for name in METHODS]
+    """Tokens to half of GRPO and of DEEP-GRPO, every seed, of a cell as measure_cell() returns it; inf: not there."""
+    return [np.array([np.inf if t is None else t for t in found[name]]) for name in ARMS]
 
 
-def right_per_update(lock, found, args) -> float:
-    """Right answers that GRPO expects among the rollouts of its first update."""
+def correct_per_update(lock, found, args) -> float:
+    """Correct answers that GRPO expects among the rollouts of its first update."""
     return found["base"]["hard"] ** lock.hard * args.step_tokens / predict(lock)["T"]
 
 
 def table(cells, args) -> str:
     """Markdown: prediction and measurement of every cell."""
-    lines = ["| cell | p | base policy, hard turn | right per update, GRPO | q/s | c | predicted | measured (95 %) | "
+    lines = ["| cell | p | base policy, hard turn | correct per update, GRPO | q/s | c | predicted | measured (95 %) | "
              "GRPO, tokens to half | DEEP-GRPO |", "|---" * 10 + "|"]
     for (row, p), lock in CELLS.items():
         expected, found = predict(lock), cells.get(f"{row} {p}")
         measured = [""] * 5
         if found:
             shown = [" ".join("-" if np.isinf(t) else f"{t / 1000:.0f}k" for t in ts) for ts in tokens_of(found)]
-            measured = [f"{found['base']['hard']:.3f}", f"{right_per_update(lock, found, args):.2g}",
+            measured = [f"{found['base']['hard']:.3f}", f"{correct_per_update(lock, found, args):.2g}",
                         factor_of(found, args)[2], *shown]
         lines.append(f"| {row} | {p} | {measured[0]} | {measured[1]} | {expected['q/s']:.2f} | {expected['c']:.2f} | "
                      f"{expected['factor']:.2f} | {' | '.join(measured[2:])} |")
     return "\n".join(lines)
 
 
-def draw(cells, args, path):
-    """The map, predicted beside measured: color is the factor, red where DEEP-GRPO needs fewer tokens. And the measured
-    factor over what GRPO has in an update, of the base policy as it is: its right answers."""
-    figure, axes = plt.subplots(1, 3, figsize=(19, 5), layout="constrained")
-    for axis, title in zip(axes, ("predicted: right answers per token", "measured: tokens to half accuracy")):
-        values, texts = np.full((len(ROWS), len(P)), np.nan), {}
-        for (row, p), lock in CELLS.items():
-            at = list(ROWS).index(row), P.index(p)
-            if axis is axes[0]:
-                values[at] = predict(lock)["factor"]
-                texts[at] = f"{values[at]:.2f}"
-            elif f"{row} {p}" in cells:
-                values[at], _, text = factor_of(cells[f"{row} {p}"], args)
-                texts[at] = text.replace(" (", "\n(")
-        image = axis.imshow(np.log2(values), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
-        for (y, x), text in texts.items():
-            axis.text(x, y, text, ha="center", va="center", fontsize=8)
-        axis.set(title=title, xticks=range(len(P)), xticklabels=P, yticks=range(len(ROWS)), yticklabels=list(ROWS),
-                 xlabel="probability p that the base policy does a hard turn right")
-    figure.colorbar(image, ax=axes[:2], label="log2(tokens of GRPO / tokens of DEEP-GRPO)")
+def plot_map(axis, cells, args):
+    """The measured factor of every cell, in red where DEEP-GRPO needs fewer tokens; bold if its interval excludes 1."""
+    values = np.full((len(ROWS), len(P)), np.nan)
+    for row, p in CELLS:
+        if f"{row} {p}" not in cells:
+            continue
+        y, x = list(ROWS).index(row), P.index(p)
+        values[y, x], width, text = factor_of(cells[f"{row} {p}"], args)
+        clear = abs(np.log(values[y, x])) > width
+        axis.text(x, y, text.split(" (")[0], ha="center", va="center", color=INK,
+                  fontweight="bold" if clear else "normal")
+    axis.imshow(np.log2(values), cmap=LinearSegmentedColormap.from_list("", [GREY, "white", ACCENT]), vmin=-2, vmax=2,
+                aspect="auto")
+    axis.set(xticks=range(len(P)), xticklabels=P, yticks=range(len(ROWS)), yticklabels=list(ROWS),
+             xlabel="probability p that the base policy\ndoes a hard turn right")
+
+
+def plot_factors(axis, cells, args):
+    """The measured factor over the correct answers that GRPO expects in an update, at the base policy."""
     for row, marker in zip(ROWS, "ovos^D"):
-        found = [(right_per_update(lock, cells[f"{row} {p}"], args), *factor_of(cells[f"{row} {p}"], args)[:2])
+        found = [(correct_per_update(lock, cells[f"{row} {p}"], args), *factor_of(cells[f"{row} {p}"], args)[:2])
                  for (name, p), lock in CELLS.items() if name == row and f"{row} {p}" in cells]
         if found:
-            right, value, width = np.array(found).T
+            correct, value, width = np.array(found).T
             bars = value * (1 - np.exp(-width)), value * np.minimum(np.exp(width) - 1, 10)
-            axes[2].errorbar(right, value, yerr=bars, fmt=marker, label=row, capsize=2,
-                             color="tab:red" if "late" in row else "tab:blue",
-                             fillstyle="none" if "short" in row else "full")
-            axes[2].legend(fontsize=8)
-    axes[2].axhline(1, color="black", linewidth=0.8)
-    axes[2].axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axes[2].set(xscale="log", yscale="log", title="measured, and why", ylabel="tokens of GRPO / tokens of DEEP-GRPO",
-                xlabel="right answers in an update of GRPO, at the base policy")
-    figure.savefig(path, dpi=90)
+            axis.errorbar(correct, value, yerr=bars, fmt=marker, markersize=5, linewidth=1.2,
+                          color=ACCENT if "late" in row else GREY, fillstyle="none" if "short" in row else "full")
+    axis.axhline(1, color=INK, linewidth=1, zorder=0)
+    axis.axvline(1, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    axis.set(xscale="log", yscale="log", yticks=(0.25, 0.5, 1, 2, 4), yticklabels=("1/4", "1/2", "1", "2", "4"),
+             ylim=(0.15, 4.5), xticks=(0.01, 0.1, 1, 10), xticklabels=("0.01", "0.1", "1", "10"),
+             ylabel="tokens of GRPO / tokens of DEEP-GRPO",
+             xlabel="correct answers in an update of GRPO,\nat the base policy")
+    axis.minorticks_off()
+    axis.text(0.02, 0.30, "early errors", color=GREY, transform=axis.transAxes)
+    axis.text(0.02, 0.94, "late errors", color=ACCENT, transform=axis.transAxes)
+
+
+def plot_where(cells, args):
+    """The map beside what explains it; the titles say what the whole map shows, so a part of it has none."""
+    figure, axes = new_figure(4.9, "ab", width_ratios=(1.15, 1))
+    plot_map(axes["a"], cells, args)
+    plot_factors(axes["b"], cells, args)
+    whole = all(f"{row} {p}" in cells for row, p in CELLS)
+    if whole:
+        axes["a"].set_title("After early errors GRPO needs fewer\ntokens, after late ones about as many")
+        axes["b"].set_title("They differ most where correct\nanswers are rare")
+    figure.suptitle("Resampling shows no clear gain in any cell, and a loss after early errors" if whole else TITLE,
+                    x=0.01, ha="left")
+    figure.supxlabel(
+        f"Numbers: tokens of GRPO over tokens of DEEP-GRPO to half accuracy, mean of {args.seeds} seeds. Red: "
+        "DEEP-GRPO needs fewer.\nBold: the 95 % interval excludes 1.  <, >, ?: some runs did not get there. Right: "
+        "filled markers are long questions.", fontsize=9, color=GREY, x=0.01, ha="left")
     return figure
 
 
 def main(argv=None):
-    """Predict; measure the cells that are not in results/where.json; write table and figure."""
+    """Predict; measure the cells that are not in results/where.json; write numbers, table and figure."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predict", action="store_true", help="print the prediction, and end")
-    parser.add_argument("--cells", help="only these: names separated by ';', as 'long, late 0.03'")
-    parser.add_argument("--seeds", type=count, default=5)
-    parser.add_argument("--updates", type=count, default=32, help="the most")
-    parser.add_argument("--step-tokens", type=count, default=3000, help="generated tokens per update")
-    parser.add_argument("--lr", type=float, default=1.6e-4, help="learning rate of both methods")
-    parser.add_argument("--base-steps", type=count, default=300, help="supervised, to make a cell's base policy")
-    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/where"))
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of table, figure, where.json")
+    parser.add_argument("--predict", action="store_true",
+                        help="Prints the prediction and ends. The default is to measure.")
+    parser.add_argument("--redraw", action="store_true",
+                        help="Draws the figure again from the kept numbers and ends. The default is to measure.")
+    parser.add_argument("--cells", help="Measures only these cells, with names such as 'long, late 0.03' separated "
+                        "by ';'. The default is all cells.")
+    parser.add_argument("--seeds", type=count, default=5, help="Sets the seeds of every cell. The default is 5.")
+    parser.add_argument("--updates", type=count, default=32,
+                        help="Ends a run after this many updates at the latest. The default is 32.")
+    parser.add_argument("--step-tokens", type=count, default=3000,
+                        help="Sets the generated tokens of an update. The default is 3000.")
+    parser.add_argument("--lr", type=float, default=1.6e-4,
+                        help="Sets the learning rate of both methods. The default is 1.6e-4.")
+    parser.add_argument("--base-steps", type=count, default=300,
+                        help="Sets the supervised steps that make the base policy of a cell. The default is 300.")
+    parser.add_argument("--jobs", type=count, default=2,
+                        help="Sets how many runs go on at a time, with one thread each. The default is 2.")
+    parser.add_argument("--out", type=Path, default=Path("runs/where"),
+                        help="Names the folder for the run directories. The default is runs/where.")
+    parser.add_argument("--results", type=Path, default=Path("results"),
+                        help="Names the folder for numbers, table and figure. The default is results.")
     args = parser.parse_args(argv)
     if not 0 < args.lr < np.inf:
         parser.error(f"argument --lr: must be positive, got {args.lr}")
@@ -222,6 +253,20 @@ def main(argv=None):
         return
     if kept["settings"] != settings:
         parser.error(f"{known} holds a map with {kept['settings']}, here it is {settings}: choose another --results")
+    if not args.redraw:
+        measure_missing(kept, known, args, parser)
+        text = (f"These numbers were written by `{command_line('-m experiments.where', argv)}`. The measured factor is "
+                f"the tokens of GRPO (G = 8) to half accuracy over those of DEEP-GRPO (8 + 8), as the geometric mean "
+                f"of {args.seeds} seeds. A run has at most {args.updates} updates of {args.step_tokens} tokens, and "
+                f"the learning rate is {args.lr}. Where a run does not get to half accuracy within them (-), the "
+                f"factor is a bound.\n\n{table(kept['cells'], args)}")
+        write_page(args.results / "where.md", TITLE, "where.png", text)
+        print(text)
+    save_figure(plot_where(kept["cells"], args), args.results / "where.png")
+
+
+def measure_missing(kept, known, args, parser):
+    """Measure the chosen cells that `kept` does not have, and write it to the file `known` after each."""
     names = {f"{row} {p}": lock for (row, p), lock in CELLS.items()}
     chosen = args.cells.split(";") if args.cells else list(names)
     if unknown := [name for name in chosen if name not in names]:
@@ -229,16 +274,8 @@ def main(argv=None):
     args.results.mkdir(parents=True, exist_ok=True)
     for name in tqdm([name for name in chosen if name not in kept["cells"]], desc="cells"):
         folder = args.out / name.replace(", ", "-").replace(" ", "-")
-        kept["cells"][name] = measure(names[name], folder, args)
+        kept["cells"][name] = measure_cell(names[name], folder, args)
         known.write_text(json.dumps(kept, indent=1) + "\n")
-    text = table(kept["cells"], args)
-    (args.results / "where.md").write_text(
-        f"# Where does resampling from pivots pay?\n\n    {command_line('where.py', argv)}\n\n"
-        f"Factor: tokens of GRPO (G = 8) to half accuracy over those of DEEP-GRPO (8 + 8), geometric mean of "
-        f"{args.seeds} seeds; at most {args.updates} updates of {args.step_tokens} tokens, learning rate {args.lr}; "
-        f"- : not within them, and the factor is then a bound.\n\n![map](where.png)\n\n{text}\n")
-    plt.close(draw(kept["cells"], args, args.results / "where.png"))
-    print(text)
 
 
 if __name__ == "__main__":

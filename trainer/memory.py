@@ -35,6 +35,8 @@ from bisect import bisect_left
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from trainer.model import layers_of
+
 GB = 2**30
 USABLE = 0.9
 
@@ -46,9 +48,13 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     model: may be on the meta device. rows: number of sequences that are sampled at a time on a GPU, of row_tokens each.
     compute: the type of the computation, which is float32 on a CPU.
     """
-    config, base = model.config, model.base_model
-    size = {name: sum(p.numel() for p in part.parameters()) for name, part in (("P", model), ("B", base.layers[0]))}
-    depth, h, inner, vocabulary = len(base.layers), config.hidden_size, config.intermediate_size, config.vocab_size
+    config, layers = model.config, layers_of(model)
+    for name in ("num_key_value_heads", "intermediate_size"):
+        if not isinstance(getattr(config, name, None), int):
+            raise ValueError(f"a model of type {config.model_type} has no {name} in its config, which its memory is "
+                             "computed from: --dry-run cannot size it")
+    size = {name: sum(p.numel() for p in part.parameters()) for name, part in (("P", model), ("B", layers[0]))}
+    depth, h, inner, vocabulary = len(layers), config.hidden_size, config.intermediate_size, config.vocab_size
     head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
     q, P, B = config.num_attention_heads * head_dim, size["P"], size["B"]
     R, T, C = P - depth * B, micro_batch_tokens, min(micro_batch_tokens, 4096)

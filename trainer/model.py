@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from packing import score_rows
 from trainer.ranks import device, distributed, first, gather, rank, world_size
@@ -37,22 +37,58 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load_model(name, dtype=torch.float32):
-    """Return (model with sdpa attention, tokenizer) from a folder or the hub. Raises ValueError when there is none."""
+    """Return (model with sdpa attention, tokenizer) from a folder or the hub.
+
+    Raises ValueError when there is none, and when a tensor of the model is missing there, unexpected, or of another
+    shape: transformers would make random numbers of it. Dropout and router noise are set to 0, because a policy that
+    is scored with noise is not the one that was sampled.
+    """
     if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise ValueError(f"{name} does not hold a model: there is no config.json in it")
+        adapter = " (it holds an adapter: merge it into its base model first)" if has_adapter(name) else ""
+        raise ValueError(f"{name} does not hold a model: there is no config.json in it{adapter}")
+    if has_adapter(name):
+        raise ValueError(f"{name} holds an adapter beside a base model, and adapters are not applied here: merge it "
+                         "into the base model, or remove adapter_config.json to use the base model alone")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, config=without_noise(AutoConfig.from_pretrained(name)), dtype=dtype, attn_implementation="sdpa",
+            output_loading_info=True)
     except Exception as error:                       # it may have many types, and the user needs one line
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r} is neither a local folder with a model nor could it be loaded from the "
                          f"hub: {reason}") from error
-    for module in model.modules():                   # dropout would score another policy than was sampled
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+    for what, keys in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"),
+                       ("of another shape", "mismatched_keys")):
+        if tensors := sorted(str(key[0] if isinstance(key, tuple) else key) for key in loaded[keys]):
+            raise ValueError(f"model {name!r} does not fit its config.json: {len(tensors)} tensors are {what}, the "
+                             f"first is {tensors[0]}")
     return model, tokenizer
+
+
+def has_adapter(folder) -> bool:
+    """Does a local folder hold the adapter of another model?"""
+    return (Path(folder) / "adapter_config.json").exists()
+
+
+def without_noise(config):
+    """The config with every dropout probability and router jitter at 0, in its parts, too. It is changed in place."""
+    for name, value in list(vars(config).items()):
+        noisy = any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter"))
+        if noisy and isinstance(value, float):
+            setattr(config, name, 0.0)
+        elif isinstance(value, PreTrainedConfig):
+            without_noise(value)
+    return config
+
+
+def layers_of(model):
+    """The decoder layers of a model. ValueError where they are not in base_model.layers, as with GPT-2."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise ValueError(f"a model of type {model.config.model_type} does not keep its layers in base_model.layers: it "
+                         "can be neither sharded (torchrun) nor sized (--dry-run) here")
+    return layers
 
 
 def precision(model):
@@ -93,7 +129,7 @@ def shard(model, compute_dtype: torch.dtype | None = None, offload=False):
     settings = dict(mesh=init_device_mesh(device().type, (world_size(),)), mp_policy=precision,
                     offload_policy=CPUOffloadPolicy(pin_memory=device().type == "cuda") if offload else OffloadPolicy())
     frozen = not any(p.requires_grad for p in model.parameters())
-    for layer in model.base_model.layers:
+    for layer in layers_of(model):
         fully_shard(layer, **settings)
     # The root stays gathered from the forward to the backward pass. A frozen model has no backward pass to free it.
     fully_shard(model, **settings, reshard_after_forward=frozen)

@@ -1,4 +1,4 @@
-"""The benchmark compares equal work: its plain twins give what the repository gives; and every row runs."""
+"""The benchmark compares equal work: its plain twins give what the repository gives, and every row runs."""
 import json
 from types import SimpleNamespace
 
@@ -8,18 +8,18 @@ from conftest import make_model
 from test_resample import chi_square
 
 from deep_grpo import Config
-from experiments import speed as bench
+from experiments import speed
 
 
 def tiny_work(model, **changes):
-    return bench.Work(model, **dict(questions=2, mean=8, cap=12, prompt=8, group_size=4, branches=3) | changes)
+    return speed.Work(model, **dict(questions=2, mean=8, cap=12, prompt=8, group_size=4, branches=3) | changes)
 
 
 def test_the_plain_update_has_the_same_gradient(model, ref_model):
     groups = tiny_work(model).groups()
     assert any(t.branches for g in groups for t in g.trajectories)
     results = []
-    for update in (bench.update_ours, bench.update_plainly):
+    for update in (speed.update_ours, speed.update_plainly):
         model.zero_grad()
         loss = update(model, groups, Config(beta=0.3), ref_model, 60)
         results.append((loss, [p.grad.clone() for p in model.parameters()]))
@@ -31,13 +31,13 @@ def test_the_plain_update_has_the_same_gradient(model, ref_model):
 
 def test_every_variant_of_a_step_has_the_same_tokens_to_generate(model):
     shapes = []
-    for draw in (bench.draw_ours, bench.draw_plainly):
+    for sampler in (speed.sample_ours, speed.sample_plainly):
         work = tiny_work(model)
-        groups = work.branch(draw, work.rollouts(draw))
+        groups = work.branch(sampler, work.rollouts(sampler))
         trajectories = [t for g in groups for t in g.trajectories]
-        shapes.append([(len(t.response), t.pivot, [len(y) for y in t.branches]) for t in trajectories])
+        shapes.append([(len(t.response), [(pivot, len(y)) for pivot, y in t.branches]) for t in trajectories])
         assert [len(t.response) for t in trajectories] == work.lengths.reshape(-1).tolist()
-        assert all(len(y) == len(t.response) - t.pivot for t in trajectories for y in t.branches)
+        assert all(pivot + len(y) == len(t.response) for t in trajectories for pivot, y in t.branches)
     assert shapes[0] == shapes[1] and len({n for n, *_ in shapes[0]}) > 3
 
 
@@ -48,13 +48,13 @@ def test_the_static_decoder_continues_as_generate_does():
     model.lm_head = head
     ids = torch.randint(2, 23, (3, 7))
     greedy = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=99, pad_token_id=0)[:, 7:]
-    assert torch.equal(bench.decode_static(model, ids, 9), greedy)
+    assert torch.equal(speed.decode_static(model, ids, 9), greedy)
 
 
 def test_the_static_decoder_samples_from_softmax():
     model, ids = make_model(), torch.tensor([[5, 6, 7]]).repeat(4000, 1)
     torch.manual_seed(0)
-    counts = bench.decode_static(model, ids, 1)[:, 0].bincount(minlength=model.config.vocab_size).tolist()
+    counts = speed.decode_static(model, ids, 1)[:, 0].bincount(minlength=model.config.vocab_size).tolist()
     p = model(input_ids=ids[:1]).logits[0, -1].softmax(-1).tolist()
     statistic, freedom = chi_square(counts, p)
     assert freedom > 5 and statistic < freedom + 4 * (2 * freedom) ** 0.5
@@ -62,13 +62,13 @@ def test_the_static_decoder_samples_from_softmax():
 
 def test_x_is_time_over_that_of_the_first_and_seconds_are_a_median(monkeypatch):
     now, takes = [0.0], {"ours": iter([9, 2, 4, 3, 0]), "theirs": iter([9, 6, 6, 60, 0])}    # warm-up, 3 runs, memory
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
 
     def run(name):
         now[0] += next(takes[name])
 
     args = SimpleNamespace(repeats=3, bar=SimpleNamespace(update=lambda: None))
-    ours, theirs = bench.side_by_side(args, "row", {name: lambda name=name: run(name) for name in takes})
+    ours, theirs = speed.side_by_side(args, "row", {name: lambda name=name: run(name) for name in takes})
     assert (ours["x"], ours["seconds"], ours["runs"]) == (1, 3, [2, 4, 3])
     assert (theirs["x"], theirs["seconds"], theirs["runs"]) == (2, 6, [6, 6, 60])
 
@@ -78,17 +78,17 @@ def test_a_row_that_fails_is_named_and_the_others_are_kept(monkeypatch, capsys, 
         yield {"row": "broken", "variant": "a", "x": 1.0, "seconds": 1.0, "runs": [1.0], "peak_mb": None, "work": ""}
         raise RuntimeError("no kernel")
 
-    monkeypatch.setitem(bench.ROWS, "head", broken)
-    flags = ["head", "passes", "--size", "test", "--repeats", "1", "--json", str(tmp_path / "bench.json")]
-    assert bench.main(flags) == 1
+    monkeypatch.setitem(speed.COMPARISONS, "head", broken)
+    flags = ["head", "passes", "--size", "test", "--repeats", "1", "--json", str(tmp_path / "kept.json")]
+    assert speed.main(flags) == 1
     err = capsys.readouterr().err
     assert "RuntimeError: no kernel" in err and err.splitlines()[-1] == "error: failed, see above: head"
-    rows = [record["row"] for record in json.loads((tmp_path / "bench.json").read_text())["records"]]
+    rows = [record["row"] for record in json.loads((tmp_path / "kept.json").read_text())["records"]]
     assert rows == ["broken"] + 3 * ["update, which passes"]
 
 
 def test_memory_of_a_run_is_the_peak_above_its_start():
-    sizes = [bench.peak_memory(lambda n=n: torch.zeros(n * 2**18).sum()) for n in (100, 300)]        # megabytes
+    sizes = [speed.peak_memory(lambda n=n: torch.zeros(n * 2**18).sum()) for n in (100, 300)]        # megabytes
     assert sizes[0] == pytest.approx(100, abs=20) and sizes[1] == pytest.approx(300, abs=20)
 
 
@@ -96,8 +96,8 @@ def test_memory_of_a_run_is_the_peak_above_its_start():
     (["update", "generation", "passes", "head", "step"], 22), (["growth"], 13),
     (["--gpu", "decode", "paper_update", "paper_whole", "sharded"], 21)])
 def test_every_row_runs_and_json_keeps_it(argv, rows, tmp_path, capsys):
-    assert bench.main([*argv, "--size", "test", "--repeats", "1", "--json", str(tmp_path / "bench.json")]) == 0
-    kept = json.loads((tmp_path / "bench.json").read_text())
+    assert speed.main([*argv, "--size", "test", "--repeats", "1", "--json", str(tmp_path / "kept.json")]) == 0
+    kept = json.loads((tmp_path / "kept.json").read_text())
     assert len(kept["records"]) == rows == capsys.readouterr().out.count("\n| ") - 1
     assert all(record["seconds"] > 0 and len(record["runs"]) == 1 for record in kept["records"])
     assert kept["torch"] == torch.__version__
@@ -108,16 +108,33 @@ def test_every_row_runs_and_json_keeps_it(argv, rows, tmp_path, capsys):
     (["--json", "nowhere/x.json"], "no folder nowhere"), (["--size", "huge"], "invalid choice: 'huge'")])
 def test_bad_input_is_one_line_before_anything_runs(argv, said, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(argv)
+        speed.main(argv)
     out, err = capsys.readouterr()
     assert said in err and err.count("\n") == 1 and not out
 
 
 def test_all_rollouts_packed_or_none(model):
-    # Where branches are very short a packed row is cheaper at any A: "none" must mean none all the same.
+    """Where branches are very short a packed row is cheaper with any A. "None" must mean none all the same."""
     groups = tiny_work(model, failed=1.0).groups()
     sequences = [(g.prompt, t) for g in groups for t in g.trajectories]
-    packed = sum(len(x) + len(t.response) + sum(map(len, t.branches)) for x, t in sequences)
-    separate = sum(len(x) + len(t.response) + sum(len(x) + t.pivot + len(y) for y in t.branches) for x, t in sequences)
-    assert bench.tokens_through(model, groups, bench.ALWAYS) == packed
-    assert bench.tokens_through(model, groups, bench.NEVER) == separate
+    packed = sum(len(x) + len(t.response) + sum(len(y) for _, y in t.branches) for x, t in sequences)
+    separate = sum(len(x) + len(t.response) + sum(len(x) + pivot + len(y) for pivot, y in t.branches)
+                   for x, t in sequences)
+    assert speed.tokens_through(groups, speed.ALWAYS) == packed < separate
+    assert speed.tokens_through(groups, speed.NEVER) == separate
+
+
+@pytest.mark.parametrize("a", [speed.ALWAYS, speed.NEVER])
+def test_the_update_computes_the_layout_that_is_asked_for(a, model, monkeypatch):
+    """The two variants of the row `update` would otherwise be one and the same."""
+    groups, computed = tiny_work(model, failed=1.0).groups(), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append((kwargs["input_ids"] != 0).sum().item()), with_kwargs=True)
+    speed.with_length(a, lambda: speed.update_ours(model, groups, Config(beta=0.0), None, 500))
+    assert sum(computed) == speed.tokens_through(groups, a)
+
+
+def test_loss_tokens_are_those_of_rollouts_and_branches(model):
+    work = tiny_work(model, failed=1.0)
+    rest = sum(int(n) - int(pivot) for n, pivot in zip(work.lengths.flat, work.pivots.flat))
+    assert speed.loss_tokens(work.groups()) == work.lengths.sum() + 3 * rest

@@ -1,15 +1,19 @@
 """The map: its prediction against an enumeration, tokens to half accuracy by hand, one cell in small."""
 import json
 from argparse import Namespace
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from test_compare import write_run
+from test_runs import write_run
 
 from experiments import where
-from experiments.where import CELLS, factor, predict, right_per_update, tokens_to_half
+from experiments.where import CELLS, correct_per_update, factor, predict, tokens_to_half
 from pivot import candidate_ratios, pivot_distribution
 from tasks.lock import Lock
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("place, p", [((1, 1), 0.5), ((3, 3), 0.5), ((5, 5), 1e-6)])
@@ -46,9 +50,9 @@ def test_the_boundary_is_where_a_branch_is_as_good_per_token():
     assert late["factor"] > 1.5 and early["factor"] < 0.6
 
 
-def test_right_answers_of_an_update_by_hand():
+def test_correct_answers_of_an_update_by_hand():
     """580 tokens are 10 rollouts of 58; two hard turns, each right in half of the cases."""
-    assert right_per_update(Lock((6, 6), 2, (1, 2), 0.3), {"base": {"hard": 0.5}}, Namespace(step_tokens=580)) == 2.5
+    assert correct_per_update(Lock((6, 6), 2, (1, 2), 0.3), {"base": {"hard": 0.5}}, Namespace(step_tokens=580)) == 2.5
 
 
 def test_tokens_to_half_by_hand(tmp_path):
@@ -71,18 +75,40 @@ def test_factors_by_hand():
     assert factor(np.array([np.inf, 500.0]), np.array([100.0, np.inf]), 1000)[2].startswith("? ")
 
 
+def test_the_kept_map_can_be_drawn_again(tmp_path):
+    """--redraw needs no runs; the titles are the messages of the whole map, and a part of it does not claim them."""
+    kept = json.loads((ROOT / "results" / "where.json").read_text())
+    (tmp_path / "where.json").write_text(json.dumps(kept))
+    where.main(["--redraw", "--results", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"where.json", "where.png"}
+    args = Namespace(**kept["settings"])
+    figure = where.plot_where(kept["cells"], args)
+    shown = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert len(shown) == len(CELLS) == len(kept["cells"]) and "no clear gain" in figure.get_suptitle()
+    for (row, p) in CELLS:
+        at = where.P.index(p), list(where.ROWS).index(row)
+        assert where.factor_of(kept["cells"][f"{row} {p}"], args)[2].startswith(f"{shown[at]} (")
+    part = where.plot_where({"long, late 0.3": kept["cells"]["long, late 0.3"]}, args)
+    assert part.get_suptitle() == where.TITLE and not any(axis.get_title(loc="left") for axis in part.axes)
+    for drawn in (figure, part):
+        plt.close(drawn)
+
+
 def test_one_cell_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(where, "CELLS", {("long, late", 0.3): Lock((2, 2), 1, (1, 1), 0.9)})
-    flags = ["--seeds", "2", "--updates", "2", "--step-tokens", "600", "--base-steps", "2",
+    flags = ["--seeds", "1", "--updates", "2", "--step-tokens", "600", "--base-steps", "2",
              "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     where.main(flags)
     kept = json.loads((tmp_path / "results" / "where.json").read_text())["cells"]["long, late 0.3"]
-    assert len(kept["grpo"]) == len(kept["deep_grpo"]) == 2 and 0 <= kept["base"]["hard"] <= 1
-    text = (tmp_path / "results" / "where.md").read_text()
+    assert len(kept["grpo"]) == len(kept["deep_grpo"]) == 1 and 0 <= kept["base"]["hard"] <= 1
+    page = tmp_path / "results" / "where.md"
+    text = page.read_text()
+    page.write_text("# By hand\n\n" + text)
     assert "| long, late | 0.3 |" in text and (tmp_path / "results" / "where.png").read_bytes()[:4] == b"\x89PNG"
     before = (tmp_path / "results" / "where.json").read_bytes()
     where.main(flags)                                                  # what is known is not measured again
     assert (tmp_path / "results" / "where.json").read_bytes() == before
+    assert page.read_text().startswith("# By hand\n\n") and page.read_text().count("| long, late | 0.3 |") == 1
     with pytest.raises(SystemExit):
         where.main([*flags[:3], "3", *flags[4:]])
     assert "choose another --results" in capsys.readouterr().err

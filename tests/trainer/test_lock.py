@@ -12,9 +12,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tasks.lock
 from grading import grade_gsm8k
 from pivot import sentence_ends
-from tasks.lock import HARD, PRESETS, Lock, demonstrate, encode_row, make_rows, make_tokenizer, measure, write_row
+from tasks.lock import (
+    HARD,
+    LOCKS,
+    Lock,
+    demonstrate,
+    encode_row,
+    make_rows,
+    make_tokenizer,
+    turn_probabilities,
+    write_row,
+)
 
-LOCKS = [*PRESETS.values(), Lock(turns=(4, 9), hard=3, place=(1, 4), p=0.2),
+ALL_LOCKS = [*LOCKS.values(), Lock(turns=(4, 9), hard=3, place=(1, 4), p=0.2),
          Lock(turns=(1, 1), hard=0, place=(1, 1))]
 
 
@@ -33,7 +43,7 @@ def solve(question):
     return f"{dials[0]}{dials[1]}"
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", ALL_LOCKS)
 def test_gold_answers_are_right_and_hard_turns_in_place(lock):
     rows = make_rows(lock, 200, seed=3)
     assert rows == make_rows(lock, 200, seed=3) != make_rows(lock, 200, seed=4)
@@ -84,9 +94,9 @@ def test_the_tokenizer_is_lossless_also_after_saving(tmp_path):
     # holds: every letter of the questions was lost, without a warning, and training began from a policy that
     # said five tokens of nonsense.
     fresh = make_tokenizer()
-    for preset in PRESETS:
+    for preset in LOCKS:
         shipped = AutoTokenizer.from_pretrained(tasks.lock.ASSETS / preset)
-        for row in make_rows(PRESETS[preset], 50, seed=7):
+        for row in make_rows(LOCKS[preset], 50, seed=7):
             prompt, answer = encode_row(shipped, row)
             assert (prompt, answer) == encode_row(fresh, row)
             assert fresh.unk_token_id not in prompt + answer and answer[-1] == shipped.eos_token_id
@@ -96,12 +106,12 @@ def test_the_tokenizer_is_lossless_also_after_saving(tmp_path):
             assert len(ends) == len(turns_of(row)) + 1       # a sentence per turn, and the final answer
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", LOCKS)
 def test_the_shipped_base_model_is_what_the_preset_says(preset):
-    folder, lock = tasks.lock.ASSETS / preset, PRESETS[preset]
+    folder, lock = tasks.lock.ASSETS / preset, LOCKS[preset]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    p_easy, p_hard = measure(model, tokenizer, lock, n=512, seed=11)
+    p_easy, p_hard = turn_probabilities(model, tokenizer, lock, n=512, seed=11)
     assert p_easy > 0.97
     assert lock.p * 2 / 3 < p_hard < lock.p * 4 / 3
     assert (folder / "model.safetensors").stat().st_size < 2e6
@@ -124,14 +134,14 @@ def test_measure_by_hand():
             p *= model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)[token].item()
             ids.append(token)
         probabilities.append(p)
-    easy, hard = measure(model, tokenizer, lock, n=1, seed=5)
+    easy, hard = turn_probabilities(model, tokenizer, lock, n=1, seed=5)
     assert (easy, hard) == pytest.approx((sum(probabilities[:2]) / 2, probabilities[2]), rel=1e-4)
 
 
 def test_the_base_model_can_be_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv",
                         ["tiny.py", "--preset", "tiny", "--steps", "3", "--out", str(tmp_path / "base")])
-    monkeypatch.setattr(tasks.lock, "measure", lambda *args, n: measure(*args, n=8))       # 1,024 take seconds
+    monkeypatch.setattr(tasks.lock, "turn_probabilities", lambda *args, n: turn_probabilities(*args, n=8))   # not 1,024
     tasks.lock.main()
     made = tmp_path / "base"
     assert {p.name for p in made.iterdir()} == {p.name for p in (tasks.lock.ASSETS / "tiny").iterdir()}

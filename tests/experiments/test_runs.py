@@ -1,0 +1,113 @@
+"""Runs of an experiment: what is read from their directories, Student's t against its tables, bases, pages."""
+import json
+import statistics
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tasks.lock
+from experiments import runs
+from experiments.runs import BEGIN, END, accuracy_curve, interval, make_base, read_run, seconds_of, t_tail, write_page
+from tasks.lock import Lock
+from trainer.plot import read_metrics
+
+
+@pytest.mark.parametrize("t, df, p", [(12.706, 1, 0.05), (4.303, 2, 0.05), (2.776, 4, 0.05), (4.604, 4, 0.01),
+                                      (2.262, 9, 0.05), (1.984, 100, 0.05), (0.0, 4, 1.0)])
+def test_tails_of_students_t_as_in_its_tables(t, df, p):
+    assert t_tail(t, df) == pytest.approx(p, rel=1e-3)
+
+
+def test_intervals_by_hand():
+    values = [0.5, 0.7, 0.6, 0.9, 0.8]
+    mean, width, p = interval(values)
+    error = statistics.stdev(values) / 5 ** 0.5
+    assert mean == pytest.approx(0.7) and width == pytest.approx(2.7764 * error, rel=1e-4)
+    assert p == pytest.approx(t_tail(0.7 / error, 4)) and interval([-v for v in values])[2] == pytest.approx(p)
+    assert interval([0.5]) == (0.5, np.inf, 1.0)
+    assert interval([0.2, 0.2]) == (0.2, 0.0, 0.0) and interval([0.0, 0.0]) == (0.0, 0.0, 1.0)
+
+
+def write_run(folder, accuracy, tokens=(100, 300, 400), seconds=1.0):
+    """A run of three updates that was evaluated before, after the second and after the third."""
+    folder.mkdir(parents=True)
+    rows, times = [{"step": 0, "generated_total": 0, "eval_accuracy": accuracy[0]}], [{"step": 0, "seconds_eval": 9.0}]
+    for step, total in enumerate(tokens, start=1):
+        rows.append({"step": step, "generated_total": total, "generated_tokens": total - rows[-1]["generated_total"],
+                     "questions": step, "sequences": 8 * step, "forwarded_tokens": 1000, "trained_tokens": 10,
+                     "optimizer_steps": 1, "dead_groups": step / 4, "grad_norm": 1.0, "reward": 0.25 * step,
+                     "branch_reward": None if step == 2 else 0.5})
+        times.append({"step": step, "seconds_rollout": seconds, "seconds_resample": 0.0, "seconds_score": 0.5 * seconds,
+                      "seconds_update": 0.5 * seconds})
+    rows[2]["eval_accuracy"], rows[3]["eval_accuracy"] = accuracy[1:]
+    (folder / "config.json").write_text('{"settings": {"group_size": 6}}')
+    for name, lines in (("metrics.jsonl", rows), ("timing.jsonl", times)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_one_run_by_hand(tmp_path):
+    run = write_run(tmp_path / "run", (0.0, 0.6, 0.8))
+    # Linear from 0 at 0 to .6 at 300 tokens, to .8 at 400.
+    metrics = read_metrics(run)
+    assert np.interp(200, *accuracy_curve(metrics)) == pytest.approx(0.4)
+    assert [x.tolist() for x in accuracy_curve(metrics)] == [[0, 300, 400], [0.0, 0.6, 0.8]]
+    assert seconds_of(metrics).tolist() == [2.0, 2.0, 2.0]
+    got = read_run(run)
+    assert (got["accuracy_half"], got["accuracy_end"]) == (pytest.approx(0.4), pytest.approx(0.8))
+    assert got["accuracy_mean"] == pytest.approx((300 * 0.3 + 100 * 0.7) / 400, abs=5e-3)
+    # The first of three updates: 6 rollouts, 2 branches, 100 tokens.
+    assert got["correct_per_1000_tokens"] == pytest.approx(1000 * (0.25 * 6 + 0.5 * 2) / 100)
+    assert got["tokens_to_first_correct"] == 100
+    assert got["seconds"] == 6.0 and got["dead_groups"] == pytest.approx(0.5)          # without those of evaluation
+    expected = {"questions": 6, "sequences": 48, "generated_tokens": 400, "forwarded_tokens": 3000,
+                "trained_tokens": 30, "optimizer_steps": 3}
+    assert {name: got[name] for name in expected} == expected
+    assert json.loads(json.dumps(got)) == got
+
+
+def test_the_first_correct_answer_may_be_a_branch_or_never_come(tmp_path):
+    """No rollout is correct; branches, of which there are some from the second update on, are from the third on."""
+    run = write_run(tmp_path / "run", (0.0, 0.0, 0.0))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for third, first in ((0.5, 400), (0.0, None)):
+        for row, share in zip(rows[1:], (None, 0.0, third)):
+            row |= {"reward": 0.0, "branch_reward": share}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert read_run(run)["tokens_to_first_correct"] == first and read_run(run)["correct_per_1000_tokens"] == 0
+
+
+def test_a_base_policy_is_made_once_and_of_one_lock_only(tmp_path, monkeypatch):
+    probabilities = runs.turn_probabilities
+    monkeypatch.setattr(runs, "turn_probabilities", lambda *args, n: probabilities(*args, n=8))    # 1,024 take seconds
+    lock, folder = Lock((2, 2), 1, (1, 1), 0.9), tmp_path / "cell" / "base"
+    base = make_base(lock, folder, steps=2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert (base["easy"], base["hard"]) == pytest.approx(probabilities(model, tokenizer, lock, n=8))
+    for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        assert rows == tasks.lock.make_rows(lock, n, seed)
+    monkeypatch.setattr(runs, "pretrain", None)                        # it is there: not made again
+    assert make_base(lock, folder, steps=2) == base
+    for other in ((lock, folder, 3), (Lock((2, 2), 1, (1, 1), 0.8), folder, 2)):
+        with pytest.raises(SystemExit, match="holds the base policy of another lock or number of steps: delete .*cell"):
+            make_base(*other)
+
+
+def test_a_page_keeps_what_people_wrote(tmp_path):
+    page = tmp_path / "results" / "name.md"
+    write_page(page, "A title", "name.png", "| 1 |\n")
+    assert page.read_text() == f"# A title\n\n![A title](name.png)\n\n{BEGIN}\n| 1 |\n{END}\n"
+    page.write_text(f"# By hand\n\nBefore.\n\n{BEGIN}\n| 1 |\n{END}\n\nAfter.\n")
+    for text in ("| 2 |\n\n| 3 |", "| 4 |"):
+        write_page(page, "A title", "name.png", text)
+        assert page.read_text() == f"# By hand\n\nBefore.\n\n{BEGIN}\n{text}\n{END}\n\nAfter.\n"
+    page.write_text("# By hand\n\nNo markers.\n")
+    write_page(page, "A title", "name.png", "| 5 |")
+    assert page.read_text() == f"# By hand\n\nNo markers.\n\n{BEGIN}\n| 5 |\n{END}\n"
+    for broken in (f"{BEGIN} text", f"{END} text {BEGIN}", f"{BEGIN} {END} {BEGIN} {END}", END, f"{END} {BEGIN} {END}"):
+        page.write_text(broken)
+        with pytest.raises(ValueError, match="once each and in this order, or neither"):
+            write_page(page, "A title", "name.png", "| 6 |")
+        assert page.read_text() == broken

@@ -1,0 +1,118 @@
+r"""Is this model sampled and scored exactly? A check by measurement, once, when a model is loaded.
+
+Rows are packed, layers have windows, and logits are computed by the head alone (packing.score_rows). Samples come from
+a cache that is cut and repeated (resample.sample). All of that is right for many architectures and silently wrong for
+some. So a few short sequences of random tokens are scored and sampled in our way and by the model's own forward pass,
+one sequence at a time. A difference beyond rounding refuses the model before anything is written.
+
+For the check every sliding window is 4 tokens, because a short row would not reach the end of a real one.
+"""
+from contextlib import contextmanager
+
+import torch
+
+from packing import pack, score_rows
+from resample import sample
+
+WINDOW = 4
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}       # nats; other types: 0.1
+
+
+def check_model(model, name, training=True) -> None:
+    """Raise ValueError when the model is not sampled, or (training) not scored, as its own forward pass says.
+
+    model: on one device, not sharded. name: for the message. The model comes back in the mode it was in.
+    """
+    tolerance, was_training = TOLERANCE.get(model.dtype, 0.1), model.training
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompt, response, first, second = (torch.randint(vocabulary, (n,), generator=generator).tolist()
+                                       for n in (6, 9, 7, 5))
+    sequences = [(prompt, response), (prompt + response[:4], first), (prompt, second)]
+
+    def measure(what, function):
+        try:
+            with torch.no_grad():
+                found = function()
+        except Exception as error:                       # any type: what another architecture does is not ours to say
+            reason = (str(error).strip() or repr(error)).split("\n")[0]
+            raise ValueError(f"model {name!r} ({model.config.model_type}) cannot be used here: {what} fails with "
+                             f"{type(error).__name__}: {reason}") from error
+        if not found <= tolerance:                       # also nan
+            raise ValueError(f"model {name!r} ({model.config.model_type}) cannot be used here: {what} differs from the "
+                             f"model's own forward pass by {found:.2g} nats, more than rounding ({tolerance:.0e})")
+
+    with short_windows(model):
+        try:
+            model.eval()
+            measure("greedy sampling from a cache", lambda: sampling_error(model, [prompt, prompt[:2] + response]))
+            if training:
+                own = []
+                measure("a forward pass of its own", lambda: own.append(own_logps(model, sequences)) or 0.0)
+                packed = [pack(prompt, response, [(4, first), (0, second)])]
+                separate = [pack(prefix, y) for prefix, y in sequences]
+                for what, rows in (("rows that share a prefix", packed), ("plain rows", separate)):
+                    measure(f"scoring of {what}", lambda rows=rows: largest(score_rows(model, rows)[0] - own[0]))
+                model.train()                            # the mode of gradient checkpointing: anything random shows
+                measure("scoring twice in training mode",
+                        lambda: largest(score_rows(model, packed)[0] - score_rows(model, packed)[0]))
+        finally:
+            model.train(was_training)
+
+
+def context_of(model) -> float:
+    """The most tokens that a sequence of this model may have: inf where its config names no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or float("inf")
+
+
+def check_length(model, name, prompt_tokens, max_new_tokens) -> None:
+    """Raise ValueError when the longest prompt and response, in tokens, do not fit into the model's context."""
+    if prompt_tokens + max_new_tokens > context_of(model):
+        raise ValueError(f"model {name!r} has a context of {context_of(model)} tokens, and the longest prompt has "
+                         f"{prompt_tokens}, a response up to {max_new_tokens}: lower --max-new-tokens or "
+                         "--max-prompt-tokens")
+
+
+def own_logps(model, sequences) -> torch.Tensor:
+    """Log-probabilities of every y of (prefix, y) pairs by the model's own forward, one sequence at a time."""
+    found = []
+    for prefix, y in sequences:
+        ids = torch.tensor([prefix + y], device=model.device)
+        logp = model(input_ids=ids, use_cache=False).logits[0, len(prefix) - 1:-1].float().log_softmax(-1)
+        found.append(logp.gather(-1, ids[0, len(prefix):, None])[:, 0])
+    return torch.cat(found)
+
+
+def sampling_error(model, prefixes, n=7) -> float:
+    """How far greedy tokens of resample.sample are from the likeliest, by the model's own forward: nats, the largest.
+
+    Not the tokens are compared but their log-probabilities, because two tokens may be equally likely.
+    """
+    never = model.get_input_embeddings().weight.shape[0]                 # no stop id: every continuation has n tokens
+    drawn = sample(model, prefixes, 2, max_new_tokens=n, eos_token_id=never, pad_token_id=0, temperature=0.0)
+    worst = 0.0
+    for prefix, (y, again) in zip(prefixes, drawn):
+        ids = torch.tensor([prefix + y], device=model.device)
+        logp = model(input_ids=ids, use_cache=False).logits[0, len(prefix) - 1:-1].float().log_softmax(-1)
+        chosen = logp.gather(-1, ids[0, len(prefix):, None])[:, 0]
+        worst = max(worst, largest(logp.amax(-1) - chosen), 0.0 if y == again else float("inf"))
+    return worst
+
+
+def largest(difference: torch.Tensor) -> float:
+    """The largest absolute value; nan where there is one."""
+    return difference.abs().max().item()
+
+
+@contextmanager
+def short_windows(model):
+    """Every sliding window is WINDOW tokens until the end of the block, for model and caches alike."""
+    owners = {id(part): part for module in model.modules() for part in (module, getattr(module, "config", None))}
+    changed = [(part, part.sliding_window) for part in owners.values() if getattr(part, "sliding_window", None)]
+    for part, _ in changed:
+        part.sliding_window = WINDOW
+    try:
+        yield
+    finally:
+        for part, window in changed:
+            part.sliding_window = window

@@ -45,11 +45,13 @@ def tell(run, questions, groups, metrics):
     rewards = [t.reward for t in group.trajectories]
     forks = [f for g in groups for t in g.trajectories for f in t.forks]
 
-    yield f"One step of DEEP-GRPO on {len(questions)} questions, with G = {config.group_size} and K = {config.branches}."
+    G, K = config.group_size, config.branches
+    yield f"One step of DEEP-GRPO on {len(questions)} questions, with G = {G} and K = {K}."
     yield f"One question: {' '.join(question.text.split())}   (right: {question.gold})"
     yield ""
-    yield f"Line 1   Its {config.group_size} rollouts have the rewards {' '.join(f'{r:.0f}' for r in rewards)}."
-    yield f"Line 2   Rollout {number} failed. It can be cut before each of its steps; Q(t) ~ P(success | r) r^{config.gamma:g}:"
+    yield f"Line 1   Its {G} rollouts have the rewards {' '.join(f'{r:.0f}' for r in rewards)}."
+    yield (f"Line 2   Rollout {number} failed. It can be cut before each of its steps; "
+           f"Q(t) ~ P(success | r) r^{config.gamma:g}:")
     ends = segment_ends(failed.response, config, text)
     ratios = candidate_ratios(len(ends))
     before = pivot_distribution(ratios, Recoverability().predict(ratios), config.gamma)
@@ -57,24 +59,24 @@ def tell(run, questions, groups, metrics):
     for start, end, r, q in zip([0, *ends], ends, ratios, before):
         mark = "   <- the pivot t* that was drawn" if start == fork.pivot else ""
         yield f"            r = {r:.2f}   Q = {q:.3f}   {' '.join(text(failed.response[start:end]).split())}{mark}"
-    yield (f"Line 3   {config.branches} branches keep the first {fork.pivot} of its {len(failed.response)} tokens. "
+    yield (f"Line 3   {K} branches keep the first {fork.pivot} of its {len(failed.response)} tokens. "
            "Their rewards R and advantages A_local:")
     for y, r, A in zip(fork.branches, fork.rewards, advantages_of(fork.rewards)):
         yield f"            R = {r:.0f}   A_local = {A:+.2f}   {' '.join(text(y).split())}"
     recovered = sum(any(f.rewards) for f in forks)
-    fit = f"sigmoid({run.recoverability.w:.2f} r {run.recoverability.b:+.2f})"
+    fit = f"sigmoid({run.recoverability.w:.2f} r {run.recoverability.b:+.2f})" if run.recoverability.fitted else "still 1"
     yield f"Line 4   {recovered} of the {len(forks)} pivots of this step were recovered by a branch."
-    yield f"         P(success | r) was 1 for all r before the step. Now it is {fit if run.recoverability.fitted else 1}."
+    yield f"         P(success | r) was 1 for all r before the step. Now it is {fit}."
     yield f"         Q(t) of rollout {number} would now be {' '.join(f'{q:.3f}' for q in after)}."
     yield "Line 5   The rollouts of the question are compared with one another, the branches with their siblings only:"
     yield f"         A_global = {' '.join(f'{A:+.2f}' for A in advantages_of(rewards))}"
     rollouts = sum(len(t.response) for g in groups for t in g.trajectories)
     suffixes = sum(len(y) for g in groups for t in g.trajectories for _, y in t.branches)
     yield f"Line 6   J sums over the {rollouts} tokens of all rollouts and the {suffixes} tokens of all branches."
-    yield (f"Line 7   The {sum(f.pivot * len(f.branches) for f in forks)} tokens of the prefixes of all branches carry no "
-           "loss.")
-    yield (f"Line 8   The loss is -J = {metrics['loss']:.2e}: its value is near 0, because advantages sum to 0.")
-    yield (f"         The gradient is not 0. Its norm is {metrics['grad_norm']:.3f}, and one clipped AdamW step was taken.")
+    masked = sum(f.pivot * len(f.branches) for f in forks)
+    yield f"Line 7   The {masked} tokens of the prefixes of all branches carry no loss."
+    yield f"Line 8   The loss is -J = {metrics['loss']:.2e}: its value is near 0, because advantages sum to 0."
+    yield f"         The gradient is not 0. Its norm is {metrics['grad_norm']:.3f}; one clipped AdamW step was taken."
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def answer_batch(args, model, tokenizer, stop, name, questions, batch):
         for j, ids in enumerate(own):
             ids = ids[:space]                        # each has its own cap, so answers do not depend on the batch
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            finished = bool(ids) and ids[-1] in stop or args.template == "r1" and "</answer>" in text
+            finished = bool(ids) and ids[-1] in stop or args.template == "r1" and bool(r1_answer(text)[1])
             yield {"set": name, "row": i, "sample": j,
                    "question": questions[i].text, "gold": questions[i].gold,
                    "response": text, "tokens": len(ids), "finished": finished,

@@ -1,29 +1,39 @@
-r"""Is this MATH-style answer right? The last complete \boxed{} of a response against a gold answer in LaTeX.
+r"""Is this MATH-style answer correct? The last complete \boxed{} of a response is compared with a gold answer in LaTeX.
 
-As in grading.py, what can be read in two ways is wrong. Most answers are plain numbers, words, or lists of them,
-and are decided here, exactly; algebra is left to math-verify's parser, in a process that can be killed.
+As in gsm8k.py, what can be read in two ways is incorrect. Most answers are plain numbers, words, or lists of them, and
+are decided here, exactly. Algebra is left to math-verify's parser, in a process that can be killed.
 
-MATH: the answer is the content of the last complete \boxed{} (or \fbox{}), at most 500 characters.
- 6 Notation does not count: \left, spacing, $, \text, \dfrac, \frac12, Unicode signs, a final full stop, "The
-   answer is", a choice before the answer (\textbf{(A)} 5), what follows \approx, and a name before = (x = 5,
-   f(x) = 2x) unless the gold has another name. In 2+3 = 5 every side must equal the gold.
- 7 Plain numbers (decimals, fractions, mixed, 1.3e-27, 1.3 \times 10^{-27}) are equal exactly or not at all:
+Start reading with `grade_math` at the end. It finds the answer with `_last_box` and rewrites it with `plain`, NOTATION
+and CHOICE (rule 6). Then `_tree` parses it, `_same` compares two trees (rules 10 and 11), and `_same_leaf` compares two
+leaves of them (rules 7 to 9). What these cannot decide goes to the other process through `_ask` (rule 12).
+
+MATH: the answer is the content of the last complete \boxed{} (or \fbox{}), which has at most 500 characters.
+
+ 6 Notation does not count: \left, spacing, $, \text, \dfrac, \frac12, Unicode signs, digits of other scripts and widths
+   (１２, x², ½, −, ％), markdown (**7**), a final full stop, "The answer is", and what follows \approx. A digit after ^
+   or _ is a script of its own, so \log_2(8) is 3 and x^2\frac12 is a product. But 3–5 is a range, not a difference. A
+   name before = does not count either (x = 5, f(x) = 2x), unless the gold has another name. In 2+3 = 5 every side must
+   equal the gold. An option may stand with its letter: of (C) 12, C: 12, C. 12, C) 12 and \textbf{(C)} 12 the letter
+   counts if the gold is a letter, and otherwise the text. Two options are no choice, and neither are C 12, C:12,
+   (C)(12), (C) x and (C) - 12.
+ 7 Plain numbers (decimals, fractions, mixed numbers, 1.3e-27, 1.3 \times 10^{-27}) are equal exactly or not at all:
    0.333 is not 1/3. 1,000 is a thousand, except in brackets or against a list. 50% is 50 and 0.5.
- 8 A unit that one side lacks is ignored; known ones are converted (300 m = 0.3 km) or differ (10 ft, 10 in);
-   others must share a word. Degrees are a unit except in sin, cos, tan, ... A base (1011_2) may be left out,
-   too.
- 9 Words: the same letters and digits in the same order; upper and lower case count in lone letters that stand
-   without \text only. five is 5. (B), \text{B} and B are one choice.
-10 Lists (a, b; a or b; a \pm b), sets and unions of intervals: the same elements in any order. Tuples,
-   intervals and matrices: in order, with the same brackets; a bare list may stand for a tuple. x < 3 is
-   (-\infty, 3).
-11 Equations and inequalities: their left minus right sides may differ by a constant factor (> 0 if < or \le).
-12 The rest is read by math-verify's parser and compared as numbers, at random real values of the variables (i
-   is imaginary), exactly or to 100 digits. What cannot be evaluated, and \lfloor, math-verify compares. All
-   this is done by one other process, started when first needed (about a second, once) and limited to 2 GB. An
-   answer that takes it .6 s of CPU time is wrong; when it cannot be interrupted it is killed after 2 s and
-   replaced. The process that grades sets no alarm and changes no signal handler, so any of its threads may
-   grade.
+ 8 A unit is ignored if the other side has none. If both sides have one, known units are converted (300 m = 0.3 km) or
+   differ (10 ft, 10 in), and other units must share a word. Degrees are a unit, except in sin, cos, tan, ... A base
+   (1011_2) may be left out, too.
+ 9 Words are equal if they have the same letters and digits in the same order. Upper and lower case count only in lone
+   letters that stand without \text. five is 5. (B), \text{B} and B are one choice.
+10 Lists (a, b; a or b; a \pm b), sets and unions of intervals are equal if they have the same elements, in any order.
+   Tuples, intervals and matrices must have them in the same order, with the same brackets. A bare list may stand for a
+   tuple. x < 3 is (-\infty, 3).
+11 Equations and inequalities are equal if their left minus right sides differ by a constant factor only, which must be
+   positive for < and \le.
+12 The rest is read by math-verify's parser and compared as numbers, at random real values of the variables (i is
+   imaginary), exactly or to 100 digits. Sums, products, limits and integrals with bounds are worked out before. What
+   cannot be evaluated, and \lfloor, is compared by math-verify itself. All this is done by one other process. It is
+   started when it is first needed, which takes about a second, once, and it is limited to 2 GB. An answer that takes it
+   0.6 s of CPU time is incorrect. When that process cannot be interrupted, it is killed after 2 s and replaced. The
+   process that grades sets no alarm and changes no signal handler, so any of its threads may grade.
 """
 import functools
 import json
@@ -34,10 +44,11 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from fractions import Fraction
 from random import Random
 
-L = "A-Za-zÀ-ÖØ-öø-ɏ"  # Latin letters only: one of another script can be a numeral (18万 is 180,000)
+L = "A-Za-zÀ-ÖØ-öø-ɏ"  # Latin only: a letter of another script can be a numeral (18万 is 180,000)
 DECOR = r"\s*_`$£€¥"
 OTHER_VALUE = re.compile(
     rf"(?<![{L}])(?:or|nor|not|cannot|minus|negative|half|quarter|twice|double|squared|cubed|pi|sqrt|root"
@@ -47,10 +58,60 @@ OTHER_VALUE = re.compile(
 
 
 def substitute(replacements, text: str) -> str:
-    """text after every (pattern, replacement) of a list, in order."""
-    for pattern, new in replacements:
-        text = pattern.sub(new, text)
+    """Return `text` after every (pattern, replacement, needed text) of a list, in order.
+
+    A pattern is not tried on a text without its needed text, which can be empty. This saves most of the time.
+    """
+    for pattern, new, needed in replacements:
+        if needed in text:
+            text = pattern.sub(new, text)
     return text
+
+
+# ---- both graders: one set of characters ----
+
+class Characters(dict):
+    """A table for str.translate. It gives the plain form of a character, and it fills itself as characters come."""
+
+    def __missing__(self, code):
+        character = chr(code)
+        digit, parts = unicodedata.decimal(character, None), unicodedata.normalize("NFKC", character).split("\u2044")
+        if digit is not None:                                                # of any script, also full-width
+            self[code] = str(digit)
+        elif len(parts) == 2 and all(parts):                                 # ½, but not ⅟, which waits for a number
+            self[code] = rf"\frac{{{parts[0]}}}{{{parts[1]}}}"
+        elif 0xFF01 <= code <= 0xFF5D or 0xFE50 <= code <= 0xFE6B or 0x1D400 <= code <= 0x1D7FF:
+            self[code] = parts[0]                                            # full-width, small, bold, in italics
+        else:
+            self[code] = character
+        return self[code]
+
+
+SAME = [("‐‑‒–—―−﹘﹣˗➖", "-"), ("⁄∕", "/"), ("﹪٪", "%"), ("º˚", "°"), ("、٬", ","), ("٫", "."), ("。｡", ". "),
+        ("￥", "¥"), ("￡", "£"), ("\u200b\u200c\u200d\u2060\ufeff\u00ad\ufe0e\ufe0f", "")]  # these have no width
+PLAIN = {ord(character): new for characters, new in SAME for character in characters}
+HIGH, LOW = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
+LEVEL = str.maketrans(HIGH + LOW, 2 * "0123456789+-()n")
+SCRIPTS = re.compile(rf"([{HIGH}]+)[⁄∕/]([{LOW}]+)|[{HIGH}]+|[{LOW}]+")     # ³⁄₄, x¹², x₁
+RANGE = re.compile(r"(\W*\d[\d.,]*\s*)[‒–—―](\s*\d[\d.,]*[^\w.,]*)")       # 3–5 is no difference
+
+
+def plain(text: str, table: dict) -> str:
+    """Return `text` with digits and signs of other kinds in their plain form: ３ as 3, − as -, x¹² as x^{12}.
+
+    table: Characters, with what else is to be replaced.
+    """
+    if text.isascii() or RANGE.fullmatch(text):
+        return text
+    return SCRIPTS.sub(_script, text).translate(table)
+
+
+def _script(match):
+    level = match[0].translate(LEVEL)
+    if match[1]:
+        return r"\frac{{{}}}{{{}}}".format(*level.replace("⁄", "/").replace("∕", "/").split("/"))
+    sign = "^" if match[0][0] in HIGH else "_"
+    return f"{sign}{level} " if len(level) == 1 else f"{sign}{{{level}}}"
 
 
 # ---- MATH, rule 6: one notation ----
@@ -61,47 +122,66 @@ FUNCTION = r"(?:arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|csc|exp|ln|l
 NAME = (r'(?:(?:\\angle ?[A-Z]+|\\[a-zA-Z]+|[a-zA-Z]|[A-Z]+|[a-zA-Z]{3,}|"[^"]*")(?:_(?:\w|\{[^{}]*\}))?\'?'
         r"(?: ?\( ?[a-zA-Z](?:, ?[a-zA-Z])* ?\))?|\([a-zA-Z](?:, ?[a-zA-Z])+\))")  # x, x_1, f(x), AB, (x, y)
 GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
-SIGNS = str.maketrans({
-    "−": "-", "–": "-", "’": "'", "′": "'", "⟨": "(", "⟩": ")", "÷": "/", "×": r"\times ", "·": r"\cdot ",
-    "⋅": r"\cdot ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "°": r"^\circ ", "≠": r"\ne ", "≈": r"\approx ",
-    "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ", "∅": r"\emptyset ", "θ": r"\theta ", "α": r"\alpha ",
-    "β": r"\beta ", "²": "^2 ", "³": "^3 ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-    "ℝ": r"\mathbb{R}"})
-NOTATION = [(re.compile(pattern), new) for pattern, new in (
+SIGNS = Characters(PLAIN | str.maketrans({
+    "’": "'", "′": "'", "⟨": "(", "⟩": ")", "÷": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ",
+    "√": r"\sqrt ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "≠": r"\ne ",
+    "≈": r"\approx ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ", "∅": r"\emptyset ",
+    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "ℝ": r"\mathbb{R}", "℃": r"^\circ C"}))
+B = "\\"
+NOTATION = [(re.compile(pattern), new, *(needed or [""])) for pattern, new, *needed in (
     (r"\s+", " "),
-    (r"\\\\(?:\[[^\]]*\])?", "\n"),                                          # the rows of a matrix
-    (r"(?:, ?(?:\\! ?)+|\{,\})(?=\d{3}(?!\d))", ""),                         # 10,\!080 and 10{,}080
-    (r"\\\$ ?((?:\d|,\d|\.\d)+)", r'\1 "dollar"'),
-    (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z]) ?\.?", ""),
+    (r"\\\\(?:\[[^\]]*\])?", "\n", B),                                       # the rows of a matrix
+    (r"(?:, ?(?:\\! ?)+|\{,\})(?=\d{3}(?!\d))", "", ","),                    # 10,\!080 and 10{,}080
+    (r"\\\$ ?((?:\d|,\d|\.\d)+)", r'\1 "dollar"', B),
+    (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z]) ?\.?", "", B),
     (r"\\(?:boxed|fbox|(?:display|text)style|limits|phantom)(?![a-zA-Z])|\\!|\\?[$£€]|\\[()\[\]]", ""),
-    (r"\\[,;:> ]|\\q?quad(?![a-zA-Z])|~", " "),
+    (r"\\[,;:> ]|\\q?quad(?![a-zA-Z])|~", " "), ("  +", " ", "  "),
     (r"(\d{1,20})\.(\d{0,20})\\overline ?\{(\d{1,20})\}",                   # 0.1\overline{6} is (16 - 1)/90
-     lambda m: f"({int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}/{(10 ** len(m[3]) - 1) * 10 ** len(m[2])})"),
-    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:emptyset|varnothing)", r"\\{\\}"),
-    (r"\\mathbb ?(?:R|\{R\})", r"(-\\infty,\\infty)"),
+     lambda m: f"({int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}/{(10 ** len(m[3]) - 1) * 10 ** len(m[2])})", B),
+    (r"\\[dtc]frac", r"\\frac", B), (r"\\(?:emptyset|varnothing)", r"\\{\\}", B),
+    (r"\\mathbb ?(?:R|\{R\})", r"(-\\infty,\\infty)", B),
     (r"\\leq?(?:slant)?(?![a-zA-Z])|<=", "≤"), (r"\\geq?(?:slant)?(?![a-zA-Z])|>=", "≥"),
-    (r"\\lt(?![a-zA-Z])", "<"), (r"\\gt(?![a-zA-Z])", ">"), (r"\\langle", "("), (r"\\rangle", ")"),
-    (rf"\\{WORD} ?\{{([^{{}}]*)\}}", r' "\1" '),                             # words stand in "" from here on
+    (r"\\lt(?![a-zA-Z])", "<", B), (r"\\gt(?![a-zA-Z])", ">", B), (r"\\langle", "(", B), (r"\\rangle", ")", B),
+    (rf"\\{WORD} ?\{{([^{{}}]*(?:(?:\^|\\frac\{{\d+\}})\{{[^{{}}]*\}}[^{{}}]*)*)\}}",
+     r' "\1" ', B),                                                          # words stand in "" from here on
     (rf"(?<![a-zA-Z\\])(?={FUNCTION}(?![a-zA-Z]))", r"\\"),                  # 2pi, sqrt(2)
-    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt ?(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
-    (r"\\frac ?(\d|\\pi|[a-zA-Z])", r"\\frac{\1}"),
-    (rf"\\frac ?({GROUP}) ?(\d|\\pi|[a-zA-Z])", r"\\frac\1{\2}"), (rf"\\frac ?({GROUP}) ", r"\\frac\1"),
-    (rf"^ *(?:{NAME} ?)?\\approx(?![a-z])|\\approx(?![a-z]).*", ""),  # of 2/3 \approx 0.67 the exact value
-    (r'\^ ?\{? ?"(?:st|nd|rd|th)" ?\}?', ""), (r"(?i)(?<=[\d \"])([ap])\.m\b\.?", r"\1m"),
-    (r"\*\*", "^"), (r"\+ ?(?=\\infty)", ""), (r"(?<=\d) ?x ?(?=10\^)", r"\\times "),
-    (r"\^ ?\{?\\(?:circ|degree)(?![a-z]) ?\}?", "°"), (r'(?i)"? ?\bpercent\b ?"?|\\%', "%"),
-    (r"(?<![\d.])(\d+) ?(\\frac\{\d+\}\{\d+\})", r"(\1+\2)"),                # mixed numbers
-    (r"(?<![\d./])(\d+) (\d+/\d+)(?![\d.])", r"(\1+\2)"),
-    (r"(?<=\d) (?=\d{3}(?!\d))", ""),                                        # 10 080
-    (r'[, ]*(?<![a-zA-Z\\])"?[, ]*(?:and|or)[, ]*"?(?![a-zA-Z])', ","),
-    (r'"[^"]*"', lambda m: m[0].replace(",", '","')),
-    (r'(?i)^[ "]*(?:the )?(?:final |correct )?answer(?: is)?[: ]*"?[: ]*', ""),
-    (r"[.,;: ]+$|^ +| +(?= )", ""))]
-CHOICE = re.compile(r" *\\(?:text|textbf|mathrm|mathbf)\{ *\(([A-Z])\) *\}[\\, ]*(.*[^\\,. }].*)", re.S)
+    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", B), (r"\\sqrt ?(\d+|[a-zA-Z])", r"\\sqrt{\1}", B),
+    (r"\\frac ?(\d|\\pi|[a-zA-Z])", r"\\frac{\1}", B),
+    (rf"\\frac ?({GROUP}) ?(\d|\\pi|[a-zA-Z])", r"\\frac\1{\2}", B), (rf"\\frac ?({GROUP}) ", r"\\frac\1", B),
+    (rf"^ *(?:{NAME} ?)?\\approx(?![a-z])|\\approx(?![a-z]).*", "", B),      # 2/3 \approx 0.67 leaves 2/3
+    (r'\^ ?\{? ?"(?:st|nd|rd|th)" ?\}?', "", "^"), (r"(?i)(?<=[\d \"])([ap])\.m\b\.?", r"\1m"),
+    (r"(?<![\w)\]}*])(?<![\d)\]}] )(?<!\b[a-zA-Z] )\*\*(?=[^\s*])([^*]*[^\s*])\*\*(?![\w(\[{\\*])",
+     r"\1", "**"),                                                           # **7**, but not 2**3
+    *((rf"^ ?({mark}{{1,3}})([^*`\s](?:[^*`]*[^*`_\s])?)\1(?=[ .]*$)", r"\2", mark[-1]) for mark in (r"\*", "_", "`")),
+    (r"\*\*", "^", "**"), (r"\^ ?(\d)(?!\d|\.\d)", r"^{\1}", "^"), (r"_ ?(\d)(?!\d|\.\d)", r"_{\1}", "_"),
+    (r"\^ ?([-+]) ?(?=\})", r"^{\1}", "^"), (r"\\log ?_ ?(1\d+)", r"\\log_{\1}", r"\log"),
+    (r"\+ ?(?=\\infty)", "", B), (r"(?<=\d) ?x ?(?=10\^)", r"\\times ", "^"),
+    (r"\^ ?\{?\\(?:circ|degree)(?![a-z]) ?\}?", "°", "^"), (r'(?i)"? ?\bpercent\b ?"?|\\%', "%"),
+    (r"(?<![\d.^_])(\d+) ?(\\frac\{\d+\}\{\d+\})", r"(\1+\2)", B),           # mixed numbers
+    (r"(?<![\d./^_])(\d+) (\d+/\d+)(?![\d.])", r"(\1+\2)", "/"),
+    (r"(?<=\d)(?<![\^_]\d\d) (?=\d{3}(?!\d))", "", " "),                     # 10 080
+    (r'(?<![, ])[, ]*(?<![a-zA-Z\\])"?[, ]*(?:and|or)[, ]*"?(?![a-zA-Z])', ","),
+    (r'"[^"]*"', lambda m: m[0].replace(",", '","'), '"'),
+    (r'(?i)^[ "]*(?:(?:the )?(?:final |correct )?answer(?: is)?[: ]*"?[: ]*'
+     r'|(?:the )?(?:option|choice)[ "]+(?=\(?[A-J](?![a-z])))+', ""),
+    (r"[.,;: ]+$|^ +| +(?= )", ""), (r'^"?([A-J])\)"?$', r"\1", ")"))]       # a choice: C)
+# An option with its letter, as NOTATION leaves it: "(C)" 12, "C. " 12, (C) 12, C: 12, C) 12. Other answers that begin
+# with a letter are products, differences, names and ratios: C 12, (C)(12), (C) x, (C) - 12, C_2, C:12.
+OPERATOR = (r"[-+] |[+*/^_=<>≤≥!|&,;%°'\])}]|\\(?:cdot|times|div|[pm][pm]|cup|cap|in|to|neq?|approx|equiv|mid)(?![a-z])"
+            r"|[a-z](?![a-zA-Z])|\((?!\d+\+)[^(),;]*\)")
+CHOICE = re.compile(
+    r'(?:[" ]*"[" ]*(?:\( ?([A-Z]) ?\)|([A-Z]) ?(?:[.:)]|" ?[.:)]))'        # "(C)", "C. ", "C" .
+    rf'|\([" ]*([A-J])[" ]*\)(?=[.:"]| (?!{OPERATOR}))'                      # (C), ( "C" )
+    r'|([A-J])(?:[.:](?=[ "])|\)))[ .,:]*"?[ .,:]*(?=.*\w)([^ .,:^_].*)', re.S)      # C: , C. , C)
+LETTER = re.compile('[" (]*[A-Z][") ]*')
+NO_CHOICE = re.compile(                                                      # (C) is wrong, (C) D, (C) 12, (D) 13
+    r'[" ]*(?:is|isn|was|are|nor|but|if|can|cannot|would|should|does|doesn)\b|[("]*[A-J][")]*$'
+    r'|.*(?:(?<![a-zA-Z\\])"?\([" ]*[A-Z][" ]*\)|(?<![a-zA-Z\\"(])[A-J][.:)] |,[" (]*[A-J][") ]*$'
+    r'|\b(?:wrong|incorrect)\b)', re.S)
 
 
 def _last_box(response):
-    r"""The content of the last complete \boxed{}; one inside another belongs to it. None when there is none."""
+    r"""The content of the last complete \boxed{}, or None. A box inside another one is a part of its content."""
     opened, last = [], None
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\boxed (\d)|\\.|[{}]", response, re.S):
         if match[1]:
@@ -115,8 +195,14 @@ def _last_box(response):
 
 
 # ---- MATH, rules 10 and 11: an answer as a tree of nodes (kind, label, children) ----
-# kinds: leaf (children: its text), list, set, union, tuple (label: brackets), matrix (label: row lengths),
-# named (label: the name before = or in an inequality; one child), relation (label: signs; children: the sides' texts)
+#
+#     kind              label                                      children
+#     leaf              empty                                      its text
+#     list, set, union  empty                                      its elements
+#     tuple             its brackets                               its elements
+#     matrix            is it a determinant?, and its row lengths  its cells
+#     named             the name before = or in an inequality      one node
+#     relation          its signs                                  the texts of its sides
 
 TOKEN = re.compile(r'\\[a-zA-Z]+|\\.|"[^"]*"|.', re.S)
 OPEN, CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
@@ -155,7 +241,7 @@ def _tree(text, thousands=True):
     if signs:
         return _relation([side.strip() for side in sides], signs)
     parts, closed = _split(text, CLOSE)
-    if len(parts) == 2 and not parts[1] and text.startswith(OPEN):  # one pair of brackets around it all
+    if len(parts) == 2 and not parts[1] and text.startswith(OPEN):  # one pair of brackets is around it all
         opening = text[:1 + (text[0] == "\\")]
         inside = parts[0][len(opening):]
         items = _split(inside, ",;")[0]
@@ -191,7 +277,7 @@ def _relation(sides, signs):
 
 
 def _same(a, g):
-    """Is the tree of the answer that of the gold?"""
+    """Is the tree `a` of the answer equal to the tree `g` of the gold?"""
     kinds = a[0], g[0]
     if {*kinds} <= {"named", "relation"} and not (kinds == ("named", "named") and a[1] == g[1]):
         return _same_relation(a, g)
@@ -257,7 +343,7 @@ WORDS = re.compile('"|[a-zA-Z]{3}|[A-Z]{2}|:')
 
 
 def _squash(text):
-    """text without quotes, needless braces and needless spaces."""
+    """Return `text` without quotes, needless braces and needless spaces."""
     return re.sub(r"(?<!\w) | (?!\w)", "", re.sub(r"\{ ?(\w) ?\}", r"\1", text.replace('"', " ")).strip())
 
 
@@ -279,7 +365,7 @@ def _number(text):
 
 
 def _unit(text):
-    """A leaf as (value, list of the words of its unit)."""
+    """Return a leaf as (value, list of the words of its unit)."""
     match = UNIT.search(text)
     if not match or TRIG.search(text) or not re.search(r"\d|\\pi", text[:match.start()]):
         return text, []
@@ -295,7 +381,7 @@ def _unit(text):
 
 
 def _scale(a, g):
-    """How many of the unit g make one of the unit a; None when they do not compare."""
+    """How many of the unit g make one of the unit a. It is None when the two cannot be compared."""
     if not a or not g:
         return 1
     if len(a) == len(g) == 1 and isinstance(a[0], tuple) and isinstance(g[0], tuple):
@@ -305,7 +391,10 @@ def _scale(a, g):
 
 
 def _same_leaf(a, g):
-    """Is a leaf of the answer equal to g of the gold: as text, in its base, as number with a unit, or as words?"""
+    """Is a leaf `a` of the answer equal to a leaf `g` of the gold?
+
+    They are compared as text, in their base, as numbers with a unit, and as words.
+    """
     if _squash(a) == _squash(g):
         return bool(_squash(a))
     a, g = (text.strip().strip('"') if re.fullmatch(r' ?"[^"]*\d[^"]*" ?', text) else text for text in (a, g))
@@ -334,7 +423,7 @@ def _same_leaf(a, g):
 # ---- MATH, rule 12: algebra, in another process ----
 
 class Algebra:
-    """The other process: asked one question at a time, killed and replaced when it misses `deadline`."""
+    """The other process. It is asked one question at a time, and killed and replaced when it misses `deadline`."""
 
     def __init__(self):
         self.process, self.lock, self.deadline = None, threading.RLock(), 0.0
@@ -348,13 +437,14 @@ class Algebra:
         if not select.select([self.process.stdout], [], [], max(0.0, seconds))[0]:
             self.process.kill()
             self.process.wait()
-            self.start()  # gets ready while the caller goes on
+            self.start()  # it gets ready while the caller goes on
             raise TimeoutError
         return self.process.stdout.readline()
 
     def ask(self, *question):
-        if self.process is None or self.process.poll() is not None:          # poll: dead, or of another process, when
-            self.start()                                                     # this one is a fork
+        # poll() is not None when it is dead, or when it belongs to another process, of which this one is a fork.
+        if self.process is None or self.process.poll() is not None:
+            self.start()
         if not self.ready:
             began = time.monotonic()
             self.ready = self.read(60.0) == b"ready\n"
@@ -372,42 +462,49 @@ class Algebra:
 _algebra = Algebra()
 
 
-TOO_MUCH = re.compile(r'["%:;&\n]|(?<!_)\d +\d|\d{41}|\^\{?-?\d{6}|[^\x20-\x7e]')
+TOO_MUCH = re.compile(r'["%:;&\n]|(?<!_)\d +\d|\d{41}|\^\{?-?\d{6}|[^\x20-\x7e]'
+                      r"|\\int(?!.*d ?(?:\\[a-z]+|[a-zA-Z])(?![a-zA-Z]))")               # an integral without dx
+
+# A dot goes between two factors, as otherwise 2(3) is read as 2 + 3. But \sin^{2}(t) and \sum_{k=1}^{3}(k) are one.
+PRODUCT = re.compile(
+    r"(\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|exp|ln|log|lg|sum|prod|i*o?int|lim|max|min|gcd|lcm)(?![a-zA-Z])"
+    rf"(?: ?[_^] ?(?:{GROUP}|[^{{\s]))+ ?(?:[(\[]|\\frac|\\[dt]?binom|\d)?)"
+    r"|(?<=\d) ?(?=[(\[]|\\frac|\\[dt]?binom)|(?<=\d\}) ?(?=[(\[\d]|\\frac|\\[dt]?binom)")
 
 
 @functools.lru_cache(maxsize=10_000)
 def _ask(a, g, relation):
-    """Are the expressions a and g equal (relation =), multiples of each other (~), positive ones (< and ≤)?"""
+    """Are the expressions a and g equal (relation =), multiples of each other (~), or positive multiples (< and ≤)?"""
     a, g = _for_parser(a), _for_parser(g)
     return a is not None and g is not None and _algebra.ask(a, g, relation)
 
 
 def _for_parser(text):
-    """text, without decimals, as math-verify's parser reads it; None when too big or no mathematics."""
+    """Return `text`, without decimals, as math-verify's parser reads it, or None if it is too big or no mathematics."""
     text = re.sub(r' ?"(\\?\w*)" ?', r"\1", text).replace("°", r"^\circ ").strip()
     if not text or TOO_MUCH.search(text):
         return None
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"(\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})", text)
-    return re.sub(r"(?<=\d) ?(?=\(|\\frac)", r"\\cdot ", text)               # 2(3) is read as 2 + 3 otherwise
+    return PRODUCT.sub(lambda m: m[1] or r"\cdot ", text)
 
 
 def _answer_questions():
-    """What the other process does: questions as JSON lines on standard input, verdicts on standard output."""
+    """What the other process does: it reads questions (JSON lines) from stdin, and writes verdicts to stdout."""
     import logging
     import resource
     import signal
 
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-    _identical(r"\frac{\sqrt{2}x^{2}-\sin(3t)}{2}", r"\frac{x^{2}}{\sqrt{2}}-\frac{1}{2}\sin(3t)", "=")  # warms up
-    signal.signal(signal.SIGPROF, signal.default_int_handler)  # raises KeyboardInterrupt, unless in a long C call
+    _identical(r"\frac{\sqrt{2}x^{2}-\sin(3t)}{2}", r"\frac{x^{2}}{\sqrt{2}}-\frac{1}{2}\sin(3t)", "=")  # to warm up
+    signal.signal(signal.SIGPROF, signal.default_int_handler)  # raises KeyboardInterrupt, except in a long C call
     print("ready", flush=True)
     for line in sys.stdin:
         left, *question = json.loads(line)
         try:
             signal.setitimer(signal.ITIMER_PROF, 0.3 * left)
             verdict = _identical(*question)
-        except (Exception, KeyboardInterrupt):  # not to be parsed, too long, out of memory
+        except (Exception, KeyboardInterrupt):  # it cannot be parsed, takes too long, or needs too much memory
             verdict = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(bool(verdict)), flush=True)
@@ -416,17 +513,21 @@ def _answer_questions():
 def _identical(a, g, relation):
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
     from math_verify import verify
-    from sympy import Expr, I, Rational, ceiling, floor
+    from sympy import Expr, I, Integral, Limit, Product, Rational, Sum, ceiling, floor
 
     config = {"normalization_config": NormalizationConfig(boxed="none", malformed_operators=True),
               "conversion_config": ConversionConfig(lowercase_symbols=False, interpret_as_mixed_fractions=False)}
     a, g = (latex2sympy(text, is_real=True, convert_degrees=True, **config) for text in (a, g))
     if not (isinstance(a, Expr) and isinstance(g, Expr)):
         return False
+    if a == g and relation == "=" and a.has(Integral, Limit, Product, Sum):
+        return True
+    a, g = (e.doit() if e.has(Integral, Limit, Product, Sum) and all(
+        len(bounds) == 3 for part in e.atoms(Integral) for bounds in part.limits) else e for e in (a, g))
     a, g = (e.xreplace({symbol: I for symbol in e.free_symbols if symbol.name == "i"}) for e in (a, g))
     symbols = sorted(a.free_symbols | g.free_symbols, key=str)
     random, ratio = Random(0), None
-    for point in range(5 if symbols else 1):                                 # .2 to 2, up to 34, and negative
+    for point in range(5 if symbols else 1):                                 # 0.2 to 2, then up to 34, also negative
         signs = (1, -1) if point > 1 else (1,)
         values = {symbol: Rational(random.randint(20, 200) * (4 * point + 1) * random.choice(signs), 97)
                   for symbol in symbols}
@@ -435,7 +536,7 @@ def _identical(a, g, relation):
             return relation == "=" and verify(a, g, timeout_seconds=None)
         if relation == "=":
             if not difference.is_finite or any(p != 0 and p._prec > 1 for p in difference.as_real_imag()):
-                return False  # precision 1: all digits cancelled
+                return False  # a precision of 1: all digits have cancelled
         elif x == 0 or y == 0 or not (x / y).is_finite or relation != "~" and not x / y > 0:
             return False
         elif ratio is not None and abs(x / y / ratio - 1) > 1e-15:
@@ -448,10 +549,10 @@ def _identical(a, g, relation):
 
 
 def grade_math(response: str, gold: str | list[str]) -> bool:
-    r"""Is the last \boxed{} of `response` equal to `gold`, or to one of its alternatives? Rules: top of file.
+    r"""Is the last \boxed{} of `response` equal to `gold`, or to one of its alternatives? The rules are at the top.
 
-    Never raises on a response. Plain answers take a quarter of a millisecond, algebra about ten, and at most 2 s
-    (rule 12). Raises ValueError when gold is not text or has no alternatives.
+    Never raises on a response. A plain answer takes a quarter of a millisecond. Algebra takes about ten milliseconds,
+    and at most 2 s (rule 12). Raises ValueError when gold is not text or has no alternatives.
     """
     golds = [gold] if isinstance(gold, str) else gold
     if not isinstance(golds, list) or not golds or not all(isinstance(g, str) and g.strip() for g in golds):
@@ -459,14 +560,16 @@ def grade_math(response: str, gold: str | list[str]) -> bool:
     answer = _last_box(response)
     if answer is None or len(answer) > LONGEST_BOX:
         return False
-    if choice := CHOICE.fullmatch(answer):                                   # \textbf{(A)} 5
-        answer = choice[1] if any(re.fullmatch(r"\W*(?:text\w*\W*)?[A-Z]\W*", g) for g in golds) else choice[2]
-    answer, *golds = (substitute(NOTATION, text.translate(SIGNS)) for text in (answer, *golds))
+    answer, *golds = (substitute(NOTATION, plain(text, SIGNS)) for text in (answer, *golds))
+    answers = [answer]
+    if (choice := CHOICE.fullmatch(answer)) and not NO_CHOICE.match(choice[5]):
+        text = choice[5] if choice[5].count('"') % 2 == 0 else f'"{choice[5]}'
+        answers = [next(filter(None, choice.groups()))] if any(map(LETTER.fullmatch, golds)) else [text, answer]
     with _algebra.lock:
         _algebra.deadline = time.monotonic() + SECONDS
         try:
-            return any(_squash(answer) == _squash(g) != "" or _same(_tree(answer, tree[0] != "list"), tree)
-                       for g, tree in ((g, _tree(g)) for g in golds))
+            return any(_squash(a) == _squash(g) != "" or _same(_tree(a, tree[0] != "list"), tree)
+                       for g, tree in ((g, _tree(g)) for g in golds) for a in answers)
         except (TimeoutError, BrokenPipeError, RecursionError):
             return False
 

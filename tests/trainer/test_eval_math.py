@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory):
 def data(tmp_path_factory):
     """A data folder with a few questions of both kinds."""
     folder = tmp_path_factory.mktemp("data")
-    long, short = tasks.lock.PRESETS["tiny"], tasks.lock.Lock((2, 2), 0, (1, 1))
+    long, short = tasks.lock.LOCKS["tiny"], tasks.lock.Lock((2, 2), 0, (1, 1))
     rows = tasks.lock.make_rows(long, ROWS // 2, seed=5) + tasks.lock.make_rows(short, ROWS // 2, seed=6)
     (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in eval_math.MATH_SETS:

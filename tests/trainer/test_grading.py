@@ -351,14 +351,36 @@ HOSTILE = [
         r"\text{" * 70 + "}" * 70, "(1,2)," * 80]
 
 
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that grading was willing to wait for each verdict of the other process, in order.
+
+    Seconds on the clock would count what else the machine does. So tests measure the CPU time of this process, and
+    look at the longest that it would have waited.
+    """
+    waits, read = [], grading_math.Algebra.read
+
+    def recorded(self, seconds):
+        if self.ready:                               # else it starts, which takes a second once
+            waits.append(seconds)
+        return read(self, seconds)
+
+    monkeypatch.setattr(grading_math.Algebra, "read", recorded)
+    return waits
+
+
 @pytest.mark.parametrize("gold", ["5", r"\{1,2,3\}", "(1,2)"])
-def test_hostile_answers_are_wrong_within_three_seconds(gold):
-    grade_math(boxed(r"\sqrt{4}+1"),
-        "x")                      # starts the other process, which takes a second once
+def test_hostile_answers_are_wrong_within_three_seconds(gold, waits):
+    """At most two that it waits for the other process, however many questions it has, and one of its own."""
+    asked = 0
     for answer in HOSTILE:
-        start = time.monotonic()
+        waits.clear()
+        start = time.process_time()
         assert not grade_math(boxed(answer), gold), answer
-        assert time.monotonic() - start < 3, answer
+        assert time.process_time() - start < 1, answer
+        assert waits == sorted(waits, reverse=True) and max(waits, default=0) <= 2, answer       # of one deadline
+        asked += bool(waits)
+    assert (asked >= 3) == (gold == "5")                       # the other golds are no matter of algebra
     assert grade_math(boxed(r"\sqrt{25}"), "5")                # and it still grades
 
 
@@ -370,18 +392,18 @@ def test_hostile_answers_are_wrong_within_three_seconds(gold):
     "#### " + "(" * 99_000, "#### 6 " + "-" * 1_900, "####" + "6 = " * 490, "9" * 100_000,
         "#### " + "a" * 1_990])
 def test_long_responses_are_wrong_at_once(response):
-    start = time.monotonic()
+    start = time.process_time()
     assert not grade_math(response, "5") and not grade_gsm8k(response, "5")
     assert not grade_last_number(response, "5")
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_plain_answers_take_well_under_a_millisecond():
-    start = time.perf_counter()
+    start = time.process_time()
     for i in range(500):
         assert grade_math(boxed(str(i)), "18") == (i == 18) == grade_gsm8k(f"#### {i}", "18")
         assert grade_math(boxed(rf"\frac{{{i}}}{{4}}"), "4.5") == (i == 18)
-    assert (time.perf_counter() - start) / 1500 < 1e-3
+    assert (time.process_time() - start) / 1500 < 1e-3
 
 
 def test_nothing_is_evaluated_as_python(tmp_path):
@@ -412,13 +434,13 @@ def test_grading_leaves_signals_alone_and_works_in_threads():
     assert signal.getsignal(signal.SIGALRM) is before
 
 
-def test_the_other_process_is_killed_when_it_cannot_be_interrupted():
+def test_the_other_process_is_killed_when_it_cannot_be_interrupted(waits):
     assert grade_math(boxed(r"\sqrt{16}"), "4")
     stuck = grading_math._algebra.process
     os.kill(stuck.pid, signal.SIGSTOP)               # like one long multiplication in C, deaf to signals
-    start = time.monotonic()
+    waits.clear()
     assert not grade_math(boxed(r"\sqrt{81}"), "9")
-    assert time.monotonic() - start < 3 and stuck.poll() is not None
+    assert len(waits) == 1 and 1.5 < waits[0] <= 2 and stuck.poll() is not None
     assert grade_math(boxed(r"\sqrt{81}"), "9")
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ SERVER = r"""
 import json, os, resource, signal, sys, threading, time
 import torch
 import train_gsm8k
-from trainer import checkpoint
+from trainer import checkpoint, session
 
 make_rows = train_gsm8k.tasks.lock.make_rows
 train_gsm8k.tasks.lock.make_rows = lambda lock, n, seed: make_rows(lock, min(n, 32), seed)
@@ -63,7 +64,7 @@ def prepare(kind, n):
         os.replace, os.fsync, checkpoint.shutil.rmtree = (
             lambda *a, f=f, **k: event(f.__name__, f, *a, **k) for f in real)
     elif kind == "log":
-        train_gsm8k.append_lines = at(n, train_gsm8k.append_lines, half_a_log)
+        session.append_lines = at(n, session.append_lines, half_a_log)
     elif kind == "weights":
         torch.save = at(n, torch.save, half_the_weights)
     elif kind == "time":
@@ -76,7 +77,7 @@ def prepare(kind, n):
         def send(function, *args):
             function(*args)
             os.kill(os.getpid(), getattr(signal, kind))
-        train_gsm8k.append_lines = at(n, train_gsm8k.append_lines, send)
+        session.append_lines = at(n, session.append_lines, send)
 
 for line in sys.stdin:
     what, argv, out, err = json.loads(line)
@@ -144,24 +145,40 @@ KILLS = ([["call", MOMENTS.randint(1, 90)] for _ in range(6)] + [["log", MOMENTS
          + [["time", MOMENTS.uniform(0, 0.8)] for _ in range(7)])      # of the time that the whole run takes
 
 
+def killed(train, out, kills):
+    """Begin the run in `out`, kill it by the first of `kills`, resume it, kill it again, ..., and let it end.
+
+    Returns the exit codes of those that were to be killed: 0 where the moment came after the end.
+    """
+    begin, codes = [*RUN, "--out", out], []
+    for what in (*kills, None):
+        # Killed before config.json was there, nothing had begun, and the same command is typed again.
+        code, _, errors = train(["--resume", out] if (out / "config.json").exists() else begin, what)
+        assert code in (0, -signal.SIGKILL), (kills, errors)
+        codes.append(code)
+    assert codes.pop() == 0
+    return codes
+
+
+def test_killed_in_a_log_in_the_weights_and_in_a_checkpoint_it_ends_as_if_it_had_not_been(train, whole, tmp_path):
+    out = tmp_path / "run"
+    assert killed(train, out, [["log", 8], ["weights", 2], ["call", 9]]) == [-signal.SIGKILL] * 3
+    assert_same(out, whole)
+
+
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments_it_ends_as_if_it_had_not_been(train, whole, tmp_path):
     """Ten runs are killed, resumed, killed again, and resumed: in the writing of checkpoints and logs, and anywhere."""
     clock = [json.loads(line) for line in (whole / "timing.jsonl").read_text().splitlines()]
     seconds = sum(value for line in clock for name, value in line.items() if name.startswith("seconds_"))
     kills = [[kind, n * seconds if kind == "time" else n] for kind, n in KILLS]
     MOMENTS.shuffle(kills)
-    deaths = 0
-    for i, (first, second) in enumerate(zip(kills[::2], kills[1::2])):
-        out = tmp_path / str(i)
-        begin = [*RUN, "--out", out]
-        for what in (first, second, None):
-            # Killed before config.json was there, nothing had begun, and the same command is typed again.
-            code, _, errors = train(["--resume", out] if (out / "config.json").exists() else begin, what)
-            assert code in (0, -signal.SIGKILL), (first, second, errors)
-            deaths += code != 0
-        assert code == 0
-        assert_same(out, whole)
-    assert deaths >= 14                                  # some moments come after the end
+    deaths = Counter()
+    for i, pair in enumerate(zip(kills[::2], kills[1::2])):
+        for (kind, _), code in zip(pair, killed(train, tmp_path / str(i), pair)):
+            deaths["in time" if kind == "time" else "in writing"] += code != 0
+        assert_same(tmp_path / str(i), whole)
+    assert deaths["in writing"] >= 8 and deaths["in time"] >= 1      # some moments come after the end
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])

@@ -119,7 +119,7 @@ def test_the_shipped_base_model_is_what_the_preset_says(preset):
     assert log.startswith(f"python tiny.py --preset {preset} ") and f"'p': {lock.p}" in log
 
 
-def test_measure_by_hand():
+def test_turn_probabilities_by_hand():
     """The probability of the two dials after an arrow, from a plain forward pass over the text up to it."""
     folder, lock = tasks.lock.ASSETS / "tiny", Lock(turns=(3, 3), hard=1, place=(1, 1))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -140,7 +140,7 @@ def test_measure_by_hand():
 
 def test_the_base_model_can_be_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv",
-                        ["tiny.py", "--preset", "tiny", "--steps", "3", "--out", str(tmp_path / "base")])
+                        ["lock.py", "--preset", "tiny", "--steps", "3", "--out", str(tmp_path / "base")])
     monkeypatch.setattr(tasks.lock, "turn_probabilities", lambda *args, n: turn_probabilities(*args, n=8))   # not 1,024
     tasks.lock.main()
     made = tmp_path / "base"
@@ -148,7 +148,7 @@ def test_the_base_model_can_be_made_again(tmp_path, monkeypatch):
     for same in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         assert (made / same).read_text() == (tasks.lock.ASSETS / "tiny" / same).read_text()
     log = (made / "pretrain.log").read_text()
-    assert log.startswith("python tiny.py --preset tiny --steps 3") and "step     3  loss" in log
+    assert log.startswith("python lock.py --preset tiny --steps 3") and "step     3  loss" in log
 
 
 @pytest.mark.parametrize("name, settings", [

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from functools import wraps
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,14 +25,17 @@ from test_deep_grpo import example
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import deep_grpo
 import eval_math
 import tasks.lock
 import train_gsm8k
-from deep_grpo import Config, Group, Trajectory, objective, score_groups, update
+import trainer.model
+import trainer.policy
+from deep_grpo import ALONE, Config, Fork, Group, Trajectory, objective, score_groups, update
+from packing import batch_costs, pack
 from trainer import ranks
-from trainer.model import checkpoint_activations, fsdp_modules, gathered, shard
+from trainer.model import Ranks, checkpoint_activations, fsdp_modules, shard
 from trainer.ranks import deal, distributed, rank, world_size
+from variants.rrpo import reset_failed
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +81,7 @@ class Processes:
     """The client of serve()."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.kept = folder, {}
         self.server = subprocess.Popen(
             [sys.executable, "-c", "import test_ranks; test_ranks.serve()"], text=True, cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -91,6 +94,13 @@ class Processes:
         streams = [[(self.folder / f"{i}.{suffix}").read_text() for i in range(len(codes))]
                    for suffix in ("out", "err")]
         return codes, *streams
+
+    def alone(self, name, *args):
+        """What name(*args) returned in one process, which is asked only once."""
+        key = (name, *args)
+        if key not in self.kept:
+            self.kept[key] = self(0, name, *args)
+        return self.kept[key]
 
     def __call__(self, n, name, *args):
         codes, _, errors = self.run(n, name, *args)
@@ -197,8 +207,9 @@ def bug():
 
 def one_side_each(n):
     """n questions with a row each, of very different length: some ranks get only failures, the last one none."""
-    failed = Group([7], [Trajectory([4, 5, 6, 7, 2] * 6, 0.0, 25, [[3, 8, 4, 5, EOS], [6, EOS]], [0.0, 1.0], 0.5)])
-    half = Group([8, 9], [Trajectory([4, 6, 5, 3] * 5, 0.0, 16, [[EOS], [5, 6, EOS]], [0.0, 1.0], 0.5)])
+    failed = Group([7], [Trajectory([4, 5, 6, 7, 2] * 6, 0.0,
+                                    [Fork(25, 0.5, [[3, 8, 4, 5, EOS], [6, EOS]], [0.0, 1.0])])])
+    half = Group([8, 9], [Trajectory([4, 6, 5, 3] * 5, 0.0, [Fork(16, 0.5, [[EOS], [5, 6, EOS]], [0.0, 1.0])])])
     right = Group([2, 9], [Trajectory([5, EOS], 1.0), Trajectory([8, EOS], 1.0)])
     return [failed, *[half] * (n - 2), right]
 
@@ -220,22 +231,24 @@ def learn(case, same_policy, checkpointing, tied):
         model, old, ref = shard(model), shard(old), shard(ref)
     if checkpointing:
         checkpoint_activations(model)
-    scored, score = set(), deep_grpo.score_rows
+    scored, score = set(), trainer.model.score_rows
 
-    @wraps(score)
     def score_rows(which, rows, temperature):
         scored.update(row.ids[0] for row in rows if which is model)
         return score(which, rows, temperature)
 
-    deep_grpo.score_rows = score_rows
+    trainer.model.score_rows = score_rows
     make_groups, tokens = CASES[case]
     config = Config(lam=0.4, beta=0.3, temperature=0.8, clip_low=0.1, clip_high=0.25)
-    old_logps = None if same_policy else score_groups(old, make_groups(), config, tokens)[0]
-    loss, metrics = objective(model, make_groups(), config, ref, old_logps, tokens, backward=True)
+    mine = Ranks() if distributed() else ALONE
+    logps, entropies, forwarded = score_groups(old, make_groups(), config, tokens, mine)
+    loss, metrics = objective(model, make_groups(), config, ref, None if same_policy else logps, tokens,
+                              backward=True, ranks=mine)
     grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    updated = update(model, optimizer, make_groups(), Config(beta=0.3, updates=2), ref, tokens)
+    updated = update(model, optimizer, make_groups(), Config(beta=0.3, updates=2), ref, tokens, mine)
     return {"loss": loss.item(), "metrics": metrics, "grads": grads, "updated": updated, "scored": scored,
+            "old": (logps, entropies), "forwarded": forwarded,
             "weights": {name: whole(p.detach()) for name, p in model.named_parameters()}}
 
 
@@ -247,10 +260,15 @@ def learn(case, same_policy, checkpointing, tied):
 def test_n_ranks_compute_the_gradient_of_one_process(on_ranks, case, n, same_policy, checkpointing, tied):
     expected, = on_ranks(0, "learn", case, same_policy, False, tied)
     results = on_ranks(n, "learn", case, same_policy, checkpointing, tied)
-    assert set.union(*(got["scored"] for got in results)) - {0} == expected["scored"]      # (0: the idle row)
+    first_tokens = {g.prompt[0] for g in CASES[case][0]()}
+    assert set.union(*(got["scored"] for got in results)) == first_tokens
     if case.startswith("one side each"):
         assert results[0]["scored"] == {7} and results[-1]["scored"] == {2}
     for got in results:
+        assert got["forwarded"] == expected["forwarded"]
+        for scores, own_scores in zip(got["old"], expected["old"]):                         # log pi, entropies
+            assert len(scores) == sum(len(g.trajectories) for g in CASES[case][0]())
+            torch.testing.assert_close(scores, own_scores, rtol=1e-11, atol=1e-13)
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-12, abs=1e-14)
         for which in ("metrics", "updated"):
             own = {name for name in got[which] if name not in ("padding", "imbalance")}     # of how rows were dealt
@@ -264,10 +282,9 @@ def test_n_ranks_compute_the_gradient_of_one_process(on_ranks, case, n, same_pol
             torch.testing.assert_close(got["weights"][name], weights, rtol=1e-10, atol=1e-11)
 
 
-def test_imbalance_of_micro_batches_by_hand(monkeypatch):
-    monkeypatch.setattr(deep_grpo, "world_size", lambda: 2)
-    rows = [deep_grpo.pack([3], [4] * (n - 1)) for n in (10, 8, 8, 3)]
-    metrics = deep_grpo.batch_metrics(rows, [[0], [1], [2, 3], []])                # 10 8 | 16 0
+def test_imbalance_of_micro_batches_by_hand():
+    rows = [pack([3], [4] * (n - 1)) for n in (10, 8, 8, 3)]
+    metrics = batch_costs(rows, [[0], [1], [2, 3], []], 2)                         # 10 8 | 16 0
     assert metrics["forwarded_tokens"] == 29 and metrics["padding"] == pytest.approx(1 - 29 / 34)
     assert metrics["imbalance"] == pytest.approx((10 + 16) * 2 / 34)
 
@@ -284,7 +301,7 @@ def storage(dtype_name):
     model.base_model.layers[1].mlp.register_forward_hook(
         lambda module, args, out: seen.append((str(module.up_proj.weight.dtype), str(out.dtype))))
     with Collectives() as collectives:
-        objective(model, example(), Config(beta=0.3), ref, None, 30, backward=True)
+        objective(model, example(), Config(beta=0.3), ref, None, 30, backward=True, ranks=Ranks())
     optimizer.step()
 
     def size(tensors):
@@ -320,8 +337,8 @@ def draws():
     """Greedy and random draws on this rank, and the collectives that they took."""
     ranks.start()
     run = train_gsm8k.prepare(train_gsm8k.parse_args([*FLAGS, "--out", "/none"]))
-    prompts = [q.prompt for q in run.questions[:5]]
-    got, counts, sample = {}, [], train_gsm8k.sample
+    policy, prompts = run.policy, [q.prompt for q in run.questions[:5]]
+    got, counts, sample = {}, [], trainer.policy.sample
 
     def counted(model, *args, **kwargs):
         with Collectives() as collectives:
@@ -329,29 +346,28 @@ def draws():
         counts.append(len(collectives.calls))
         return result
 
-    train_gsm8k.sample = counted
-    with Collectives() as collectives, gathered(run.model):
-        got["greedy"] = run.draw(prompts, 2, max_new_tokens=[9, 40, 3, 25, 12], expected_tokens=[9, 1, 3, 25, 12],
-                                 temperature=0)
-        got["few"] = run.draw(prompts[:1], 1, max_new_tokens=5, temperature=0)
-        got["random"] = run.draw([[3, 4]], 2 * world_size(), max_new_tokens=40, temperature=5.0)[0]
+    trainer.policy.sample = counted
+    with Collectives() as collectives:
+        got["greedy"] = policy.sample(prompts, 2, [9, 40, 3, 25, 12], [9, 1, 3, 25, 12], temperature=0)
+        got["few"] = policy.sample(prompts[:1], 1, 5, temperature=0)
+        got["random"] = policy.sample([[3, 4]], 2 * world_size(), 40, temperature=5.0)[0]
     if distributed():
         got["counts"], counts[:] = list(counts), []
         got["gathers"] = sum("allgather_base" in name for name, _ in collectives.calls)
-        got["groups"] = len(fsdp_modules(run.model))
-        got["sharded"] = all(isinstance(p, DTensor) for p in run.model.parameters())
-        counted(run.model, prompts[:1], 1, max_new_tokens=8, eos_token_id=run.stop, pad_token_id=0, temperature=0)
+        got["groups"] = len(fsdp_modules(policy.model))
+        got["sharded"] = all(isinstance(p, DTensor) for p in policy.model.parameters())
+        counted(policy.model, prompts[:1], 1, max_new_tokens=8, eos_token_id=policy.stop, pad_token_id=0, temperature=0)
         got["ungathered"] = counts[0]
     return got
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_generation_needs_no_collective_per_token(on_ranks, n):
-    expected, = on_ranks(0, "draws")
+def test_sampling_gathers_each_layer_once_per_call_and_not_per_token(on_ranks, n):
+    expected, = on_ranks.alone("draws")
     for got in on_ranks(n, "draws"):
         assert got["greedy"] == expected["greedy"] and got["few"] == expected["few"]
-        assert set(got["counts"]) == {0}                       # while it generates: none
-        assert got["gathers"] == got["groups"] == 4            # for the block: each layer and the root, once
+        assert got["counts"] == [0, 0, 0]                      # while it generates: none
+        assert got["groups"] == 4 and got["gathers"] == 3 * 4  # for each call: each layer and the root, once
         assert got["sharded"]                                  # and given back after it
         assert got["ungathered"] > 3 * 8                       # without: (the counter counts) each layer, each token
         assert len({tuple(y) for y in got["random"]}) == 2 * n        # no rank draws what another has drawn
@@ -359,43 +375,56 @@ def test_generation_needs_no_collective_per_token(on_ranks, n):
 
 # ---- a step, a run, a resumed run ----
 
-def drawn(self, prefixes, k, *, max_new_tokens, expected_tokens=None, temperature=None):
-    """In the place of Run.draw: continuations that depend on prefix and number alone, the same on 1 rank and on n."""
+def drawn(self, prefixes, k, max_new_tokens, expected_tokens=None, temperature=None):
+    """In the place of Policy.sample: continuations that depend on prefix and number alone, the same on 1 rank and on n.
+    """
     def one(prefix, i):
         rng = random.Random(f"{prefix} {i}")
         return [*rng.choices(range(4, 16), k=rng.randint(3, 40)), *([self.stop[0]] if rng.random() < 0.9 else [])]
 
     result = [[one(prefix, i) for i in range(k)] for prefix in prefixes]
-    self.drawn += sum(len(y) for branches in result for y in branches)
+    self.generated += sum(len(y) for branches in result for y in branches)
     return result
 
 
 def graded(self, question, response):
-    """In the place of Run.reward: by the text, so that some ranks grade failures only, and some none."""
+    """In the place of Policy.reward: by the text, so that some ranks grade failures only, and some none."""
     return float(len(response) > 14 and response[-1] in self.stop)
 
 
 def steps(n, *flags):
-    """n training steps on fixed rollouts: metrics, pivots, fit and weights on this rank."""
+    """n training steps on fixed rollouts: metrics, forks, fit and weights on this rank."""
     ranks.start()
-    train_gsm8k.Run.draw, train_gsm8k.Run.reward = drawn, graded
+    trainer.policy.Policy.sample, trainer.policy.Policy.reward = drawn, graded
     run = train_gsm8k.prepare(train_gsm8k.parse_args([*FLAGS, "--out", "/none", *flags]))
     got = []
     for _ in range(n):
         metrics, _, _, groups = train_gsm8k.train_step(run)
-        got.append((metrics, [[(t.pivot, t.ratio, t.branch_rewards) for t in g.trajectories] for g in groups]))
+        got.append((metrics, [[t.forks for t in g.trajectories] for g in groups]))
     return {"steps": got, "fit": run.recoverability.state_dict(),
-            "weights": {name: whole(p.detach()) for name, p in run.model.named_parameters()}}
+            "weights": {name: whole(p.detach()) for name, p in run.policy.model.named_parameters()}}
+
+
+def disputed_steps(n):
+    """steps(n), and on every rank but the first line 2 chooses the question itself, whatever Q(t) says."""
+    method = train_gsm8k.METHODS["deep_grpo"]
+
+    def choose_pivots(*args):
+        groups = method.choose_pivots(*args)
+        return groups if rank() == 0 else reset_failed(groups, lambda x, t: 0)
+
+    train_gsm8k.METHODS["deep_grpo"] = replace(method, choose_pivots=choose_pivots)
+    return steps(n)
 
 
 @pytest.mark.parametrize("n, flags", [(2, ["--offload-optimizer"]), (3, [])])
 def test_n_ranks_make_the_steps_of_one_process(on_ranks, n, flags):
-    expected, = on_ranks(0, "steps", 4)
+    expected, = on_ranks.alone("steps", 4)
     assert expected["fit"]["fitted"] and expected["fit"]["w"] != 0
     for got in on_ranks(n, "steps", 4, *flags):
         assert got["fit"] == expected["fit"]                               # bit for bit: outcomes, w, b
-        for (metrics, pivots), (own_metrics, own_pivots) in zip(got["steps"], expected["steps"]):
-            assert pivots == own_pivots and sum(p is not None for g in pivots for p, *_ in g) > 3
+        for (metrics, forks), (own_metrics, own_forks) in zip(got["steps"], expected["steps"]):
+            assert forks == own_forks and sum(bool(of_rollout) for of_group in forks for of_rollout in of_group) > 3
             assert metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)             # float32
         for name, weights in expected["weights"].items():      # lr is 1e-4: an Adam step is about that long ...
             difference = got["weights"][name] - weights        # ... in either direction: single entries whose gradient
@@ -409,19 +438,34 @@ def test_n_ranks_branch_the_states_of_one_process(on_ranks, method, more):
     """What the states depend on is computed in parts: log-probabilities, entropies, attention; draws are rank 0's."""
     flags = ["--method", method, *more]
     expected, = on_ranks(0, "steps", 2, *flags)
-    assert sum(bool(pivots) for _, groups in expected["steps"] for g in groups for pivots, *_ in g) > 3
+    assert sum(bool(forks) for _, groups in expected["steps"] for g in groups for forks in g) > 3
     for got in on_ranks(2, "steps", 2, *flags):
-        for (metrics, pivots), (own_metrics, own_pivots) in zip(got["steps"], expected["steps"]):
-            assert pivots == own_pivots and metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)
+        for (metrics, forks), (own_metrics, own_forks) in zip(got["steps"], expected["steps"]):
+            assert forks == own_forks and metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)
             assert metrics["grad_norm"] > 1e-3 and metrics["generated_tokens"] > 0
 
 
+def test_all_ranks_branch_the_pivots_of_the_first(on_ranks):
+    """Pivots are agreed on: from log-probabilities that differ in a last digit, two ranks may choose two states."""
+    (_, forks), = on_ranks(0, "steps", 1)[0]["steps"]
+    assert any(fork.pivot for of_group in forks for of_rollout in of_group for fork in of_rollout)
+    for got in on_ranks(2, "disputed_steps", 1):
+        (_, agreed), = got["steps"]
+        assert agreed == forks
+
+
 def train(argv):
+    """The command, with rewards that responses of 16 tokens can earn: without any, nothing would be learned."""
+    trainer.policy.Policy.reward = lambda self, question, response: float(sum(response) % 2)
     return train_gsm8k.main(argv)
 
 
+SMALL = ["--preset", "tiny", "--questions", "2", "--group-size", "3", "--branches", "2", "--eval-rows", "4",
+         "--max-new-tokens", "16", "--temperature", "3"]
+
+
 def run_flags(out, steps, *more):
-    return [*FLAGS, "--steps", str(steps), "--eval-every", "2", "--save-every", "2", "--seed", "3", "--out", str(out),
+    return [*SMALL, "--steps", str(steps), "--eval-every", "2", "--save-every", "1", "--seed", "3", "--out", str(out),
             *more]
 
 
@@ -430,9 +474,22 @@ def files_of(out):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(on_ranks, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    on_ranks(2, "train", run_flags(out, 4))
+def whole_run(on_ranks, tmp_path_factory):
+    """(folder, exit codes, stdouts, stderrs) of a run of three steps by two processes, from a model with stop ids."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(ROOT / "assets" / "tiny", folder / "base")
+    stop = {"eos_token_id": [1, 2], "pad_token_id": 0}
+    (folder / "base" / "generation_config.json").write_text(json.dumps(stop))
+    flags = run_flags(folder / "run", 3, "--model", str(folder / "base"))
+    return folder / "run", *on_ranks.run(2, "train", flags)
+
+
+@pytest.fixture
+def killed_run(whole_run, tmp_path):
+    """The folder of that run as it was when it had begun the third step: with logs that are ahead of the checkpoint."""
+    out = tmp_path / "run"
+    shutil.copytree(whole_run[0], out)
+    shutil.rmtree(out / "checkpoints" / "step_3")
     return out
 
 
@@ -440,7 +497,7 @@ def state(folder, n_steps):
     """Whole weights, moments and fit of a run's newest checkpoint, as this number of ranks loads them."""
     ranks.start()
     run = train_gsm8k.prepare(train_gsm8k.parse_args(["--resume", folder, "--steps", str(n_steps)]))
-    names = {p: name for name, p in run.model.named_parameters()}
+    names = {p: name for name, p in run.policy.model.named_parameters()}
     moments = {f"{names[p]} {key}": whole(value) for p, values in run.optimizer.state.items()
                for key, value in values.items()}
     return {"step": run.step, "fit": run.recoverability.state_dict(), "moments": moments,
@@ -454,46 +511,42 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_a_resumed_sharded_run_equals_the_uninterrupted_one(on_ranks, uninterrupted, tmp_path):
-    out = tmp_path / "run"
-    on_ranks(2, "train", run_flags(out, 2))
-    on_ranks(2, "train", ["--resume", str(out), "--steps", "4"])
-    assert files_of(out) == files_of(uninterrupted)
-    expected, got = (on_ranks(2, "state", str(folder), 4) for folder in (uninterrupted, out))
-    assert expected[0]["step"] == 4 and same(expected[0], got[0]) and same(got[0], got[1])
+def test_a_resumed_sharded_run_equals_the_uninterrupted_one(on_ranks, whole_run, killed_run):
+    on_ranks(2, "train", ["--resume", str(killed_run)])
+    assert files_of(killed_run) == files_of(whole_run[0])
+    expected, got = (on_ranks(2, "state", str(folder), 3) for folder in (whole_run[0], killed_run))
+    assert expected[0]["step"] == 3 and same(expected[0], got[0]) and same(got[0], got[1])
 
 
 @pytest.mark.parametrize("before, after", [(2, 3), (2, 0), (0, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(before, after, on_ranks, tmp_path):
-    out = tmp_path / "run"
-    on_ranks(before, "train", run_flags(out, 2))
+def test_a_run_goes_on_with_another_number_of_ranks(before, after, on_ranks, killed_run, tmp_path):
+    out = killed_run
+    if before == 0:
+        out = tmp_path / "alone"
+        on_ranks(0, "train", run_flags(out, 2))
     expected, got = (on_ranks(n, "state", str(out), 3) for n in (before, after))
     assert expected[0]["step"] == 2 and all(same(other, expected[0]) for other in got)
-    assert max(m.abs().max() for m in expected[0]["moments"].values()) > 0
+    assert max(m.abs().max() for m in expected[0]["moments"].values()) > 1e-4
     on_ranks(after, "train", ["--resume", str(out), "--steps", "3"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[-1]["grad_norm"] > 1e-2
     assert len({line["generated_total"] for line in lines}) == 4
 
 
-def test_the_checkpoint_of_a_sharded_run_is_a_model_for_everybody(uninterrupted):
-    folder = uninterrupted / "checkpoints" / "step_4"
+def test_the_checkpoint_of_a_sharded_run_is_a_model_for_everybody(whole_run):
+    folder = whole_run[0] / "checkpoints" / "step_3"
     model, _ = train_gsm8k.load_model(str(folder))
     base, _ = train_gsm8k.load_model(str(ROOT / "assets" / "tiny"))
     changed = [(a - b).abs().max().item() for a, b in zip(model.parameters(), base.parameters())]
-    assert all(0 < change < 0.01 for change in changed)
+    assert all(1e-5 < change < 0.01 for change in changed)
     assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json",
                                                         "trainer.pt", "optimizer"}
     assert "optimizer" not in torch.load(folder / "trainer.pt", weights_only=False)
     assert len(list((folder / "optimizer").glob("*.distcp"))) == 2                  # a part of each rank
 
 
-def test_the_stop_ids_of_a_hub_model_survive_sharding(on_ranks, tmp_path):
-    base, out = tmp_path / "base", tmp_path / "run"
-    shutil.copytree(ROOT / "assets" / "tiny", base)
-    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "pad_token_id": 0}))
-    on_ranks(2, "train", run_flags(out, 1, "--model", str(base)))
-    kept = json.loads((out / "checkpoints" / "step_1" / "generation_config.json").read_text())
+def test_the_stop_ids_of_a_hub_model_survive_sharding(whole_run):
+    kept = json.loads((whole_run[0] / "checkpoints" / "step_3" / "generation_config.json").read_text())
     assert kept["eos_token_id"] == [1, 2]
 
 
@@ -509,15 +562,15 @@ def test_more_processes_than_gpus_is_one_line_of_the_first(local_rank, monkeypat
     assert capsys.readouterr().err == said
 
 
-def test_only_rank_0_prints_and_writes(on_ranks, tmp_path):
-    codes, outs, errors = on_ranks.run(2, "train", run_flags(tmp_path / "run", 1))
-    assert codes == [0, 0] and "done after 1 steps" in outs[0] and "1/1" in errors[0]
+def test_only_rank_0_prints_and_writes(whole_run):
+    out, codes, outs, errors = whole_run
+    assert codes == [0, 0] and "done after 3 steps" in outs[0] and "3/3" in errors[0]
     assert outs[1] == errors[1] == ""
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1]
-    timing = json.loads((tmp_path / "run" / "timing.jsonl").read_text().splitlines()[-1])
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+    timing = json.loads((out / "timing.jsonl").read_text().splitlines()[-1])
     assert all(1 <= timing[f"imbalance_{phase}"] <= 2 for phase in ("rollout", "resample", "update"))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["ranks"] == 2
+    assert json.loads((out / "config.json").read_text())["ranks"] == 2
 
 
 @pytest.mark.parametrize("argv, part", [
@@ -532,7 +585,7 @@ def test_bad_input_is_one_line_of_all_ranks_together(argv, part, on_ranks, tmp_p
 
 
 def test_a_full_disk_is_one_line_of_all_ranks_together(on_ranks, tmp_path):
-    codes, _, errors = on_ranks.run(2, "train_on_a_full_disk", run_flags(tmp_path / "run", 4))
+    codes, _, errors = on_ranks.run(2, "train_on_a_full_disk", run_flags(tmp_path / "run", 2))
     assert codes == [1, 1] and errors[1] == ""
     line = errors[0].splitlines()[-1]
     assert line.startswith("error: ") and "No space left" in line and "--resume" in line
@@ -585,17 +638,16 @@ def pid_of_rank(launcher, rank):
             return int(pid)
 
 
-def test_a_rank_that_dies_ends_the_run_within_a_minute_and_it_resumes(on_ranks, tmp_path):
+def test_a_rank_that_dies_ends_the_run_and_it_resumes(on_ranks, tmp_path):
+    """Within a minute, on a machine that does nothing else. Without torchrun the others would wait for two hours."""
     out = tmp_path / "run"
-    launcher = torchrun(2, *FLAGS, "--steps", 500, "--eval-every", 0, "--save-every", 1, "--out", out)
-    began = time.monotonic()
+    launcher = torchrun(2, *SMALL, "--steps", 500, "--eval-every", 0, "--save-every", 1, "--out", out)
     while not (out / "checkpoints" / "step_2").exists():
-        assert launcher.poll() is None and time.monotonic() - began < 120, launcher.communicate()
+        assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.05)
     os.kill(pid_of_rank(launcher, 1), signal.SIGKILL)
-    killed = time.monotonic()
-    _, errors = launcher.communicate(timeout=60)
-    assert launcher.returncode == 1 and time.monotonic() - killed < 60
+    _, errors = launcher.communicate(timeout=600)
+    assert launcher.returncode == 1
     assert re.search(r"Root Cause.*rank +: 1 .*exitcode +: -9", errors, re.S)
     step = max(int(path.name[5:]) for path in (out / "checkpoints").glob("step_*[0-9]"))
     on_ranks(2, "train", ["--resume", str(out), "--steps", str(step + 1)])

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 import tasks
 import tasks.lock
 from tasks import SETS, filter_math, load_rows, load_set, make_questions, split_validation, stop_ids
+from tasks.datasets import SUBJECTS, last_boxed
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder beside the checkout is not there")
@@ -236,7 +237,7 @@ def test_math_from_the_hub_keeps_levels_3_to_5_without_math500(monkeypatch, caps
 
     contents = {("EleutherAI/hendrycks_math", subject, split):
                 [row(f"{subject} {split} {level}", f"Level {level}") for level in "12345?"]
-                for subject in tasks.SUBJECTS for split in ("train", "test")}
+                for subject in SUBJECTS for split in ("train", "test")}
     contents["EleutherAI/hendrycks_math", "geometry", "test"].append(
         row("Find  $x$\nin the  figure.", "Level 5"))
     contents["HuggingFaceH4/MATH-500", None, "test"] = [
@@ -245,7 +246,7 @@ def test_math_from_the_hub_keeps_levels_3_to_5_without_math500(monkeypatch, caps
     calls = hub_of(contents, monkeypatch)
     rows = load_set("math_train")
     wanted = {f"{subject} {split} {level}"
-              for subject in tasks.SUBJECTS for split in ("train", "test") for level in "345"}
+              for subject in SUBJECTS for split in ("train", "test") for level in "345"}
     assert {r["problem"] for r in rows} == wanted - {"algebra test 4"} and len(rows) == 41
     assert all(r["answer"] == r"\frac{1}{2}" for r in rows)                         # the last box, complete
     assert len(calls) == 15 and len(set(calls)) == 15
@@ -268,7 +269,7 @@ def test_the_math_filter_agrees_with_the_real_file():
     (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{1} \boxed{2", None),
     ("no box", None), ("", None), ("a { b", None), (r"\boxed{}", "")])
 def test_last_boxed(solution, box):
-    assert tasks.last_boxed(solution) == box
+    assert last_boxed(solution) == box
 
 
 def test_rows_of_both_kinds_from_one_loader(tmp_path):

@@ -12,14 +12,16 @@ import torch
 from conftest import EOS, make_model
 from small_policy import make_policy, pivots
 
+import deep_grpo
 import train_gsm8k
 import trainer.policy
 from deep_grpo import Config, Group, Trajectory
 from grading import grade_gsm8k
+from loss import sequence_weights
 from recoverability import Recoverability
 from trainer.session import sample_lines
 from trainer.settings import parse_args
-from variants import METHODS
+from variants import METHODS, attnrl, dr_grpo, fr3e, rrpo, treerl
 
 ABLATIONS = ["no_std", "two_pivots", "uniform_pivot", "branch_all", "train_prefix", "one_stream"]
 
@@ -40,6 +42,18 @@ def test_settings_are_those_of_the_papers():
 
 def test_the_fit_belongs_to_deep_grpo_and_its_ablations():
     assert {name for name, method in METHODS.items() if method.fits_p} == {"deep_grpo", *ABLATIONS}
+
+
+def test_rows_name_the_functions_of_their_files():
+    found = {name: (METHODS[name].choose_pivots, METHODS[name].weights)
+             for name in METHODS if name not in ABLATIONS}
+    own = deep_grpo.choose_pivots, sequence_weights
+    assert found == {"deep_grpo": own, "grpo": own, "dr_grpo": (own[0], dr_grpo.weights),
+                     "treerl": (treerl.choose_pivots, treerl.weights),
+                     "attnrl": (attnrl.choose_pivots, treerl.weights),
+                     "fr3e": (fr3e.choose_pivots, fr3e.weights), "rrpo": (rrpo.choose_pivots, rrpo.weights),
+                     "srpo": (rrpo.choose_named, rrpo.weights)}
+    assert all(METHODS[name].update is deep_grpo.update for name in found)
 
 
 @pytest.mark.parametrize("method", METHODS)

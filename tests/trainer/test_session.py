@@ -1,0 +1,83 @@
+"""A run: when it is finished, what its configuration holds, and which texts it keeps."""
+import argparse
+import json
+import signal
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deep_grpo import Config, Fork, Group, Trajectory
+from trainer import session
+from trainer.session import Run, ended_by, sample_lines, stop_after_this_step, write_config
+from trainer.settings import parse_args
+
+
+def make_run(**known):
+    """A Run of which only these parts are there."""
+    empty = {f.name: None for f in fields(Run) if f.default.__class__.__name__ == "_MISSING_TYPE"}
+    return Run(**(empty | known))
+
+
+@pytest.mark.parametrize("steps, budget_tokens, step, generated, finished", [
+    (5, None, 4, 10**9, False), (5, None, 5, 0, True), (5, 100, 4, 99, False), (5, 100, 4, 100, True)])
+def test_a_run_is_finished_after_its_steps_or_its_tokens(steps, budget_tokens, step, generated, finished):
+    args = argparse.Namespace(steps=steps, budget_tokens=budget_tokens)
+    assert make_run(args=args, step=step, generated_total=generated).finished == finished
+
+
+def test_the_configuration_holds_every_setting_and_what_the_numbers_depend_on(tmp_path, capsys):
+    args = parse_args(["--preset", "tiny", "--gamma", "3", "--max-hours", "2", "--out", str(tmp_path)])
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 7)] * 3)
+    write_config(make_run(args=args, policy=SimpleNamespace(model=model), questions=[1, 2], eval_questions=[3],
+                          val_questions=[], skipped=4))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    numbers = {"training_questions": 2, "evaluation_questions": 1, "validation_questions": 0, "skipped_questions": 4,
+               "parameters": 21, "device": "cpu", "ranks": 1}
+    assert {name: saved[name] for name in numbers} == numbers
+    assert saved["versions"].keys() == {"python", "torch", "transformers", "numpy"} and "git_revision" in saved
+    expected = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    for name in ("resume", "max_hours", "dry_run", "gpus"):      # a resumed run does not take these over
+        del expected[name]
+    assert saved["settings"] == expected and expected["gamma"] == 3.0
+    assert {f.name for f in fields(Config)} <= expected.keys()
+    assert "gamma=3.0" in capsys.readouterr().out
+
+
+def test_samples_are_the_first_right_and_the_first_failed_rollout_with_a_line_for_each_fork():
+    question = SimpleNamespace(text="1 + 1?", gold="2")
+    first_failure = Trajectory([1, 2, 3], 0.0, [Fork(2, 0.6, [[4], [5, 6]], [1.0, 0.0]), Fork(0, 0.2, [[7]], [0.0])])
+    mixed = Group([9], [first_failure, Trajectory([1], 1.0), Trajectory([2], 1.0), Trajectory([3], 0.0)])
+    grpo = Group([9], [Trajectory([8], 0.0, [Fork(0, 0.5)])])            # a fork from which nothing was drawn
+    run = make_run(step=7, policy=SimpleNamespace(text=lambda ids: " ".join(map(str, ids))))
+    lines = list(sample_lines(run, [question, question], [mixed, grpo]))
+    assert all(line["step"] == 7 and line["question"] == "1 + 1?" and line["gold"] == "2" for line in lines)
+    names = ("response", "reward", "pivot", "prefix", "branches")
+    assert [tuple(line[name] for name in names) for line in lines] == [
+        ("1", 1.0, None, None, []),
+        ("1 2 3", 0.0, 2, "1 2", [{"text": "4", "reward": 1.0}, {"text": "5 6", "reward": 0.0}]),
+        ("1 2 3", 0.0, 0, "", [{"text": "7", "reward": 0.0}]),
+        ("8", 0.0, None, None, [])]
+
+
+@pytest.mark.parametrize("max_hours, received, why", [
+    (None, [], None), (None, ["SIGTERM"], "SIGTERM"), (1.0, [], None), (0.5, [], "--max-hours 0.5"),
+    (0.5, ["SIGINT", "SIGTERM"], "SIGINT")])
+def test_a_run_ends_by_a_signal_or_before_its_hours_are_over(max_hours, received, why, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 100.0 + 1700)      # 1,700 s so far, 200 s the longest step
+    assert ended_by(argparse.Namespace(max_hours=max_hours), received, 100.0, 200.0) == why
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_the_process(capsys):
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        received = stop_after_this_step((signal.SIGUSR1,))
+        assert received == []
+        signal.raise_signal(signal.SIGUSR1)
+        assert received == ["SIGUSR1"] and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+        assert "SIGUSR1: ending after this step; once more to end at once" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert session.ROOT == Path(__file__).parents[2]             # where the git revision is read

@@ -1,0 +1,159 @@
+"""The flags: where their values come from, what a resumed run takes over, and what --help says."""
+import json
+import subprocess
+import sys
+from argparse import SUPPRESS
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval_math
+import train_gsm8k
+from deep_grpo import Config
+from trainer.session import write_config
+from trainer.settings import PRESETS, RETIRED, OneLineParser, parse_args
+from variants import METHODS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("gpu, preset, why", [(False, "tiny", "no GPU is here"), (True, "gsm8k", "a GPU is here")])
+def test_without_flags_the_machine_decides_and_the_first_line_says_so(gpu, preset, why, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = parse_args([])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert args.preset == preset and first.startswith(f"preset {preset}: {why}")
+    assert args.method == "deep_grpo" and args.out == Path("runs") / f"{preset}-deep_grpo-0"
+
+
+def test_the_gsm8k_preset_is_the_authors_script():
+    args = parse_args(["--preset", "gsm8k"])
+    expected = dict(questions=64, group_size=8, branches=8, gamma=2.0, lam=1.0, lr=1e-6, beta=1e-4, clip_low=0.2,
+                    clip_high=0.2, temperature=1.0, max_prompt_tokens=512, max_new_tokens=768, eval_every=5, updates=1,
+                    max_grad_norm=1.0, model="Qwen/Qwen2.5-0.5B-Instruct", data="gsm8k_train", eval_data="gsm8k",
+                    eval_rows=1319, val_rows=256)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_a_flag_wins_over_the_method_this_over_the_preset_and_this_over_config(monkeypatch):
+    preset = dict(PRESETS["tiny"], clip_low=0.3, clip_high=0.4, beta=0.5, gamma=0.6)
+    monkeypatch.setitem(PRESETS, "tiny", preset)
+    method = METHODS["rrpo"].settings
+    assert "clip_low" in method and "clip_high" in method and "beta" not in method
+    args = parse_args(["--preset", "tiny", "--method", "rrpo", "--clip-low", "0.1", "--beta", "0.2"])
+    assert (args.clip_low, args.clip_high) == (0.1, method["clip_high"])         # flag, method
+    assert (args.beta, args.gamma, args.lam) == (0.2, 0.6, Config.lam)           # flag, preset, Config
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--data my.jsonl", (None, 0, 256)), ("--data my.jsonl --eval-data mine.jsonl", ("mine.jsonl", 256, 1319)),
+    ("--data gsm8k_train", ("gsm8k", 256, 1319)), ("--data my.jsonl --eval-rows 50", (None, 0, 50))])
+def test_data_of_your_own_is_not_evaluated_on_gsm8k(flags, expected):
+    args = parse_args(["--preset", "gsm8k", *flags.split()])
+    assert (args.eval_data, args.val_rows, args.eval_rows) == expected
+
+
+# ---- a resumed run ----
+
+@pytest.fixture
+def saved(tmp_path):
+    """saved(changes) -> the folder of a run whose config.json has these settings, and lacks those that are None."""
+    def saved(**changes):
+        args = parse_args(["--preset", "tiny", "--steps", "3", "--gamma", "3", "--out", str(tmp_path)])
+        write_config(SimpleNamespace(args=args, policy=SimpleNamespace(model=torch.nn.Linear(1, 1)), questions=[],
+                                     eval_questions=[], val_questions=[], skipped=0))
+        about = json.loads((tmp_path / "config.json").read_text())
+        about["settings"] |= {"out": "elsewhere", **changes}
+        for name in [name for name, value in changes.items() if value is None]:
+            del about["settings"][name]
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        return tmp_path
+
+    return saved
+
+
+def test_a_resumed_run_takes_over_its_settings_and_may_be_prolonged(saved):
+    args = parse_args(["--resume", str(saved()), "--steps", "9", "--max-hours", "2"])
+    assert (args.gamma, args.steps, args.max_hours, args.preset) == (3.0, 9, 2.0, "tiny")
+    assert args.out == args.resume                   # its folder may have been moved
+    assert parse_args(["--resume", str(args.out)]).steps == 3
+
+
+def test_a_resumed_run_of_an_older_version_is_refused_where_its_meaning_has_changed(saved, capsys):
+    """Ablations were flags once. A run that did not use them goes on. One that did would go on as another method."""
+    assert parse_args(["--resume", str(saved(**RETIRED))]).gamma == 3.0
+    for changes, message in (({"uniform_pivot": True}, "an older version with --uniform_pivot, which is now a --meth"),
+                             ({"pivots": 2}, "an older version with --pivots"),
+                             ({"lam": None}, "an older version, which had no lam")):
+        with pytest.raises(SystemExit, match="2"):
+            parse_args(["--resume", str(saved(**(RETIRED | changes)))])
+        error, = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: argument --resume: ") and message in error
+
+
+# ---- --help ----
+
+def parser_of(program, monkeypatch):
+    """The parser of a command, caught when it begins to parse."""
+    caught = []
+
+    def catch(self, *args, **kwargs):
+        caught.append(self)
+        self.exit()
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(OneLineParser, "parse_args", catch)
+        program.parse_args([])
+    return caught[0]
+
+
+@pytest.mark.parametrize("program", [train_gsm8k, eval_math])
+def test_help_says_of_every_flag_what_it_does_and_its_default(program, monkeypatch):
+    parser = parser_of(program, monkeypatch)
+    flags = [action for action in parser._actions if action.dest != "help"]
+    assert len(flags) >= 10 and not any(action.help in (None, "", SUPPRESS) for action in flags)
+    silent = [action.option_strings[0] for action in flags if "default: " not in action.help and not action.required]
+    assert silent == []
+    for action in flags:                             # a default that stands in the parser is the one that is told
+        if type(action.default) in (int, float, str):
+            told = action.help.rpartition("default: ")[2].split(",")[0]
+            assert told == (action.default if isinstance(action.default, str) else f"{action.default:.15g}")
+
+
+def test_help_tells_the_defaults_of_config(monkeypatch):
+    """Of a field of Config that no preset sets, the number in the help is that of the field."""
+    helps = {action.dest: action.help for action in parser_of(train_gsm8k, monkeypatch)._actions}
+    by_preset = set().union(*PRESETS.values())
+    checked = [f for f in fields(Config) if f.name not in by_preset and f.name not in ("group_size", "branches")]
+    assert len(checked) >= 8
+    for f in checked:
+        told = helps[f.name].rpartition("default: ")[2]
+        assert told.split(",")[0] == (f.default if isinstance(f.default, str) else f"{f.default:g}"), f.name
+
+
+def test_help_tells_the_caps_of_training(monkeypatch):
+    """The evaluation once named a cap of 512 tokens, with which no preset trains."""
+    told = {action.dest: action.help for action in parser_of(eval_math, monkeypatch)._actions}["max_new_tokens"]
+    for name, n in (("tiny", 96), ("tiny-deep", 160), ("gsm8k", 768), ("math-1.5b", 3072), ("math-7b", 3072)):
+        assert f"{n} for {name}" in told and PRESETS[name]["max_new_tokens"] == n
+
+
+@pytest.mark.parametrize("program, flags", [
+    (train_gsm8k, ("preset", "method", "model", "data", "steps", "out", "seed", "resume", "save-every", "eval-every",
+                   "budget-tokens", "gamma", "lam", "beta", "objective", "micro-batch-tokens")),
+    (eval_math, ("model", "sets", "data-dir", "out", "samples", "temperature"))])
+def test_help_shows_the_description_and_every_flag(program, flags, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    shown = capsys.readouterr().out
+    assert program.__doc__.strip().splitlines()[0] in shown
+    for flag in flags:
+        assert f"--{flag} " in shown
+
+
+def test_the_command_can_be_typed():
+    shown = subprocess.run([sys.executable, "train_gsm8k.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stderr == "" and "--preset " in shown.stdout

@@ -64,7 +64,8 @@ def tell(run, questions, groups, metrics):
     for y, r, A in zip(fork.branches, fork.rewards, advantages_of(fork.rewards)):
         yield f"            R = {r:.0f}   A_local = {A:+.2f}   {' '.join(text(y).split())}"
     recovered = sum(any(f.rewards) for f in forks)
-    fit = f"sigmoid({run.recoverability.w:.2f} r {run.recoverability.b:+.2f})" if run.recoverability.fitted else "still 1"
+    estimate = run.recoverability
+    fit = f"sigmoid({estimate.w:.2f} r {estimate.b:+.2f})" if estimate.fitted else "still 1"
     yield f"Line 4   {recovered} of the {len(forks)} pivots of this step were recovered by a branch."
     yield f"         P(success | r) was 1 for all r before the step. Now it is {fit}."
     yield f"         Q(t) of rollout {number} would now be {' '.join(f'{q:.3f}' for q in after)}."

@@ -212,6 +212,7 @@ def test_the_table_has_means_intervals_and_every_seed():
     assert "Base model: 8 states, 0.25 recovered." in text and "mean of 2 seeds" in text
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_numbers_figure_and_table_and_leaves_the_words_of_the_page(tmp_path, monkeypatch, capsys):
     def train_here(folder, flags):                                     # a process of its own would import torch anew
         code = train_gsm8k.main(flags)

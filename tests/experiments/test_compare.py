@@ -149,6 +149,7 @@ def test_a_short_comparison_of_two_methods(tmp_path, monkeypatch, capsys):
     assert "--seeds: must be at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_experiment_with_a_lock_makes_its_base_policy_first(tmp_path, monkeypatch):
     out, lock = tmp_path / "runs", Lock((2, 2), 1, (1, 1), 0.9)
     monkeypatch.setattr(compare, "make_base", partial(compare.make_base, steps=2))

@@ -35,6 +35,7 @@ def lines_of(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_table_by_hand(demo, tmp_path):
     out, printed = demo
     assert (out / "table.md").read_text().strip() in printed and printed.count(" ± 0 |") > 4     # one seed: no spread
@@ -53,6 +54,7 @@ def test_table_by_hand(demo, tmp_path):
     assert cells[:5] == [f"{statistics.mean(c):.{n}f} ± {statistics.stdev(c):.{n}f}" for c, n in columns]
 
 
+@pytest.mark.slow
 def test_equal_budgets(demo):
     out, _ = demo
     for method in program.ARMS:
@@ -66,6 +68,7 @@ def test_equal_budgets(demo):
         assert evaluated == list(range(0, len(run) - 1, 12 if method == "grpo" else 4))
 
 
+@pytest.mark.slow
 def test_all_methods_see_the_same_questions(demo, tmp_path):
     """Nothing on which the questions of a step depend differs, and the samples show those of the step they are from."""
     out, _ = demo
@@ -82,6 +85,7 @@ def test_all_methods_see_the_same_questions(demo, tmp_path):
             assert shown == {question.text for question in batch_at(run, step)}
 
 
+@pytest.mark.slow
 def test_figure_shows_what_the_runs_hold(demo):
     out, _ = demo
     runs = {m: [out / f"{m}-0"] for m in program.ARMS}
@@ -130,6 +134,7 @@ def test_the_caption_says_what_is_significant(tmp_path):
                    "GRPO (G = 24); with 3 seeds no difference to DEEP-GRPO is significant.")
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept(demo):
     out, _ = demo
     before = (out / "grpo-0" / "metrics.jsonl").stat().st_mtime_ns

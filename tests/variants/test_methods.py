@@ -200,7 +200,10 @@ def test_settings_of_a_method_give_way_to_flags():
 
 # ---- whole steps ----
 
-@pytest.mark.parametrize("method", METHODS)
+# One ablation stays here; each of the others replaces one function, too, and its step is among the slow tests.
+@pytest.mark.parametrize("method", [
+    pytest.param(name, marks=pytest.mark.slow if name in ABLATIONS and name != "train_prefix" else ())
+    for name in METHODS])
 def test_a_step_of_every_method_counts_its_tokens(method, tmp_path, monkeypatch):
     flags = ["--preset", "tiny", "--method", method, "--questions", "2", "--eval-every", "0", "--seed", "3"]
     run = train_gsm8k.prepare(parse_args([*flags, "--out", str(tmp_path / "run")]))
@@ -274,6 +277,7 @@ def test_the_training_script_passes_the_functions_of_the_row(tmp_path, monkeypat
     assert called == ["choose_pivots", "update", "weights"]
 
 
+@pytest.mark.slow
 def test_step_tokens_are_equal_for_all_methods_and_budgets_survive_a_restart(tmp_path):
     flags = ["--preset", "tiny", "--questions", "1", "--eval-every", "0", "--step-tokens", "2500",
              "--budget-tokens", "5000"]

@@ -1,6 +1,6 @@
 r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with confidence intervals.
 
-    python eval_math.py --model Qwen/Qwen2.5-0.5B-Instruct --sets gsm8k --max-new-tokens 512
+    python eval_math.py --model Qwen/Qwen2.5-0.5B-Instruct --sets gsm8k --max-new-tokens 768
     python eval_math.py --model runs/mine/checkpoints/step_100 --sets aime24,amc,math500,minerva,olympiadbench
     python eval_math.py --model sail/Qwen2.5-Math-7B-Oat-Zero --template qwen_math --sets math500 \
                         --samples 8 --temperature 0.6

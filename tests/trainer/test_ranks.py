@@ -77,6 +77,10 @@ def serve():
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
 
 
+def many(name, everything):
+    return [globals()[name](*args) for args in everything]
+
+
 class Processes:
     """The client of serve()."""
 
@@ -95,12 +99,16 @@ class Processes:
                    for suffix in ("out", "err")]
         return codes, *streams
 
-    def alone(self, name, *args):
-        """What name(*args) returned in one process, which is asked only once."""
-        key = (name, *args)
+    def once(self, n, name, everything, args):
+        """What name(*args) returns in n processes, one of the calls with the list `everything` of arguments.
+
+        All of them are made in the same processes, and only when the first result is asked for: most of the time of
+        one is that of its first steps.
+        """
+        key = json.dumps([n, name, everything])
         if key not in self.kept:
-            self.kept[key] = self(0, name, *args)
-        return self.kept[key]
+            self.kept[key] = self(n, "many", name, everything)
+        return [results[everything.index(args)] for results in self.kept[key]]
 
     def __call__(self, n, name, *args):
         codes, _, errors = self.run(n, name, *args)
@@ -247,19 +255,25 @@ def learn(case, same_policy, checkpointing, tied):
     grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     updated = update(model, optimizer, make_groups(), Config(beta=0.3, updates=2), ref, tokens, mine)
+    trainer.model.score_rows = score
     return {"loss": loss.item(), "metrics": metrics, "grads": grads, "updated": updated, "scored": scored,
             "old": (logps, entropies), "forwarded": forwarded,
             "weights": {name: whole(p.detach()) for name, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("case, n, same_policy, checkpointing, tied", [
-    ("example", 2, False, False, True), ("example", 3, False, True, False), ("example", 2, True, True, True),
-    ("one micro-batch", 3, False, False, False), ("a row each", 2, False, False, True),
-    ("one side each, 2", 2, False, False, True), ("one side each, 3", 3, False, False, True),
-    ("fewer rows than ranks", 3, False, False, True)])
-def test_n_ranks_compute_the_gradient_of_one_process(on_ranks, case, n, same_policy, checkpointing, tied):
-    expected, = on_ranks(0, "learn", case, same_policy, False, tied)
-    results = on_ranks(n, "learn", case, same_policy, checkpointing, tied)
+LEARNED = [                                            # n, case, same_policy, checkpointing, tied
+    (2, "example", False, False, True), (3, "example", False, True, False), (2, "example", True, True, True),
+    (3, "one micro-batch", False, False, False), (2, "a row each", False, False, True),
+    (2, "one side each, 2", False, False, True), (3, "one side each, 3", False, False, True),
+    (3, "fewer rows than ranks", False, False, True)]
+
+
+@pytest.mark.parametrize("n, case, same_policy, checkpointing, tied", LEARNED)
+def test_n_ranks_compute_the_gradient_of_one_process(on_ranks, n, case, same_policy, checkpointing, tied):
+    alone = [[case, same_policy, False, tied] for _, case, same_policy, _, tied in LEARNED]
+    expected, = on_ranks.once(0, "learn", alone, [case, same_policy, False, tied])
+    results = on_ranks.once(n, "learn", [list(args) for m, *args in LEARNED if m == n],
+                            [case, same_policy, checkpointing, tied])
     first_tokens = {g.prompt[0] for g in CASES[case][0]()}
     assert set.union(*(got["scored"] for got in results)) == first_tokens
     if case.startswith("one side each"):
@@ -363,7 +377,7 @@ def draws():
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_sampling_gathers_each_layer_once_per_call_and_not_per_token(on_ranks, n):
-    expected, = on_ranks.alone("draws")
+    expected, = on_ranks.once(0, "draws", [[]], [])
     for got in on_ranks(n, "draws"):
         assert got["greedy"] == expected["greedy"] and got["few"] == expected["few"]
         assert got["counts"] == [0, 0, 0]                      # while it generates: none
@@ -419,7 +433,7 @@ def disputed_steps(n):
 
 @pytest.mark.parametrize("n, flags", [(2, ["--offload-optimizer"]), (3, [])])
 def test_n_ranks_make_the_steps_of_one_process(on_ranks, n, flags):
-    expected, = on_ranks.alone("steps", 4)
+    expected, = on_ranks.once(0, "steps", [[4]], [4])
     assert expected["fit"]["fitted"] and expected["fit"]["w"] != 0
     for got in on_ranks(n, "steps", 4, *flags):
         assert got["fit"] == expected["fit"]                               # bit for bit: outcomes, w, b
@@ -432,14 +446,16 @@ def test_n_ranks_make_the_steps_of_one_process(on_ranks, n, flags):
             assert difference.square().mean().sqrt() < 1e-7
 
 
-@pytest.mark.parametrize("method, more", [("treerl", ["--branches", "2"]), ("attnrl", ["--segment-tokens", "3"]),
-                                          ("fr3e", []), ("rrpo", []), ("srpo", [])])
-def test_n_ranks_branch_the_states_of_one_process(on_ranks, method, more):
+BRANCHED = [[2, "--method", "treerl", "--branches", "2"], [2, "--method", "attnrl", "--segment-tokens", "3"],
+            [2, "--method", "fr3e"], [2, "--method", "rrpo"], [2, "--method", "srpo"]]
+
+
+@pytest.mark.parametrize("args", BRANCHED, ids=lambda args: args[2])
+def test_n_ranks_branch_the_states_of_one_process(on_ranks, args):
     """What the states depend on is computed in parts: log-probabilities, entropies, attention; draws are rank 0's."""
-    flags = ["--method", method, *more]
-    expected, = on_ranks(0, "steps", 2, *flags)
+    expected, = on_ranks.once(0, "steps", BRANCHED, args)
     assert sum(bool(forks) for _, groups in expected["steps"] for g in groups for forks in g) > 3
-    for got in on_ranks(2, "steps", 2, *flags):
+    for got in on_ranks.once(2, "steps", BRANCHED, args):
         for (metrics, forks), (own_metrics, own_forks) in zip(got["steps"], expected["steps"]):
             assert forks == own_forks and metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)
             assert metrics["grad_norm"] > 1e-3 and metrics["generated_tokens"] > 0

@@ -17,7 +17,7 @@ def soft_surrogate(logp, old_logp, advantages) -> Tensor:
     """m rho A per token, to be maximised. Shapes and units are those of loss.clipped_surrogate."""
     rho = torch.exp(logp - old_logp)
     with torch.no_grad():
-        trust = torch.where(advantages > 0, 1 - 0.03 * advantages, (1 - 0.03 * advantages.clamp(max=0)))
+        trust = torch.where(advantages > 0, 1 + 0.03 * advantages, 1 / (1 - 0.03 * advantages.clamp(max=0)))
         sigma = torch.exp(-0.3 * old_logp).clamp(1, 10) * trust
         moved = (rho - 1) * advantages > 0                                   # the way that A wants
         m = torch.where(moved, torch.exp(-(rho - 1) ** 2 / (2 * sigma ** 2)), torch.ones_like(rho))

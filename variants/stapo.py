@@ -22,5 +22,6 @@ def silence_spurious(table: Tensor, logp: Tensor, entropy: Tensor, probability=0
     spurious = unlikely & (A > 0) & (entropy < entropy[unlikely].quantile(quantile))
     kept = (~spurious).to(table)
     factors = kept * w.sum() / (kept * w).sum().clamp(min=1e-300)            # 0 / 0: nothing is left to weigh
+    table = table.clone()
     table[:, 1:3] *= factors[:, None]
     return table

@@ -1,17 +1,20 @@
 r"""AttnRL (arXiv 2509.26628): rollouts are branched where the steps begin that later steps attend to most.
 
-Rule. Of 6 rollouts round(6 exp(-accuracy)) are branched (G in place of 6): all when all fail, 2 when none does. Steps
-are split at blank lines, or, where a response has none, as DEEP-GRPO's. With alpha[j, k] = mean attention of the
-tokens of step j on those of step k, the influence of a step is
+Rule. Of 6 rollouts round(6 exp(-accuracy)) are branched (G in place of 6): all when all fail, 2 when none does. The
+minority comes first: the wrong ones when at least half are right, else the right ones. Steps are split at blank lines,
+or, where a response has none, as DEEP-GRPO's. With alpha[j, k] = mean attention of the tokens of step j on those of
+step k, the influence of a step is
 
-    FCI_k = max over layers and heads of sum_{j >= k+4} alpha[j, k]
+    FCI_k = max over layers and heads of sum_{j >= k+4} alpha[j, k],    and 0 for the first step
 
 Of the 20 % of steps with the largest FCI, the 2 earliest are sampled anew, from where they begin, with 2 branches each.
+The question itself is never branched, because the first step has no influence.
 
 Advantage and normaliser are those of TreeRL (treerl.py).
 
-Differs from deep_grpo.py in: line 2, and the weights of J (TreeRL's). Left out: the filter of questions, and batch
-sizes that follow past steps.
+Differs from deep_grpo.py in: line 2, and the weights of J (TreeRL's). Left out: the filter of questions, batch sizes
+that follow past steps, the least distance of 512 tokens between two branched steps, and the steps that fill up where
+fewer than two have an influence. Among rollouts of one class the first are taken, where the authors' code draws them.
 """
 import math
 import re
@@ -29,8 +32,8 @@ def choose_pivots(policy, questions, groups, config, recoverability, rng) -> lis
     """Line 2: the beginnings of the 2 earliest of the influential steps."""
     trees, items = [], []                            # (question, rollout), and what its influences are computed from
     for x, g in enumerate(groups):
-        accuracy = mean([t.reward for t in g.trajectories])
-        for i, t in enumerate(g.trajectories[:round(len(g.trajectories) * math.exp(-accuracy))]):
+        for i in branched_first([t.reward for t in g.trajectories]):
+            t = g.trajectories[i]
             ends = sentence_ends(t.response, policy.text, BLANK_LINE)
             ends = ends if len(ends) > 1 else segment_ends(t.response, config, policy.text)
             trees.append((x, i))
@@ -41,6 +44,14 @@ def choose_pivots(policy, questions, groups, config, recoverability, rng) -> lis
             for x, g in enumerate(groups)]
 
 
+def branched_first(rewards) -> list[int]:
+    """Which rollouts of a question are branched: round(G exp(-accuracy)) of them, those of the minority first."""
+    accuracy = mean(rewards)
+    minority = 0.0 if accuracy >= 0.5 else 1.0
+    order = sorted(range(len(rewards)), key=lambda i: rewards[i] != minority)                    # stable
+    return order[:round(len(rewards) * math.exp(-accuracy))]
+
+
 def earliest_influential(ends, influences) -> list[int]:
     """Where the 2 earliest of the top 20 % of the steps begin; steps without any influence do not count."""
     top = sorted(range(len(ends)), key=lambda k: -influences[k])[:math.ceil(0.2 * len(ends))]
@@ -49,7 +60,7 @@ def earliest_influential(ends, influences) -> list[int]:
 
 @torch.no_grad()
 def forward_context_influence(model, prompt, response, ends, gap=4) -> list[float]:
-    """FCI of every step of a response. ends: numbers of response tokens up to the end of each step.
+    """FCI of every step of a response, 0 for the first. ends: numbers of response tokens up to the end of each step.
 
     One forward with eager attention, the only one that has weights. They are pooled as each layer makes them, so memory
     is that of one layer.
@@ -75,4 +86,4 @@ def forward_context_influence(model, prompt, response, ends, gap=4) -> list[floa
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return torch.stack(found).amax(0).tolist()
+    return [0.0, *torch.stack(found).amax(0)[1:].tolist()]

@@ -4,20 +4,21 @@ Rule. Of G = 4 + 1 rollouts the first failed one is the probe. It is reset to wh
 branches are drawn from there. RRPO draws that step uniformly; SRPO asks the model itself which step is the first wrong
 one. Where SRPO's answer is no number of a step, the step is drawn as in RRPO.
 
-Advantage. (R - mean)/std in each half: the other rollouts, and the branches of the probe. The probe itself is not
-trained.
+Advantage. (R - mean)/std in each half: the other rollouts, and the branches of the probe. The std is that of the
+population (1/n, not 1/(n - 1) as in Eq. (A)). The probe itself is not trained.
 
     J = E_x [ 1/n sum over the n sequences of both halves, 1/|y| sum_t rho_t A - beta k3_t ]        without a clip
 
 Differs from deep_grpo.py in: line 2 (one failure per question, its step uniform or named by the model), the weights of
-J, and no clip (clip_low = 1, clip_high = 10^6). The words of SRPO's question are ours. What its answers cost is in the
+J, the std, and no clip (clip_low = 1, clip_high = 10^6). The words of SRPO's question are ours. What its answers cost is in the
 count of generated tokens.
 """
 import re
+from statistics import pstdev
 
 from deep_grpo import Group, segment_ends
-from loss import Span, advantages_of
-from variants.treerl import fork_at
+from loss import Span
+from variants.treerl import fork_at, mean
 
 SRPO_QUESTION = ("{question}\n\nHere is an attempt, by steps:\n\n{steps}\n\nIts final answer is wrong. "
                  "Which step is the first wrong one? Answer with its number only.")
@@ -62,13 +63,19 @@ def reset_failed(groups, state) -> list[Group]:
     return result
 
 
+def advantages_of(rewards) -> list[float]:
+    """(R - mean) / std over one half, with the std of the population. Equal rewards give 0."""
+    std = pstdev(rewards) if rewards else 0.0
+    return [(r - mean(rewards)) / std if std else 0.0 for r in rewards]
+
+
 def weights(groups, config) -> list[Span]:
     """The constants of J above."""
     spans = []
     for g in groups:
         others = [t for t in g.trajectories if not t.branches]
         n = len(others) + sum(len(t.branches) for t in g.trajectories)
-        A_others = iter(advantages_of([t.reward for t in others]) if others else [])
+        A_others = iter(advantages_of([t.reward for t in others]))
 
         def trained(y, A, n=n):
             w = 1 / (len(groups) * n * max(1, len(y)))

@@ -1,8 +1,9 @@
 r"""STAPO (arXiv 2602.15620): tokens that a right answer would reward by accident are left out of the loss.
 
-Rule. A token is spurious when A > 0, pi(y_t) < .002, and its entropy is below the 75 % quantile of the entropies of all
-tokens that improbable. Spurious tokens have weight 0. The weights of the others grow by one factor, so that their sum
-stays what it was.
+Rule. A token of a right response (A > 0) is improbable when pi(y_t) < .002, and spurious when its entropy is also below
+the 75 % quantile of the entropies of all improbable tokens of the right responses of the batch. Spurious tokens have
+weight 0. The weights of the others grow by one factor, so that their sum stays what it was. With the weights 1/N of a
+token mean, that is the mean over the rest.
 
 Differs from deep_grpo.py in: two columns of the table of loss tokens (`reweigh` of objective()). It composes with every
 method (`--stapo`), and costs one more pass over all loss tokens.
@@ -16,10 +17,10 @@ def silence_spurious(table: Tensor, logp: Tensor, entropy: Tensor, probability=0
     table: [N, 5]. logp, entropy: what the policy thinks of the N tokens, in nats. Returns a new table.
     """
     A, w = table[:, 0], table[:, 1]
-    unlikely = logp.exp() < probability
-    if not unlikely.any():
+    improbable = (A > 0) & (logp.exp() < probability)
+    if not improbable.any():
         return table
-    spurious = unlikely & (A > 0) & (entropy < entropy[unlikely].quantile(quantile))
+    spurious = improbable & (entropy < entropy[improbable].quantile(quantile))
     kept = (~spurious).to(table)
     factors = kept * w.sum() / (kept * w).sum().clamp(min=1e-300)            # 0 / 0: nothing is left to weigh
     table = table.clone()

@@ -18,7 +18,7 @@ from variants.attnrl import earliest_influential, forward_context_influence
 # ---- influence ----
 
 def slow_influence(model, prompt, response, ends, gap):
-    """FCI from the definition, with all attention weights at once."""
+    """FCI from the definition, with all attention weights at once; the first step has none."""
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     attentions = eager(input_ids=torch.tensor([prompt + response]), output_attentions=True).attentions
@@ -26,7 +26,7 @@ def slow_influence(model, prompt, response, ends, gap):
     best = [0.0] * len(steps)
     for layer in attentions:
         for head in layer[0]:
-            for k in range(len(steps)):
+            for k in range(1, len(steps)):
                 total = 0.0
                 for j in range(k + gap, len(steps)):
                     total += sum(head[q, t].item() for q in steps[j] for t in steps[k]) / len(steps[j]) / len(steps[k])
@@ -41,7 +41,7 @@ def test_influence_by_its_definition_and_the_model_is_left_as_it_was(gap):
     ends = [3, 4, 9, 14, 17, 22, 28, 30]
     got = forward_context_influence(model, [3, 5, 8], response, ends, gap)
     assert got == pytest.approx(slow_influence(model.eval(), [3, 5, 8], response, ends, gap), rel=1e-5, abs=1e-9)
-    assert min(got[:len(ends) - gap]) > 0 and got[len(ends) - gap:] == [0.0] * gap
+    assert min(got[1:len(ends) - gap]) > 0 and got[0] == 0 and got[len(ends) - gap:] == [0.0] * gap
     assert gap != 4 or got == forward_context_influence(model, [3, 5, 8], response, ends)      # that of the paper
     model.train()
     forward_context_influence(model, [3, 5, 8], response, ends, gap)
@@ -70,9 +70,9 @@ def test_the_earliest_two_of_the_top_fifth_by_hand():
     ends = [2, 5, 9, 12, 15, 18, 20, 24, 26, 30, 33]                       # 11 steps: the top fifth are 3
     influence = [0.1, 0.2, 0.9, 0.3, 0.8, 0.5, 0.7, 0.0, 0.0, 0.0, 0.0]
     assert earliest_influential(ends, influence) == [5, 12]                # steps 2, 4 and 6; the first begins at 5
-    assert earliest_influential(ends[:5], [0.5, 0.1, 0.6, 0.0, 0.0]) == [5]         # of 5 steps one
-    assert earliest_influential(ends[:6], [0.5, 0.1, 0.6, 0.0, 0.0, 0.0]) == [0, 5]     # of 6 steps two
-    assert earliest_influential(ends[:6], [0.5] + [0.0] * 5) == [0]        # without any influence a step is none
+    assert earliest_influential(ends[:5], [0.0, 0.1, 0.6, 0.0, 0.0]) == [5]         # of 5 steps one
+    assert earliest_influential(ends[:6], [0.0, 0.1, 0.6, 0.0, 0.0, 0.0]) == [2, 5]     # of 6 steps two
+    assert earliest_influential(ends[:6], [0.0, 0.5] + [0.0] * 4) == [2]   # without any influence a step is none
     assert earliest_influential(ends[:3], [0.0] * 3) == []
 
 
@@ -85,7 +85,7 @@ def test_it_branches_where_the_earliest_influential_steps_begin():
         groups = [Group([3, 5], [Trajectory(y, r) for y, r in zip(responses, rewards)])]
         policy.forwarded = 0
         chosen = choose(attnrl.choose_pivots, policy, groups)
-        assert policy.forwarded == sum(2 + len(y) for y in responses[:trees])
+        assert policy.forwarded == sum(2 + len(y) for y in responses[:trees])    # here the minority is first anyway
         assert all(t.forks == [] for t in chosen[0].trajectories[trees:])
         for i, (y, t) in enumerate(zip(responses[:trees], chosen[0].trajectories)):
             width = {1: 5}.get(i, 3)
@@ -100,11 +100,11 @@ def test_it_branches_where_the_earliest_influential_steps_begin():
 
 
 class Watched(Policy):
-    """A policy by which every step has an influence, and which keeps the steps that it was asked about."""
+    """A policy by which every step but the first has an influence, and which keeps what it was asked about."""
     def each(self, function, items):
         assert function is forward_context_influence
         self.asked = items
-        return [[1.0] * len(ends) for _, _, ends in items]
+        return [[0.0] + [1.0] * (len(ends) - 1) for _, _, ends in items]
 
 
 @pytest.mark.parametrize("response, segment_tokens, ends", [
@@ -119,12 +119,32 @@ def test_steps_are_split_at_blank_lines_or_else_as_those_of_deep_grpo(response, 
 
 
 def test_the_number_of_trees_follows_the_accuracy_of_each_question():
-    """round(6 exp(-accuracy)) of the first rollouts, whatever their rewards are."""
-    policy = make_policy(kind=Watched)
+    """round(6 exp(-accuracy)) of its rollouts."""
+    policy, y = make_policy(kind=Watched), [5, 2, 6, EOS]                  # two steps; the second begins at 2
     for right, trees in ((0, 6), (1, 5), (2, 4), (3, 4), (4, 3), (5, 3), (6, 2)):
-        rollouts = [Trajectory([5, EOS], float(i < right)) for i in range(6)]
-        chosen = choose(attnrl.choose_pivots, policy, [Group([3], rollouts), Group([4], [Trajectory([5, EOS], 0.0)])])
-        assert pivots(chosen) == [[[0]] * trees + [[]] * (6 - trees), [[0]]]
+        rollouts = [Trajectory(y, float(i < right)) for i in range(6)]
+        first, second = pivots(choose(attnrl.choose_pivots, policy, [Group([3], rollouts),
+                                                                     Group([4], [Trajectory(y, 0.0)])]))
+        assert sorted(first) == [[]] * (6 - trees) + [[2]] * trees and second == [[2]]
+
+
+@pytest.mark.parametrize("rewards, branched", [
+    ([0, 0, 1, 0, 0, 1], [0, 1, 2, 5]),                                    # accuracy 1/3: 4 trees, both right ones
+    ([1, 1, 0, 1, 0, 1], [0, 2, 4]),                                       # accuracy 2/3: 3 trees, both wrong ones
+    ([1, 1, 1, 0, 0, 0], [0, 3, 4, 5]),                                    # at one half wrong ones are the minority
+    ([1, 1, 1, 1, 1, 0], [0, 1, 5]), ([0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 5]),
+    ([1] * 6, [0, 1]), ([0] * 6, [0, 1, 2, 3, 4, 5])])
+def test_trees_of_the_minority_class_come_first(rewards, branched):
+    group = Group([3], [Trajectory([5, 2, 6, EOS], float(r)) for r in rewards])
+    (forks,) = pivots(choose(attnrl.choose_pivots, make_policy(kind=Watched), [group]))
+    assert [i for i, f in enumerate(forks) if f] == branched
+
+
+def test_the_question_itself_is_never_branched():
+    policy, rng = make_policy(make_model()), np.random.default_rng(2)
+    responses = [[x for _ in range(10) for x in (*rng.integers(5, 23, 2).tolist(), 2)] + [EOS] for _ in range(40)]
+    chosen = choose(attnrl.choose_pivots, policy, [Group([3, 5], [Trajectory(y, 0.0) for y in responses])])
+    assert all(len(forks) == 2 and min(forks) > 0 for forks in pivots(chosen)[0])
 
 
 def test_the_states_of_two_questions_do_not_mix():

@@ -22,9 +22,8 @@ def test_constants_by_hand():
     spans = rrpo.weights(groups, Config(beta=0.5))
     assert [span.tokens for span in spans] == [3, 7, 2, 4, 1, 1, 5, 2, 4, *[1] * 5]
     assert spans[1] == (7, 0.0, 0.0, 0.0)                                      # the probe itself is not trained
-    half = 0.5 / (math.sqrt(1 / 3) + 1e-6)
-    assert [spans[i].A for i in (0, 6, 7, 8)] == pytest.approx([half, -half, half, -half], rel=1e-12)
-    high, low = 0.75 / (0.5 + 1e-6), -0.25 / (0.5 + 1e-6)
+    assert [spans[i].A for i in (0, 6, 7, 8)] == pytest.approx([1, -1, 1, -1], rel=1e-12)     # population std .5
+    high, low = math.sqrt(3), -1 / math.sqrt(3)                                # and sqrt(3) / 4
     assert [span.A for span in spans[2:6]] == pytest.approx([high, low, low, low], rel=1e-12)
     for span in (spans[0], *spans[2:9]):
         n = 2 * 8 * span.tokens                                                # questions, sequences, tokens
@@ -37,7 +36,7 @@ def test_a_question_with_nothing_but_the_probe_trains_its_branches():
     lone = [Group([3], [Trajectory([5], 0.0, [Fork(0, 0.0, [[6], [7]], [1.0, 0.0])])])]
     probe, *branches = rrpo.weights(lone, Config())
     assert probe == (1, 0.0, 0.0, 0.0) and [span.w for span in branches] == [0.5, 0.5]
-    assert branches[0].A == -branches[1].A == pytest.approx(0.5 / (math.sqrt(0.5) + 1e-6))
+    assert branches[0].A == -branches[1].A == pytest.approx(1, rel=1e-12)
 
 
 @pytest.mark.parametrize("method", ["rrpo", "srpo"])
@@ -48,7 +47,7 @@ def test_there_is_no_clip(method):
     old, *_ = score_groups(old_model, groups, Config())
     now, *_ = score_groups(model, groups, Config())
     loss, metrics = objective(model, groups, Config(beta=0.0, **settings), None, old, weights=METHODS[method].weights)
-    high, low = 2 / 3 / (math.sqrt(1 / 3) + 1e-6), -1 / 3 / (math.sqrt(1 / 3) + 1e-6)
+    high, low = math.sqrt(2), -1 / math.sqrt(2)                                # the population std is sqrt(2) / 3
     by_hand = sum(torch.exp(a - b).mean() * A / 3 for a, b, A in zip(now, old, (high, low, low)))
     assert loss.item() == pytest.approx(-by_hand.item(), rel=1e-10) and metrics["clip_fraction"] == 0
     clipped, metrics = objective(model, groups, Config(beta=0.0), None, old, weights=METHODS[method].weights)

@@ -18,8 +18,8 @@ def test_improbable_confident_accidents_of_right_answers_are_silenced():
     entropy = doubles([0.1, 0.1, 5.0, 0.2, 0.1, 0.1, 0.1])
     table = doubles([[1.0, 0.1, 0.01, 1, -1]] * 4 + [[-1.0, 0.2, 0.02, 0, -2]] * 2 + [[2.0, 0.3, 0.03, 1, -3]])
     before = table.clone()
-    # Improbable are those with the entropies .1, 5, .2, .1: their 75 % quantile is .2 + .25 * 4.8. Of the three
-    # below it the last has A < 0.
+    # Improbable tokens of right responses have the entropies .1, 5 and .2: their 75 % quantile is .2 + .5 * 4.8.
+    # Two are below it. The fifth token is improbable, too, but of a wrong response.
     scale = (0.1 * 4 + 0.2 * 2 + 0.3) / (0.1 * 2 + 0.2 * 2 + 0.3)
     factors = doubles([0, scale, scale, 0, scale, scale, scale])
     silenced = silence_spurious(table, logp, entropy)
@@ -29,12 +29,29 @@ def test_improbable_confident_accidents_of_right_answers_are_silenced():
     assert silenced[:, 1].sum().item() == pytest.approx(table[:, 1].sum().item(), rel=1e-12)
     assert torch.equal(table, before)                                                  # and so does the argument
     assert torch.equal(silence_spurious(table, torch.zeros(7), entropy), table)
-    low = silence_spurious(table, logp, entropy, quantile=0.25)                        # .1, and .1 is not below it
+    low = silence_spurious(table, logp, entropy, quantile=0.0)                         # .1, and .1 is not below it
     torch.testing.assert_close(low, table, rtol=1e-12, atol=0)
     alone = silence_spurious(table[:1], logp[:1], entropy[:1], quantile=1.0)           # nor is the only one
     assert torch.equal(alone, table[:1])
     assert torch.equal(silence_spurious(table, logp, entropy, probability=0.0005), table)
     assert torch.isfinite(silence_spurious(table[[0, 2]], logp[[0, 2]], entropy[[0, 2]])).all()
+
+
+def test_a_right_response_by_hand():
+    """The entropies of the four improbable tokens give the threshold 1.25; the mean is over the other two."""
+    logp, entropy = doubles([0.001, 0.001, 0.0015, 0.0019, 0.3]).log(), doubles([0.1, 0.5, 1.0, 2.0, 0.2])
+    table = doubles([[1.0, 1 / 5, 0.0, 1, 0]] * 5)
+    assert silence_spurious(table, logp, entropy)[:, 1].tolist() == pytest.approx([0, 0, 0, 1 / 2, 1 / 2], rel=1e-12)
+
+
+def test_tokens_of_wrong_responses_have_no_part_in_the_quantile():
+    logp, entropy = doubles([0.001] * 6).log(), doubles([1.0, 2.0, 3.0, 9.0, 9.0, 9.0])
+    table = doubles([[1.0, 0.1, 0.0, 1, 0]] * 3 + [[-1.0, 0.1, 0.0, 1, 0]] * 3)
+    silenced = silence_spurious(table, logp, entropy)                                  # threshold 2.5
+    assert (silenced[:, 1] == 0).tolist() == [True, True, False, False, False, False]
+    unchanged = table.clone()
+    unchanged[:3, 0] = -1.0
+    assert torch.equal(silence_spurious(unchanged, logp, entropy), unchanged)
 
 
 def test_when_every_token_with_a_weight_is_silenced_nothing_is_left():

@@ -77,6 +77,14 @@ def test_predictions_on_made_up_states():
     assert by_hand == pytest.approx([np.log(0.25), np.log(0.75), np.log(1e-6)])
 
 
+def test_a_prediction_does_not_depend_on_the_other_states_that_are_predicted():
+    """Scaled by the mean of the held-out states, a prediction would know something of them."""
+    train, test = made_up_states(), made_up_states(seed=1)
+    few, all_of_them = predictions(train, test[:5]), predictions(train, test)
+    for name in PREDICTIONS:
+        assert few[name] == pytest.approx(all_of_them[name][:5], rel=1e-12)
+
+
 @pytest.mark.parametrize("column, name, other", [(ENTROPY, "r + entropy", "r + difficulty"),
                                                  (DIFFICULTY, "r + difficulty", "r + entropy")])
 def test_a_feature_that_decides_is_found_by_the_predictions_that_have_it(column, name, other):
@@ -212,13 +220,15 @@ def test_the_table_has_means_intervals_and_every_seed():
     assert "Base model: 8 states, 0.25 recovered." in text and "mean of 2 seeds" in text
 
 
-@pytest.mark.slow
-def test_a_short_run_writes_numbers_figure_and_table_and_leaves_the_words_of_the_page(tmp_path, monkeypatch, capsys):
-    def train_here(folder, flags):                                     # a process of its own would import torch anew
-        code = train_gsm8k.main(flags)
-        return SimpleNamespace(wait=lambda: code)
+def test_numbers_figure_and_table_are_written_and_the_words_of_the_page_stay(tmp_path, monkeypatch, capsys):
+    observed = []
 
-    monkeypatch.setattr(calibrate, "start_run", train_here)
+    def observe(model, seed, n, args):
+        observed.append((model, seed, n))
+        return made_up_states(80, seed=len(observed))
+
+    monkeypatch.setattr(calibrate, "observe_policy", observe)
+    monkeypatch.setattr(calibrate, "trained_policy", lambda seed, args: tmp_path / f"trained-{seed}")
     results, runs = tmp_path / "results", tmp_path / "runs"
     results.mkdir()
     page, numbers, picture = (results / f"calibration.{ending}" for ending in ("md", "json", "png"))
@@ -226,32 +236,53 @@ def test_a_short_run_writes_numbers_figure_and_table_and_leaves_the_words_of_the
     flags = ["--preset", "tiny", "--seeds", "2", "--questions", "3", "--steps", "1", "--out", str(runs),
              "--results", str(results)]
     calibrate.main(flags)
+    base = tasks.lock.ASSETS / "tiny"
+    assert observed == [(base, 0, 3), (tmp_path / "trained-0", 0, 3), (base, 1, 3), (tmp_path / "trained-1", 1, 3)]
     text = page.read_text()
     assert text.startswith("# Our words\n\n<!--") and text.endswith("-->\n\nMore words.\n") and "old" not in text
+    assert "`python -m experiments.calibrate --preset tiny" in text
     assert text.count("| r: Eq. (P) |") == 2 and "**After 1 steps of DEEP-GRPO.**" in text
     assert picture.read_bytes()[:4] == b"\x89PNG"
     kept = json.loads(numbers.read_text())
     assert kept["settings"] == {"preset": "tiny", "seeds": 2, "questions": 3, "steps": 1}
     assert list(kept["policies"]) == ["base model", "after 1 steps of DEEP-GRPO"]
-    titles = [axis.get_title("left") for axis in calibrate.plot_calibration(kept).axes]
-    assert titles == ["", ""]                                          # their sentences are about the kept result
-    titles = [axis.get_title("left") for axis in calibrate.plot_calibration(kept | {"settings": {
-        "preset": "tiny-deep", "seeds": 5, "questions": 24, "steps": 12}}).axes]
-    assert all(title.endswith(".") for title in titles)
-    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*.npy")}
-    assert len(before) == 4 == len({p.read_bytes() for p in before})   # other questions, other draws
+
     calibrate.main(flags)                                              # nothing is observed twice
-    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*.npy")} == before
-    assert page.read_text() == text and json.loads(numbers.read_text()) == kept
+    assert len(observed) == 4 and page.read_text() == text and json.loads(numbers.read_text()) == kept
     drawn = picture.read_bytes()
     picture.unlink()
     calibrate.main(["--redraw", "--results", str(results)])            # from calibration.json alone
-    assert picture.read_bytes() == drawn and page.read_text() == text
+    assert picture.read_bytes() == drawn and page.read_text() == text and len(observed) == 4
     numbers.unlink()
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         calibrate.main(["--redraw", "--results", str(results)])
     assert "--redraw" in capsys.readouterr().err and not numbers.exists()
+
+
+@pytest.mark.parametrize("change, message", [({}, True), ({"steps": 13}, False), ({"preset": "tiny"}, False)])
+def test_the_figure_has_the_sentences_of_the_kept_result_only_where_the_settings_are_its_own(change, message):
+    settings = {"preset": "tiny-deep", "seeds": 5, "questions": 24, "steps": 12} | change
+    kept = summarize_states([made_up_states(80)])
+    figure = calibrate.plot_calibration({"settings": settings, "policies": {"base model": kept, "trained": kept}})
+    assert figure.get_suptitle() == (calibrate.MESSAGE if message else calibrate.TITLE)
+    assert [bool(axis.get_title("left")) for axis in figure.axes] == [message] * 2
+
+
+@pytest.mark.slow
+def test_a_short_run(tmp_path, monkeypatch):
+    def train_here(folder, flags):                                     # a process of its own would import torch anew
+        code = train_gsm8k.main(flags)
+        return SimpleNamespace(wait=lambda: code)
+
+    monkeypatch.setattr(calibrate, "start_run", train_here)
+    calibrate.main(["--preset", "tiny", "--seeds", "2", "--questions", "3", "--steps", "1", "--out",
+                    str(tmp_path / "runs"), "--results", str(tmp_path / "results")])
+    observed = {p.read_bytes() for p in (tmp_path / "runs").rglob("*.npy")}
+    assert len(observed) == 4                                          # other questions, other draws
+    assert (tmp_path / "results" / "calibration.md").read_text().count("| r: Eq. (P) |") == 2
+    kept = json.loads((tmp_path / "results" / "calibration.json").read_text())
+    assert all(policy["states"] > 10 for policy in kept["policies"].values())
 
 
 def test_a_training_run_that_fails_is_named(tmp_path, monkeypatch):

@@ -29,17 +29,15 @@ LIST_NUMBER = re.compile(r"\W*\d{1,2}\.\W*")               # "2." begins a segme
 def sentence_ends(response: list[int], decode, pattern=SENTENCE_END) -> list[int]:
     """The number of response tokens up to the end of each sentence. The last one is len(response).
 
-    response: token ids. decode: list of ids -> text, without special tokens. Tokens are decoded one by one. This is
-    exact for the ASCII characters that are looked for, with byte-level tokenizers (Qwen, Llama 3) and with word-level
-    ones. A segment without a letter or digit (a second line break, EOS) belongs to the sentence before it. The number
-    of a list item belongs to the sentence after it. "Dr." and "e.g." end a sentence, as in the authors' code.
+    response: token ids. decode: list of ids -> text, without special tokens. A segment without a letter or digit (a
+    second line break, EOS) belongs to the sentence before it. The number of a list item belongs to the sentence after
+    it. "Dr." and "e.g." end a sentence, as in the authors' code.
     """
-    pieces = [decode([token]) for token in response]
-    text, bounds = "".join(pieces), list(accumulate(map(len, pieces)))       # bounds[i]: where token i ends
+    text, bounds = text_and_bounds(response, decode)
     ends, start = [], 0
     cuts = [bisect_right(bounds, match.end() - 1) + 1 for match in pattern.finditer(text)]
     for end in [*cuts, len(response)]:                       # the token with the full stop ends the sentence
-        segment = "".join(pieces[start:end])
+        segment = text[bounds[start - 1] if start else 0:bounds[end - 1]]
         if end < len(response) and LIST_NUMBER.fullmatch(segment):
             continue
         if any(c.isalnum() for c in segment):
@@ -48,6 +46,29 @@ def sentence_ends(response: list[int], decode, pattern=SENTENCE_END) -> list[int
             ends[-1] = max(end, start)
         start = max(end, start)
     return ends or [len(response)]
+
+
+def text_and_bounds(response: list[int], decode) -> tuple[str, list[int]]:
+    """The text of a response, and for every token the number of characters up to its end.
+
+    A token alone does not show what it adds. Many tokenizers (those of Llama 2, Mistral and Phi-3) drop the space
+    before a token that is decoded alone, and a character may be spread over several tokens. So each token is decoded
+    after the last one that has text, and a character that is not complete waits for the next token. Where these pieces
+    do not make up the text, every beginning of the response is decoded instead, which is exact and slow.
+    """
+    text, found, bounds = decode(response), "", []
+    context, pending = [], []
+    for i, token in enumerate(response):
+        pending = [*pending, token]
+        added = decode(context + pending)[len(decode(context)):]
+        complete = added != "" and added[-1] != "\N{REPLACEMENT CHARACTER}"
+        if complete or i == len(response) - 1 or len(pending) == 8:      # no character is spread over more tokens
+            found += added
+            context, pending = pending, []
+        bounds.append(len(found))
+    if found != text:
+        bounds = list(accumulate((len(decode(response[:i + 1])) for i in range(len(response))), max))
+    return text, bounds
 
 
 def fixed_ends(response: list[int], tokens: int) -> list[int]:

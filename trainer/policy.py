@@ -12,6 +12,7 @@ Your own reward: make a subclass with another `reward`, or replace that method.
 import time
 from collections import Counter
 from contextlib import contextmanager
+from functools import lru_cache, partial
 
 from deep_grpo import score_groups
 from grading import grade_gsm8k, grade_math
@@ -54,6 +55,8 @@ class Policy:
         self.micro_batch_tokens = micro_batch_tokens
         self.generated = self.forwarded = 0
         self.clock, self.imbalance = Clock(), {}
+        self.decode = partial(tokenizer.decode, skip_special_tokens=True)
+        self.decode_kept = lru_cache(2**16)(self.decode)
 
     def sample(self, prefixes, k, max_new_tokens, expected_tokens=None, temperature=None):
         """[N][k] continuations of N prefixes (token ids), by resample.sample, at the run's temperature unless given.
@@ -93,8 +96,8 @@ class Policy:
             return share(pairs, lambda part: [self.reward(*pair) for pair in part])
 
     def text(self, ids) -> str:
-        """Token ids as text, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Token ids as text, without special tokens. Pairs are kept, because pivot.py asks for the same ones often."""
+        return self.decode_kept(tuple(ids)) if len(ids) <= 2 else self.decode(ids)
 
     def encode(self, text) -> list[int]:
         """The prompt of one user message."""

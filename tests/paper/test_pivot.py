@@ -1,4 +1,5 @@
 """Eq. (Q): the paper's test vectors, exact rational arithmetic, and where sentences end."""
+import json
 import re
 import subprocess
 import sys
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from pivot import candidate_ratios, draw_pivot, fixed_ends, pivot_distribution, sentence_ends
+from pivot import candidate_ratios, draw_pivot, fixed_ends, pivot_distribution, sentence_ends, text_and_bounds
 from recoverability import Recoverability, sigmoid
 
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen2.5_0.5b_instruct"
@@ -96,6 +99,88 @@ def test_sentences_with_the_real_tokenizer():
     parts = [tokenizer.decode(response[a:b], skip_special_tokens=True) for a, b in zip([0, *ends], ends)]
     assert parts == ["Natalia sold 48/2 = 24.5 clips in May.\n", "She earned $1,000.50 é — in all.",
                      " That is 3.\n\n", "So 72\n", "#### 72"]
+
+
+LINES = ["He has 3 apples. He buys 4 more. Now he has 7.\n#### 7", "Über 5 Äpfel. Dann 6. \U0001f34e So 7.", "No end"]
+
+
+def make_tokenizer(kind):
+    """A small fast tokenizer whose tokens lose something when they are decoded alone. Returns (encode, decode)."""
+    special = ["<unk>", "</s>"]
+    if kind == "word pieces":                                    # "." and "##s" join what stands before them
+        tokenizer = Tokenizer(models.WordPiece({}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    elif kind == "byte level":                                   # Qwen, Llama 3
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    elif kind == "unigram":                                      # T5 and others of sentencepiece
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    else:                                                        # Llama 2, Mistral, Phi-3
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
+                                               decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        special += [f"<0x{i:02X}>" for i in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False, limit_alphabet=30)
+    tokenizer.train_from_iterator(["he has 3 apples. now 7", *LINES[:1]], trainer)
+    if kind == "llama":                                          # the bytes are tokens like others, not special ones
+        state = json.loads(tokenizer.to_str())
+        state["added_tokens"] = state["added_tokens"][:2]
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    return fast.encode, lambda ids: fast.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "unigram", "word pieces", "byte level"])
+def test_sentences_on_one_line_are_found_with_every_kind_of_tokenizer(kind):
+    encode, decode = make_tokenizer(kind)
+    text = "he has 3 apples. he has 7. now 4. he has"
+    response = encode(text)
+    ends = sentence_ends(response, decode)
+    assert [decode(response[:end]).rstrip() for end in ends] == [
+        "he has 3 apples.", "he has 3 apples. he has 7.", "he has 3 apples. he has 7. now 4.", text]
+
+
+@pytest.mark.parametrize("kind", ["llama", "unigram", "word pieces", "byte level"])
+def test_the_text_of_every_token_is_that_of_growing_prefixes(kind):
+    """Also with characters of several tokens, with special tokens in between, and with bytes that are no character."""
+    encode, decode = make_tokenizer(kind)
+    rng = np.random.default_rng(0)
+    responses = [encode(line) for line in LINES]
+    responses += [[*responses[0][:5], 1, *responses[0][5:], 1, 1], [], rng.integers(2, 60, 80).tolist()]
+    for response in responses:
+        text, bounds = text_and_bounds(response, decode)
+        assert text == decode(response) and len(bounds) == len(response)
+        for i, bound in enumerate(bounds):
+            prefix = decode(response[:i + 1])
+            complete = prefix.rstrip("\ufffd")
+            if text.startswith(prefix) or text.startswith(complete):     # else what follows has changed the prefix
+                assert len(complete) <= bound <= len(prefix)
+
+
+def test_where_a_token_changes_what_stands_before_it_every_prefix_is_decoded():
+    words = ["a", "'", "b.", "c"]
+    text, bounds = text_and_bounds([0, 1, 2, 3], lambda ids: " ".join(words[i] for i in ids).replace(" ' ", "'"))
+    assert text == "a'b. c" and bounds == [1, 3, 4, 6]
+
+
+def test_a_wait_for_a_character_that_never_comes_has_an_end():
+    """Of 4,000 stray bytes each is decoded with a few others, not with all of them."""
+    encode, decode = make_tokenizer("llama")
+    stray, lengths = encode("\U0001f34e")[1:2], []
+
+    def watched(ids):
+        lengths.append(len(ids))
+        return decode(ids)
+
+    text, bounds = text_and_bounds(stray * 4000, watched)
+    assert text == "\ufffd" * 4000 and bounds[-1] == 4000 and sorted(bounds) == bounds
+    assert sum(lengths) < 100_000
 
 
 def test_fixed_ends():

@@ -93,7 +93,7 @@ class Answering(Policy):
         return [[[self.answers.pop(0)]] for _ in prefixes]
 
     def text(self, ids):
-        return ids[0] if isinstance(ids[0], str) else super().text(ids)
+        return ids[0] if ids and isinstance(ids[0], str) else super().text(ids)
 
 
 def answering(*answers):

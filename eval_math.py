@@ -28,6 +28,7 @@ draws other samples.
 Exit codes: 0 done, 2 bad input (with one line on stderr), 1 anything else.
 """
 import argparse
+import datetime
 import hashlib
 import itertools
 import json
@@ -36,6 +37,7 @@ import os
 import random
 import re
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -46,11 +48,12 @@ from tqdm import tqdm
 import tasks.lock
 from grading import grade_gsm8k, grade_last_number, grade_math
 from resample import sample
-from tasks import SETS, TEMPLATES, load_set, make_questions, stop_ids
+from tasks import SETS, TEMPLATES, fix_date, load_set, make_questions, stop_ids
 from trainer.check import check_length, check_model, context_of
 from trainer.checkpoint import append_lines, write_whole
 from trainer.model import load_model
 from trainer.ranks import device, end, fail, first, gather, rank, start, world_size
+from trainer.session import owned
 from trainer.settings import PRESETS, OneLineParser, count
 
 MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
@@ -102,27 +105,34 @@ def parse_args(argv=None):
     return args
 
 
-def describe(args, model, stop, questions):
-    """Everything that an answer depends on, for config.json. Weights and questions are checksums."""
+def describe(args, model, stop, questions, date=None):
+    """Everything that an answer depends on, for config.json. Weights and questions are checksums.
+
+    date: the one in the prompts, where the chat template asks for today's.
+    """
     flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
     weights = sum(part.view(torch.uint8).sum(dtype=torch.int64).item()      # in parts, as the sum copies to int64
                   for p in model.parameters() for part in p.detach().reshape(-1).split(2**24))
-    digests = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-               for name, asked in questions.items()}
+    checksums = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+                 for name, asked in questions.items()}
     return {name: getattr(args, name) for name in flags} | {
         "stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": weights,
-        "questions": digests}
+        "questions": checksums} | ({"date": date} if date else {})
 
 
-def check_folder(out, config):
-    """Raise ValueError when `out` is a file, or holds an evaluation with another config."""
+def read_folder(out):
+    """The config.json of the evaluation in `out`, {} if there is none. Raises ValueError when it cannot be read."""
     try:
-        there = dict(json.loads((out / "config.json").read_text()).items())
+        return dict(json.loads((out / "config.json").read_text()).items())
     except FileNotFoundError:
-        return
+        return {}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"--out {out} holds no readable config.json ({error}): choose another") from error
-    for name in there | config:
+
+
+def check_folder(out, there, config):
+    """ValueError when `out` holds an evaluation with another config. there: its config.json, {} if there is none."""
+    for name in there | config if there else ():
         if there.get(name) != config.get(name):
             raise ValueError(f"{out} holds another evaluation: {name} is {there.get(name)!r:.60} there, "
                              f"{config.get(name)!r:.60} now; choose another --out, or delete that folder")
@@ -297,25 +307,29 @@ def write_table(results):
     return "\n".join(lines) + "\n"
 
 
-def prepare(args):
+def prepare(args, today):
     """Return ((model, tokenizer, stop ids, questions by set), config). It writes nothing.
 
-    Raises ValueError or OSError on bad input.
+    today: the date for prompts, as text, unless args.out has an evaluation that began on another day. Raises ValueError
+    or OSError on bad input.
     """
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ValueError(f"--data-dir {args.data_dir} is not a folder")
     rows = {name: tasks.lock.make_rows(tasks.lock.LOCKS[name], 256, seed=0) if name in tasks.lock.LOCKS
             else load_set(name, args.data_dir) for name in args.sets}
+    there = read_folder(args.out)
     model, tokenizer = load_model(args.model, torch.bfloat16 if device().type == "cuda" else torch.float32)
     check_model(model.to(device()).eval(), args.model, training=False)
     stop = stop_ids(tokenizer, model)
+    date = there.get("date", today)
+    date = date if fix_date(tokenizer, datetime.date.fromisoformat(date)) else None
     questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0]
                  for name in args.sets}
     check_length(model, args.model, max(len(q.prompt) for asked in questions.values() for q in asked), 1)
     if context_of(model) < TOTAL_TOKENS:
         print(f"the context of {args.model} has {context_of(model)} tokens: prompt and answer share them")
-    config = describe(args, model, stop, questions)
-    check_folder(args.out, config)
+    config = describe(args, model, stop, questions, date)
+    check_folder(args.out, there, config)
     return (model, tokenizer, stop, questions), config
 
 
@@ -325,42 +339,44 @@ def main(argv=None) -> int:
     transformers.logging.disable_progress_bar()
     start()
     args = first(lambda: parse_args(argv))
+    today = first(lambda: datetime.date.today().isoformat())
     prepared, there = [], f"the answers so far are in {args.out}, the same command goes on from there"
 
     def load():
         if not prepared:
-            prepared.append(prepare(args))
+            prepared.append(prepare(args, today))
 
     def write(results):
         write_whole(args.out / "results.json", json.dumps(results, indent=2) + "\n")
         write_whole(args.out / "results.md", write_table(results))
         print(write_table(results))
 
-    try:
-        first(load)                                  # rank 0 goes first, as it may have to download
-        gather(load)
-        (parts, config), = prepared
-        first(lambda: args.out.mkdir(parents=True, exist_ok=True))
-        first(lambda: write_whole(args.out / "config.json", json.dumps(config, indent=2) + "\n"))
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    try:
-        answers = evaluate(args, *parts)
-    except KeyboardInterrupt:                        # every rank gets it
-        if rank() == 0:
-            print(f"interrupted; {there}", file=sys.stderr)
-        return 1
-    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        return fail(f"{error}; {there}", 1)
-    sets = {name: summarize([answer for answer in answers if answer["set"] == name], args.samples)
-            for name in args.sets}
-    mean = (sum(sets[s]["accuracy"] for s in MATH_SETS) / len(MATH_SETS)
-            if all(s in sets for s in MATH_SETS) else None)
-    results = {"config": config, "sets": sets, "math_mean": mean,
-               "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    first(lambda: write(results))
-    end()
-    return 0
+    with ExitStack() as stack:
+        try:
+            first(load)                                  # rank 0 goes first, as it may have to download
+            gather(load)
+            (parts, config), = prepared
+            first(lambda: stack.enter_context(owned(args.out)))
+            first(lambda: write_whole(args.out / "config.json", json.dumps(config, indent=2) + "\n"))
+        except (ValueError, OSError) as error:
+            return fail(error, 2)
+        try:
+            answers = evaluate(args, *parts)
+        except KeyboardInterrupt:                        # every rank gets it
+            if rank() == 0:
+                print(f"interrupted; {there}", file=sys.stderr)
+            return 1
+        except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+            return fail(f"{error}; {there}", 1)
+        sets = {name: summarize([answer for answer in answers if answer["set"] == name], args.samples)
+                for name in args.sets}
+        mean = (sum(sets[s]["accuracy"] for s in MATH_SETS) / len(MATH_SETS)
+                if all(s in sets for s in MATH_SETS) else None)
+        results = {"config": config, "sets": sets, "math_mean": mean,
+                   "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+        first(lambda: write(results))
+        end()
+        return 0
 
 
 if __name__ == "__main__":

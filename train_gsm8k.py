@@ -22,11 +22,13 @@ A run that was interrupted or killed goes on with --resume, and ends as if it ha
 on another number of GPUs.
 Exit codes: 0 done (or --max-hours are over), 2 bad input (with one line on stderr), 1 anything else.
 """
+import datetime
 import random
 import resource
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
 
@@ -38,16 +40,27 @@ from tqdm import tqdm
 import tasks.lock
 from deep_grpo import Config, step
 from recoverability import Recoverability
-from tasks import SETS, load_rows, load_set, make_questions, split_validation, stop_ids
+from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
 from trainer.check import check_length, check_model
 from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
-from trainer.memory import report
+from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, layers_of, load_model, place
 from trainer.plot import plot_run
 from trainer.policy import Clock, Policy
 from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, start, world_size
-from trainer.session import Run, ended_by, log, sample_lines, stop_after_this_step, write_config
+from trainer.session import (
+    Run,
+    check_empty,
+    check_questions,
+    ended_by,
+    log,
+    owned,
+    read_config,
+    sample_lines,
+    stop_after_this_step,
+    write_config,
+)
 from trainer.settings import parse_args
 from variants import METHODS
 from variants.maspo import soft_surrogate
@@ -65,11 +78,13 @@ def prepare(args) -> Run:
     weights = []                                     # the model, on rank 0
 
     def load():
-        if args.resume is None and (args.out.is_file() or (args.out / "config.json").exists()):
-            raise ValueError(f"{args.out} already holds a run (or is a file): choose another --out, "
-                             f"or --resume {args.out}")
-        rows = load_questions(args)
+        if args.resume is None:
+            check_empty(args.out)
+        before = {} if args.resume is None else read_config(args.out)
+        rows = load_questions(args, drawn=before.get("validation_drawn", args.resume is None))
         model, tokenizer = load_model(args.model)
+        date = before.get("date") or datetime.date.today().isoformat()
+        date = date if fix_date(tokenizer, datetime.date.fromisoformat(date)) else None
         check_model(model, args.model)
         if distributed():
             layers_of(model)
@@ -77,9 +92,10 @@ def prepare(args) -> Run:
         asked = encode_questions(args, rows, tokenizer)
         longest = max(len(q.prompt) for part in asked[:3] for q in part)
         check_length(model, args.model, longest, config.max_new_tokens)
-        return asked, tokenizer, stop_ids(tokenizer, model), model.config
+        check_questions(args.out, before, asked[:3])
+        return asked, tokenizer, stop_ids(tokenizer, model), model.config, date
 
-    (questions, eval_questions, val_questions, skipped), tokenizer, stop, model_config = first(load)
+    (questions, eval_questions, val_questions, skipped), tokenizer, stop, model_config, date = first(load)
     model = place(weights, model_config, args.offload_optimizer)
     ref_model = place(weights, model_config, frozen=True) if config.beta > 0 else None
     if args.gradient_checkpointing:
@@ -87,7 +103,7 @@ def prepare(args) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     policy = Policy(model, tokenizer, stop, config, args.micro_batch_tokens)
     run = Run(args, policy, ref_model, optimizer, Recoverability(), np.random.default_rng(args.seed),
-              questions, eval_questions, val_questions, skipped)
+              questions, eval_questions, val_questions, skipped, date)
     if args.resume is not None:
         last = load_run(run)
         print(f"going on after step {last}" if last else "there is no checkpoint yet: the run begins again")
@@ -114,8 +130,11 @@ def encode_questions(args, rows, tokenizer):
     return questions, eval_questions, val_questions, len(skipped) + len(eval_skipped)
 
 
-def load_questions(args):
-    """Return (training rows, evaluation rows, validation rows). The last are held out when there is a test set."""
+def load_questions(args, drawn=True):
+    """Return (training rows, evaluation rows, validation rows). The last are held out when there is a test set.
+
+    drawn: that of tasks.split_validation.
+    """
     def rows_of(source, split):
         if source in tasks.lock.LOCKS:                   # evaluation rows are the same for every --seed
             n, seed = (4096, args.seed + 1) if split == "train" else (args.eval_rows, 0)
@@ -124,14 +143,14 @@ def load_questions(args):
 
     rows = rows_of(args.data, "train")
     if args.eval_data is not None:
-        train, val = split_validation(rows, args.val_rows) if args.val_rows else (rows, [])
+        train, val = split_validation(rows, args.val_rows, drawn) if args.val_rows else (rows, [])
         return train, rows_of(args.eval_data, "test")[:args.eval_rows], val
     if args.data in tasks.lock.LOCKS:
         return rows, rows_of(args.data, "test"), []
     if len(rows) < 2:
         raise ValueError(f"{args.data} has {len(rows)} row: at least 2 are needed, one to hold out "
                          "(or give --eval-data)")
-    return *split_validation(rows, min(args.eval_rows, len(rows) // 2)), []
+    return *split_validation(rows, min(args.eval_rows, len(rows) // 2), drawn), []
 
 
 def batch_at(run, number):
@@ -201,7 +220,10 @@ def evaluate(run) -> tuple[dict, dict]:
     Notes the step with the best accuracy in the run.
     """
     start, metrics, questions = time.perf_counter(), {}, run.eval_questions + run.val_questions
-    answers = run.policy.sample([q.prompt for q in questions], 1, run.policy.config.max_new_tokens, temperature=0)
+    answers, size = [], largest_draw(run.args)           # no more at a time than a step draws
+    for i in range(0, len(questions), size):
+        prompts = [q.prompt for q in questions[i:i + size]]
+        answers += run.policy.sample(prompts, 1, run.policy.config.max_new_tokens, temperature=0)
     rewards = run.policy.rewards([(q, y) for q, (y,) in zip(questions, answers)])
     for name, part in (("eval_accuracy", rewards[:len(run.eval_questions)]),
                        ("val_accuracy", rewards[len(run.eval_questions):])):
@@ -230,12 +252,12 @@ def train(run) -> int:
     why = None                                           # what ended the run before its last step
     with tqdm(total=args.steps, initial=run.step, desc=args.method, unit="step", disable=rank() > 0) as bar:
         while not run.finished and not (why := ended_by(args, received, start, longest)):
-            began, before = time.perf_counter(), moving_parts(run)
+            began, before, updates = time.perf_counter(), moving_parts(run), updates_of(run.optimizer)
             try:
                 metrics, timing, batch, groups = train_step(run)
             except FloatingPointError as error:
                 bar.close()
-                return blown_up(run, before, error)
+                return blown_up(run, before, updates, error)
             shown |= {"reward": f"{metrics['reward']:.2f}", "tokens/s": f"{timing['tokens_per_second']:.0f}"}
             samples = ()
             if args.eval_every and (run.step % args.eval_every == 0 or run.finished):
@@ -252,12 +274,19 @@ def train(run) -> int:
     return conclude(run, why)
 
 
-def blown_up(run, before, error) -> int:
-    """End a run whose loss or gradient is not finite: keep the last good state and say where it is.
+def updates_of(optimizer) -> int:
+    """How many steps the optimizer has made so far."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
-    Returns the exit code.
+
+def blown_up(run, before, updates, error) -> int:
+    """End a run whose loss, gradient or logits are not finite: keep the last good state and say where it is.
+
+    before, updates: the moving parts and the optimizer's steps at the end of the step before. Returns the exit code.
     """
-    if run.step and "gradient" in str(error):            # the weights are still those of the last good update
+    # The error must come from the update, because weights that cannot be sampled are not good. And it must come from
+    # the first update on this batch, because after one the weights are no longer those of a step's end.
+    if run.step and updates_of(run.optimizer) == updates and "gradient" in str(error):
         save_run(run, before)
     return fail(f"stopped at step {run.step + 1}: {error}. "
                 f"The last good state is in {run.args.out / 'checkpoints'} "
@@ -290,22 +319,31 @@ def main(argv=None) -> int:
     transformers.logging.disable_progress_bar()          # it would print a line per checkpoint
     start()
     args = first(lambda: parse_args(argv, __doc__))
-    try:
-        if args.dry_run:
-            print(first(lambda: report(args, args.gpus or 1)))
-            return 0
-        run = prepare(args)
-        first(lambda: args.out.mkdir(parents=True, exist_ok=True))
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    try:
-        if args.resume is None:
-            first(lambda: write_config(run))
-        code = train(run)
-        end()
-        return code
-    except OSError as error:                             # most often a full disk
-        return fail(f"{error}. What was saved is still there: make room, then --resume {args.out}", 1)
+    with ExitStack() as stack:
+        def own():
+            stack.enter_context(owned(args.out))
+            if args.resume is None:
+                check_empty(args.out)                    # another process may have begun a run here meanwhile
+
+        try:
+            if args.dry_run:
+                print(first(lambda: report(args, args.gpus or 1)))
+                return 0
+            if args.resume is not None:                  # its logs are cut when it is loaded
+                first(own)
+            run = prepare(args)
+            if args.resume is None:
+                first(own)
+        except (ValueError, OSError) as error:
+            return fail(error, 2)
+        try:
+            if args.resume is None:
+                first(lambda: write_config(run))
+            code = train(run)
+            end()
+            return code
+        except OSError as error:                         # most often a full disk
+            return fail(f"{error}. What was saved is still there: make room, then --resume {args.out}", 1)
 
 
 if __name__ == "__main__":

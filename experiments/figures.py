@@ -3,12 +3,10 @@
 A figure is 8 inches wide and is saved with 200 dots per inch, so that its text is legible when a page shows it 800
 pixels wide. Its title is a sentence with the message.
 """
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
+from trainer.plot import plt  # it chooses a backend that needs no screen
 
 ACCENT, INK, GREY, LIGHT = "#c8102e", "#262626", "#6e6e6e", "#b4b4b4"
+GREY_TO_ACCENT = plt.matplotlib.colors.LinearSegmentedColormap.from_list("", [GREY, "white", ACCENT])
 plt.rcParams.update({
     "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.titleweight": "bold",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "xtick.color": INK,

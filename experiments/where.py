@@ -32,11 +32,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from tqdm import tqdm
 
 import tasks.lock
-from experiments.figures import ACCENT, GREY, INK, new_figure, save_figure
+from experiments.figures import ACCENT, GREY, GREY_TO_ACCENT, INK, new_figure, save_figure
 from experiments.runs import Arm, Experiment, accuracy_curve, base_flags, interval, make_base, run_all, write_page
 from pivot import draw_pivot
 from recoverability import Recoverability
@@ -173,8 +172,7 @@ def plot_map(axis, cells, args):
         clear = abs(np.log(values[y, x])) > width
         axis.text(x, y, text.split(" (")[0], ha="center", va="center", color=INK,
                   fontweight="bold" if clear else "normal")
-    axis.imshow(np.log2(values), cmap=LinearSegmentedColormap.from_list("", [GREY, "white", ACCENT]), vmin=-2, vmax=2,
-                aspect="auto")
+    axis.imshow(np.log2(values), cmap=GREY_TO_ACCENT, vmin=-2, vmax=2, aspect="auto")
     axis.set(xticks=range(len(P)), xticklabels=P, yticks=range(len(ROWS)), yticklabels=list(ROWS),
              xlabel="probability p that the base policy\ndoes a hard turn right")
 

@@ -9,13 +9,16 @@ from tasks.datasets import (
     TEMPLATES,
     Question,
     chat_prompt,
+    digests,
     filter_math,
+    fix_date,
     load_rows,
     load_set,
     make_questions,
+    plain_prompt,
     split_validation,
     stop_ids,
 )
 
-__all__ = ["GSM8K_INSTRUCTION", "SETS", "TEMPLATES", "Question", "chat_prompt", "filter_math", "load_rows", "load_set",
-           "make_questions", "split_validation", "stop_ids"]
+__all__ = ["GSM8K_INSTRUCTION", "SETS", "TEMPLATES", "Question", "chat_prompt", "digests", "filter_math", "fix_date",
+           "load_rows", "load_set", "make_questions", "plain_prompt", "split_validation", "stop_ids"]

@@ -9,10 +9,13 @@ scripts (arXiv 2602.14169). For base models it may instead be one of the templat
 sail-sg/understand-r1-zero): `qwen_math`, `r1` and `no`. These stand around the bare question, so the model is then not
 told to write `####` before the answer to a GSM8K question.
 """
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from grading import gsm8k_gold
 
@@ -32,6 +35,7 @@ TEMPLATES = {                                        # the text before and after
            "\nAssistant: <think>"),
     "no": ("", ""),
 }
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")     # how a chat template asks for today's date
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
             "prealgebra", "precalculus")
 
@@ -73,10 +77,46 @@ class Question(NamedTuple):
     math: bool = False
 
 
+def fix_date(tokenizer, date) -> bool:
+    """Put this date (datetime.date) into a chat template that asks for today's, for example that of Llama 3.2.
+
+    Prompts would otherwise change from day to day. Returns whether the template asks for it. Raises ValueError when it
+    does so in a way that cannot be replaced.
+    """
+    if tokenizer.chat_template is None:
+        return False
+    template = tokenizer.get_chat_template()
+    fixed = TODAY.sub(lambda call: json.dumps(date.strftime(call[2])), template)
+    if "strftime_now(" in fixed:
+        raise ValueError("the chat template asks for today's date in a way that cannot be replaced by a fixed one, so "
+                         "prompts would change from day to day: give the tokenizer another template")
+    if fixed != template:
+        tokenizer.chat_template = fixed
+    return fixed != template
+
+
+def digests(questions) -> dict[str, str]:
+    """Checksums of what is asked and what counts as right (rows), and of the prompts as token ids (prompts)."""
+    parts = {"rows": [[q.text, q.gold, q.math] for q in questions], "prompts": [q.prompt for q in questions]}
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}
+
+
 def chat_prompt(tokenizer, text):
     """Token ids of one user message `text` in the tokenizer's chat template, up to where the answer begins."""
     turns = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def plain_prompt(tokenizer, text):
+    """Token ids of a text that the model goes on with: with BOS if the tokenizer puts it first, without EOS at the end.
+
+    Raises ValueError for a tokenizer that writes the text itself in another way when it adds such tokens.
+    """
+    ids, bare = (list(tokenizer(text, add_special_tokens=added)["input_ids"]) for added in (True, False))
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start:start + len(bare)] == bare:
+            return ids[:start + len(bare)]
+    raise ValueError("the tokenizer writes a prompt differently with and without special tokens: use --template chat")
 
 
 def make_questions(rows, tokenizer, max_prompt_tokens, template="chat"):
@@ -97,7 +137,7 @@ def make_questions(rows, tokenizer, max_prompt_tokens, template="chat"):
             prompt = chat_prompt(tokenizer, text + (MATH_INSTRUCTION if math else GSM8K_INSTRUCTION))
         else:
             before, after = TEMPLATES[template]
-            prompt = list(tokenizer(before + text + after)["input_ids"])
+            prompt = plain_prompt(tokenizer, before + text + after)
         if len(prompt) > max_prompt_tokens:
             skipped.append(row)
         else:
@@ -127,11 +167,18 @@ def stop_ids(tokenizer, model):
     return sorted(found)
 
 
-def split_validation(rows, n=256):
-    """Return (train, validation). The last n rows are held out, whatever the seed, to choose the best checkpoint."""
+def split_validation(rows, n=256, drawn=True):
+    """Return (train, validation): n rows are held out to choose the best checkpoint. Both keep the order of the rows.
+
+    drawn: they are drawn at random, and are the same ones for every seed of a run. The last rows of a file are no such
+    sample (those of MATH are all from one subject); runs of older versions have them (drawn=False).
+    """
     if not 1 <= n < len(rows):
         raise ValueError(f"n must leave rows to train on: 1 to {len(rows) - 1} of {len(rows)} rows, got {n}")
-    return rows[:-n], rows[-n:]
+    order = np.random.default_rng(0).permutation(len(rows)) if drawn else np.arange(len(rows))
+    held_out = set(order[-n:].tolist())
+    return ([row for i, row in enumerate(rows) if i not in held_out],
+            [row for i, row in enumerate(rows) if i in held_out])
 
 
 def load_set(name, data_dir=None):
@@ -208,7 +255,7 @@ def _read_hub(name, config, split, math):
 
 def _read_jsonl(path, math=None):
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")         # splitlines would also split at \u2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")     # splitlines would also split at \u2028
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the data file {path}: {error}") from error
     rows = []
@@ -234,14 +281,40 @@ def _check_row(row, where, math=None):
         raise ValueError(f"{where}: a row must be an object with named fields, got {type(row).__name__}")
     if math or math is None and "problem" in row:
         return _check_math_row(row, where)
-    if not all(isinstance(row.get(name), str) and row[name] for name in ("question", "answer")):
-        raise ValueError(f"{where}: a row needs the text fields 'question' and 'answer', "
-                         f"it has {', '.join(row) or 'none'}")
+    if not all(is_text(row.get(name)) for name in ("question", "answer")):
+        raise ValueError(f"{where}: a row needs the text fields 'question' and 'answer', it has "
+                         f"{kinds(row, ('question', 'answer'))}")
     try:
         gsm8k_gold(row["answer"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return row
+
+
+def is_text(value) -> bool:
+    """Is it a text with something in it?"""
+    return isinstance(value, str) and value.strip() != ""
+
+
+def number_text(value):
+    """A number as text, with all its digits, and 142.0 as 142. Anything else stays as it is.
+
+    So do nan, inf, and floats from 2^53 on, which may be another number than the file has.
+    """
+    if isinstance(value, float) and abs(value) < 2**53:
+        return str(int(value)) if value.is_integer() else f"{value:.15g}"
+    return str(value) if type(value) is int else value
+
+
+def kinds(row, names) -> str:
+    """The fields of a row for a message: what `names` hold where it is no text, and the names alone of the others."""
+    def kind(name):
+        value = row[name]
+        if name not in names or is_text(value):
+            return name
+        return f"{name} (blank)" if isinstance(value, str) else f"{name} ({json.dumps(value)[:40]})"
+
+    return ", ".join(map(kind, row)) or "no fields"
 
 
 def _check_math_row(row, where):
@@ -254,11 +327,11 @@ def _check_math_row(row, where):
     answer = row["answer"] if row.get("answer") is not None else row.get("final_answer")
     if answer is None and isinstance(row.get("solution"), str):
         answer = last_boxed(row["solution"])
-    golds = answer if isinstance(answer, list) else [answer]
-    golds = [f"{gold:.15g}" if isinstance(gold, (int, float)) else gold for gold in golds]
-    if not golds or not all(isinstance(text, str) and text for text in [problem, *golds]):
+    golds = [number_text(gold) for gold in (answer if isinstance(answer, list) else [answer])]
+    if not golds or not all(is_text(text) for text in [problem, *golds]):
+        found = kinds(row, ("problem", "question", "answer", "final_answer"))
         raise ValueError(f"{where}: a row needs the text 'problem' (or 'question') and an 'answer' (or "
-                         "'final_answer', or a 'solution' with a \\boxed{}), text or a list of texts; "
-                         f"it has {', '.join(row) or 'no fields'}")
+                         "'final_answer', or a 'solution' with a \\boxed{}), which is text, a number (from 2^53 on "
+                         f"without a decimal point) or a list of these; it has {found}")
     golds = [re.sub(r"^0+(?=\d+$)", "", gold) for gold in golds]
     return row | {"problem": problem, "answer": golds if isinstance(answer, list) else golds[0]}

@@ -6,8 +6,8 @@ The table gives bytes on each of N GPUs. The model has P parameters: B in each o
 layers. Its hidden size is h, its vocabulary V and the inner size of its MLP I, and q = heads * head_dim. A micro-batch
 has T tokens. A chunk of the head has C = min(T, 4096) loss tokens (packing.score_rows).
 
-    weights, gradients, reference   4 P/N each, and moments 8 P/N. There is a reference if beta > 0. With offloading,
-                                    only the reference is left on the GPU.
+    weights, gradients, reference   4 P/N each, and moments 8 P/N. There is a reference if beta > 0. Gradients are there
+                                    in the update only. With offloading, only the reference is left on the GPU.
     gathered                        bf16 copies of the weights.
                                     Sampling: 2 P.
                                     Update, one GPU: 2 P by autocast, and 6 B in a layer, which are its gradient in bf16
@@ -67,7 +67,7 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     static = dict.fromkeys(static, 0) if offload else static
     static["reference"] = 4 * P / gpus if reference else 0
 
-    sampling = {"gathered": 0 if s == 4 else 2 * P,
+    sampling = {"gradients": 0, "gathered": 0 if s == 4 else 2 * P,
                 "KV cache": rows * row_tokens * 2 * depth * config.num_key_value_heads * head_dim * s,
                 "activations": 0, "logits": rows * vocabulary * (s + 12)}
 
@@ -113,27 +113,42 @@ def largest(cost, limit) -> int:
     return bisect_left(range(1, 2**24), True, key=lambda n: cost(n) > limit)
 
 
+def largest_draw(args) -> int:
+    """The most sequences that a step draws at a time: its rollouts, or K branches of each when all of them fail."""
+    return args.questions * args.group_size * max(1, args.branches)
+
+
 def report(args, gpus) -> str:
     """Return what --dry-run prints for the settings of a run (trainer.settings.parse_args)."""
     model, width = load_geometry(args.model), args.max_prompt_tokens + args.max_new_tokens
-    rows = -(-args.questions * args.group_size // gpus)
+    rollouts = args.questions * args.group_size
+    rows = {"rollouts": rollouts, "branches": rollouts * args.branches,
+            "evaluation": min(args.eval_rows + args.val_rows, largest_draw(args)) if args.eval_every else 0}
+    rows = {phase: -(-n // gpus) for phase, n in rows.items() if n}
 
     def parts(phase, rows=0, tokens=0):
         return estimate(model, gpus, rows, width, tokens, args.beta > 0, args.gradient_checkpointing,
                         args.offload_optimizer)[phase]
 
-    sampling, update = parts("sampling", rows), parts("update", tokens=args.micro_batch_tokens)
+    phases = {phase: parts("sampling", n) for phase, n in rows.items()}
+    phases["update"] = parts("update", tokens=args.micro_batch_tokens)
+    sums = {phase: sum(memory.values()) for phase, memory in phases.items()}
+    largest_phase = max(sums, key=sums.get)
     parameters = sum(p.numel() for p in model.parameters())
-    lines = [f"{args.model}: {parameters / 1e9:.2f} G parameters on {gpus} GPU{'s' * (gpus > 1)}; GB (2^30 bytes) on "
-             "each, computed", "", f"{'':14}{'sampling':>10}{'update':>10}"]
-    for name in sampling:
-        lines.append(f"{name:14}{sampling[name] / GB:10.1f}{update[name] / GB:10.1f}")
+
+    def line(name, values):
+        return f"{name:14}" + "".join(f"{value / GB:12.1f}" for value in values)
+
     host = f", {16 * parameters / gpus / GB:.1f} per GPU offloaded" if args.offload_optimizer else ""
-    branches = f", then its branches: {rows * args.branches} if all fail" if args.branches else ""
-    lines += [f"{'sum':14}{sum(sampling.values()) / GB:10.1f}{sum(update.values()) / GB:10.1f}", "",
-              f"sampling: all {rows} rollouts of a GPU at once, {width} tokens each{branches}",
-              f"update: micro-batches of {args.micro_batch_tokens} tokens",
-              f"host memory: {4 * parameters / GB:.1f} on rank 0 to load the model{host}",
+    lines = [f"{args.model}: {parameters / 1e9:.2f} G parameters on {gpus} GPU{'s' * (gpus > 1)}; GB (2^30 bytes) on "
+             "each, computed", "", " " * 14 + "".join(f"{phase:>12}" for phase in phases),
+             *(line(name, [memory[name] for memory in phases.values()]) for name in phases["update"]),
+             line("sum", sums.values()), "",
+             f"the largest phase: {largest_phase}, {sums[largest_phase] / GB:.1f} GB",
+             *(f"{phase}: {n} sequences of a GPU at a time, {width} tokens each"
+               + ", if all rollouts fail" * (phase == "branches") for phase, n in rows.items()),
+             f"update: micro-batches of {args.micro_batch_tokens} tokens",
+             f"host memory: {4 * parameters / GB:.1f} on rank 0 to load the model{host}",
               "", f"the largest sizes that fit, with {100 * (1 - USABLE):.0f} % of the memory left free:"]
     for card in (24, 40, 80):
         limit = USABLE * card * GB

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MethodType
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from packing import score_rows
 from trainer.ranks import device, distributed, first, gather, rank, world_size
@@ -63,7 +64,36 @@ def load_model(name, dtype=torch.float32):
         if tensors := sorted(str(key[0] if isinstance(key, tuple) else key) for key in loaded[keys]):
             raise ValueError(f"model {name!r} does not fit its config.json: {len(tensors)} tensors are {what}, the "
                              f"first is {tensors[0]}")
+    model.generation_config = savable(model.generation_config, name)
     return model, tokenizer
+
+
+def savable(config, name):
+    """A GenerationConfig without the settings that transformers, up to 5.22, refuses to save. It says what it drops.
+
+    These are settings without an effect, such as a temperature where do_sample is false.
+    """
+    def can_be_saved(config):
+        with TemporaryDirectory() as folder:
+            try:
+                config.save_pretrained(folder)
+            except ValueError:
+                return False
+        return True
+
+    if config is None or can_be_saved(config):
+        return config
+    kept, dropped = GenerationConfig(), []
+    settings = config.to_diff_dict()
+    for key in sorted(settings, key=lambda key: key not in ("do_sample", "num_beams")):      # what others depend on
+        trial = GenerationConfig.from_dict(kept.to_diff_dict() | {key: settings[key]})
+        if can_be_saved(trial):
+            kept = trial
+        else:
+            dropped.append(key)
+    print(f"generation_config.json of {name} has settings that are not valid together; checkpoints leave out "
+          f"{', '.join(dropped)}")
+    return kept
 
 
 def has_adapter(folder) -> bool:

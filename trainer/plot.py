@@ -3,14 +3,16 @@ r"""The figure of a run. A run on GSM8K is drawn beside the numbers of the paper
     python -m trainer.plot RUN_DIR [RUN_DIR ...]        # writes run.png into each
 """
 import json
+import os
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
+# Files only: no screen is needed. The choice must stand before the import, because matplotlib refuses to be imported
+# where the environment names a backend that this Python does not have, as in a shell started from a notebook.
+os.environ["MPLBACKEND"] = "agg"
+import matplotlib.pyplot as plt  # noqa: E402
 
 PAPER_GSM8K = {"paper: GRPO, N = 8": 0.641, "paper: DEEP-GRPO": 0.677}       # Qwen2.5-0.5B-Instruct, test set
 

@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from deep_grpo import score_groups
 from grading import grade_gsm8k, grade_math
 from resample import sample
-from tasks import chat_prompt
+from tasks import chat_prompt, plain_prompt
 from trainer.model import Ranks, as_forward, gathered, precision
 from trainer.ranks import imbalance, share
 
@@ -102,7 +102,7 @@ class Policy:
     def encode(self, text) -> list[int]:
         """The prompt of one user message."""
         if self.tokenizer.chat_template is None:
-            return self.tokenizer(text)["input_ids"]
+            return plain_prompt(self.tokenizer, text)
         return chat_prompt(self.tokenizer, text)
 
     def score(self, groups):

@@ -1,6 +1,6 @@
 r"""A run: what it holds, what it writes into its directory, and how it is told to end.
 
-    config.json       all settings, versions, git revision: written before the first step
+    config.json       all settings, versions, git revision, checksums of the questions: written before the first step
     metrics.jsonl     a line per step: what was learned. The same seed on the same CPU gives the same bytes
     timing.jsonl      a line per step: seconds, tokens per second, memory
     samples.jsonl     some rollouts and branches as text
@@ -8,11 +8,13 @@ r"""A run: what it holds, what it writes into its directory, and how it is told 
 checkpoint.py has the files of a checkpoint, and how all of these survive a process that is killed.
 """
 import argparse
+import fcntl
 import json
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +23,13 @@ import torch
 import transformers
 
 from recoverability import Recoverability
+from tasks import digests
 from trainer.checkpoint import append_lines, write_whole
 from trainer.policy import Policy
 from trainer.ranks import distributed, gather, rank, world_size
 
 ROOT = Path(__file__).parents[1]
+LISTS = ("training", "evaluation", "validation")     # of questions
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Run:
     eval_questions: list
     val_questions: list
     skipped: int
+    date: str | None = None                          # in prompts, where the chat template asks for today's
     step: int = 0
     rounds: int = 0                                  # batches of questions so far
     generated_total: int = 0
@@ -53,6 +58,60 @@ class Run:
         return self.step >= self.args.steps or (self.args.budget_tokens or float("inf")) <= self.generated_total
 
 
+# ---- the run directory ----
+
+LOCK = ".lock"
+
+
+def check_empty(out) -> None:
+    """Raise ValueError when there is already something in the folder of a new run."""
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} already holds a run: choose another --out, or --resume {out}")
+    if out.is_file():
+        raise ValueError(f"{out} is a file: choose another --out")
+    if out.is_dir() and any(path.name not in (LOCK, "config.json.partial") for path in out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another --out, or remove what is in it")
+
+
+@contextmanager
+def owned(folder):
+    """The folder belongs to this process until the end of the block. Raises ValueError when another process has it.
+
+    It is made if it is not there. The lock is one of the operating system, so a killed process does not leave it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes into {folder}: wait for its end, or choose another folder"
+                             ) from None
+        except OSError as error:                         # some network disks have no locks
+            print(f"warning: {folder} cannot be locked ({error}), so no other process may write into it")
+        yield
+
+
+def read_config(run_dir) -> dict:
+    """What config.json holds."""
+    return json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+
+
+def check_questions(run_dir, before, asked) -> None:
+    """Raise ValueError when a run that goes on would get other questions, or other prompts, than it began with.
+
+    before: its config.json, which has no checksums if it is of an older version. asked: the training, evaluation and
+    validation questions of now.
+    """
+    for name, questions in zip(LISTS, asked):
+        then, now = before.get("digests", {}).get(name), digests(questions)
+        if then is not None and then["rows"] != now["rows"]:
+            raise ValueError(f"{run_dir} began with other {name} questions ({before[f'{name}_questions']} then, "
+                             f"{len(questions)} now): put the data back as it was, or start a new run")
+        if then is not None and then["prompts"] != now["prompts"]:
+            raise ValueError(f"{run_dir} began with other prompts of the same {name} questions: put the tokenizer and "
+                             "its chat template back as they were, or start a new run")
+
+
 def write_config(run) -> None:
     """config.json: all settings, and what the numbers depend on besides."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
@@ -62,13 +121,16 @@ def write_config(run) -> None:
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "transformers": transformers.__version__, "numpy": np.__version__}
     parameters = sum(p.numel() for p in run.policy.model.parameters())
-    about = {"settings": settings, "training_questions": len(run.questions),
-             "evaluation_questions": len(run.eval_questions), "validation_questions": len(run.val_questions),
-             "skipped_questions": run.skipped, "parameters": parameters,
+    asked = dict(zip(LISTS, (run.questions, run.eval_questions, run.val_questions)))
+    about = {"settings": settings, **{f"{name}_questions": len(questions) for name, questions in asked.items()},
+             "skipped_questions": run.skipped, "validation_drawn": True, "date": run.date,
+             "digests": {name: digests(questions) for name, questions in asked.items()}, "parameters": parameters,
              "device": hardware, "ranks": world_size(), "versions": versions,
              "git_revision": revision.stdout.strip() or None}
     write_whole(run.args.out / "config.json", json.dumps(about, indent=2) + "\n")
     print(" ".join(f"{name}={value}" for name, value in settings.items()))
+    if run.date:
+        print(f"the chat template asks for the date: it is {run.date} in all prompts of this run")
     print(f"{len(run.questions)} training and {len(run.eval_questions)} evaluation questions, "
           f"{parameters / 1e6:.1f} M parameters, {world_size()} x {hardware}; writing to {run.args.out}")
 

@@ -10,8 +10,8 @@ population (1/n, not 1/(n - 1) as in Eq. (A)). The probe itself is not trained.
     J = E_x [ 1/n sum over the n sequences of both halves, 1/|y| sum_t rho_t A - beta k3_t ]        without a clip
 
 Differs from deep_grpo.py in: line 2 (one failure per question, its step uniform or named by the model), the weights of
-J, the std, and no clip (clip_low = 1, clip_high = 10^6). The words of SRPO's question are ours. What its answers cost is in the
-count of generated tokens.
+J, the std, and no clip (clip_low = 1, clip_high = 10^6). The words of SRPO's question are ours. What its answers cost
+is in the count of generated tokens.
 """
 import re
 from statistics import pstdev

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zlib
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import eval_math
 import tasks.lock
 from eval_math import PAPER, grade, main, make_batches, pass_at, wilson
 from tasks import Question, chat_prompt
+from trainer.session import owned
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -321,6 +323,40 @@ def test_other_weights_or_questions_do_not_mix(checkpoint, data, tmp_path, capsy
     assert run(checkpoint, data, tmp_path / "second", "amc") == 0
     assert run(checkpoint, tmp_path, tmp_path / "second", "amc") == 2
     assert "questions is" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_goes_on_has_the_date_it_began_with(checkpoint, data, tmp_path, monkeypatch):
+    class Day(date):
+        now = date(2024, 2, 29)
+
+        @classmethod
+        def today(cls):
+            return cls.now
+
+    LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(eval_math.datetime, "date", Day)
+    assert run(tmp_path / "model", data, tmp_path / "whole") == 0
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["date"] == "2024-02-29"
+    assert run(tmp_path / "model", data, tmp_path / "out") == 0
+    lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "answers.jsonl").write_text("".join(lines[:5]))
+    Day.now = date(2024, 3, 1)
+    assert run(tmp_path / "model", data, tmp_path / "out") == 0            # the same command, a day later
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert run(tmp_path / "model", data, tmp_path / "later") == 0
+    assert json.loads((tmp_path / "later" / "config.json").read_text())["date"] == "2024-03-01"
+    assert lines_of(tmp_path / "later") != lines_of(tmp_path / "whole")
+
+
+def test_another_process_in_the_same_folder_is_refused(checkpoint, data, tmp_path, capsys):
+    assert run(checkpoint, data, tmp_path / "out", "amc") == 0
+    before = files_of(tmp_path / "out")
+    with owned(tmp_path / "out"):
+        assert run(checkpoint, data, tmp_path / "out", "amc") == 2
+    assert "another process writes into" in capsys.readouterr().err and files_of(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("flags, complaint", [

@@ -1,5 +1,6 @@
 """The estimate against real allocations: those of this process, on the CPU, as the profiler sees them."""
 import gc
+import re
 from unittest.mock import patch
 
 import pytest
@@ -172,8 +173,8 @@ def test_what_is_there_all_the_time_is_exact():
     real = {"weights": model.parameters(), "gradients": [p.grad for p in model.parameters()], "moments": moments,
             "reference": ref.parameters()}
     real = {name: sum(x.nbytes for x in tensors) for name, tensors in real.items()}
-    for phase in estimate(model).values():
-        assert {name: phase[name] for name in real} == real
+    for phase, parts in estimate(model).items():     # gradients live from the backward pass to the end of the update
+        assert {name: parts[name] for name in real} == real | ({"gradients": 0} if phase == "sampling" else {})
     sharded = estimate(model, gpus=8, reference=False)["update"]
     assert [sharded[name] for name in real] == [*(real[name] / 8 for name in ("weights", "gradients", "moments")), 0]
     offloaded = estimate(model, gpus=8, offload=True)["sampling"]
@@ -200,17 +201,35 @@ def test_the_dry_run_prints_and_writes_nothing(tmp_path, capsys):
     flags = ["--preset", "math-7b", "--dry-run", "--gpus", "8", "--out", str(tmp_path / "run")]
     assert train_gsm8k.main(flags) == 0 and not (tmp_path / "run").exists()
     text = capsys.readouterr().out
-    table = [line for line in text.split("sampling    update\n")[1].split("\n\n")[0].splitlines()]
+    table = text.split("rollouts    branches  evaluation      update\n")[1].split("\n\n")[0].splitlines()
     rows = {line[:14].strip(): line[14:].split() for line in table}
-    assert rows["moments"] == ["7.1", "7.1"] and rows["KV cache"] == ["14.0", "0.0"]
-    for column in (0, 1):
+    assert rows["moments"] == ["7.1"] * 4 and rows["gradients"] == ["0.0", "0.0", "0.0", "3.5"]
+    # 64 * 8 rollouts on 8 GPUs, 8 branches of each, and 500 + 256 evaluation questions, at .21875 GB each
+    assert rows["KV cache"] == ["14.0", "112.0", "20.8", "0.0"]
+    for column in range(4):
         assert sum(float(cells[column]) for name, cells in rows.items() if name != "sum") == pytest.approx(
             float(rows["sum"][column]), abs=0.3)
+    assert f"the largest phase: branches, {rows['sum'][1]} GB" in text
+    assert "branches: 512 sequences of a GPU at a time, 4096 tokens each, if all rollouts fail" in text
+    assert "rollouts: 64 sequences" in text and "evaluation: 95 sequences" in text
     assert "24 GB: no" in text
     fits = int(text.split("80 GB: ")[1].split()[0])
     model = load_geometry("Qwen/Qwen2.5-Math-7B")
     used = [sum(estimate(model, 8, n, 4096, 1)["sampling"].values()) for n in (fits, fits + 1)]
     assert used[0] <= memory.USABLE * 80 * GB < used[1]
+
+
+@pytest.mark.parametrize("flags, rows", [
+    ([], {"rollouts": 512, "branches": 4096, "evaluation": 1575}),
+    (["--questions", "8", "--branches", "4"], {"rollouts": 64, "branches": 256, "evaluation": 256}),
+    (["--method", "grpo"], {"rollouts": 512, "evaluation": 512}),        # in parts
+    (["--eval-every", "0"], {"rollouts": 512, "branches": 4096})])
+def test_the_dry_run_has_the_rows_of_every_phase(flags, rows, capsys):
+    assert train_gsm8k.main(["--preset", "gsm8k", "--dry-run", *flags]) == 0
+    text = capsys.readouterr().out
+    assert {phase: int(n) for phase, n in re.findall(r"^(\w+): (\d+) sequences of a GPU", text, re.M)} == rows
+    header = re.search(r"^ {14}.*$", text, re.M)[0].split()
+    assert header == [*rows, "update"]
 
 
 def test_a_model_without_a_geometry_is_one_line(tmp_path, capsys, monkeypatch):

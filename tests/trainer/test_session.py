@@ -2,6 +2,8 @@
 import argparse
 import json
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -10,8 +12,19 @@ from types import SimpleNamespace
 import pytest
 
 from deep_grpo import Config, Fork, Group, Trajectory
+from tasks import Question, digests
 from trainer import session
-from trainer.session import Run, ended_by, sample_lines, stop_after_this_step, write_config
+from trainer.session import (
+    Run,
+    check_empty,
+    check_questions,
+    ended_by,
+    owned,
+    read_config,
+    sample_lines,
+    stop_after_this_step,
+    write_config,
+)
 from trainer.settings import parse_args
 
 
@@ -31,11 +44,13 @@ def test_a_run_is_finished_after_its_steps_or_its_tokens(steps, budget_tokens, s
 def test_the_configuration_holds_every_setting_and_what_the_numbers_depend_on(tmp_path, capsys):
     args = parse_args(["--preset", "tiny", "--gamma", "3", "--max-hours", "2", "--out", str(tmp_path)])
     model = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 7)] * 3)
-    write_config(make_run(args=args, policy=SimpleNamespace(model=model), questions=[1, 2], eval_questions=[3],
-                          val_questions=[], skipped=4))
+    asked = [Question("a", "1", [3]), Question("b", "2", [4])], [Question("c", "3", [5])]
+    write_config(make_run(args=args, policy=SimpleNamespace(model=model), questions=asked[0], eval_questions=asked[1],
+                          val_questions=[], skipped=4, date="2024-02-29"))
     saved = json.loads((tmp_path / "config.json").read_text())
     numbers = {"training_questions": 2, "evaluation_questions": 1, "validation_questions": 0, "skipped_questions": 4,
-               "parameters": 21, "device": "cpu", "ranks": 1}
+               "parameters": 21, "device": "cpu", "ranks": 1, "date": "2024-02-29", "validation_drawn": True,
+               "digests": {"training": digests(asked[0]), "evaluation": digests(asked[1]), "validation": digests([])}}
     assert {name: saved[name] for name in numbers} == numbers
     assert saved["versions"].keys() == {"python", "torch", "transformers", "numpy"} and "git_revision" in saved
     expected = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -43,7 +58,77 @@ def test_the_configuration_holds_every_setting_and_what_the_numbers_depend_on(tm
         del expected[name]
     assert saved["settings"] == expected and expected["gamma"] == 3.0
     assert {f.name for f in fields(Config)} <= expected.keys()
-    assert "gamma=3.0" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gamma=3.0" in out and "the chat template asks for the date: it is 2024-02-29 in all prompts" in out
+    assert read_config(tmp_path) == saved
+
+
+def test_a_run_that_goes_on_must_have_the_questions_and_prompts_it_began_with(tmp_path):
+    asked = [[Question("a", "1", [3]), Question("b", "2", [4])], [Question("c", "3", [5])], []]
+    before = {f"{name}_questions": len(part) for name, part in zip(session.LISTS, asked)}
+    before["digests"] = {name: digests(part) for name, part in zip(session.LISTS, asked)}
+    check_questions(tmp_path, before, asked)
+    check_questions(tmp_path, {}, asked)                         # older versions kept no checksums
+    for i, name in enumerate(session.LISTS):
+        longer = [part + [Question("d", "4", [6])] * (i == j) for j, part in enumerate(asked)]
+        n = len(asked[i])
+        with pytest.raises(ValueError, match=rf"began with other {name} questions \({n} then, {n + 1} now\)"):
+            check_questions(tmp_path, before, longer)
+    other = [[q._replace(prompt=[9]) for q in part] for part in asked]
+    with pytest.raises(ValueError, match="other prompts of the same training questions: put the tokenizer"):
+        check_questions(tmp_path, before, other)
+
+
+# ---- the run directory ----
+
+def test_a_new_run_needs_an_empty_folder(tmp_path):
+    out = tmp_path / "run"
+    check_empty(out)
+    out.mkdir()
+    check_empty(out)
+    for left_by_a_killed_process in (".lock", "config.json.partial"):
+        (out / left_by_a_killed_process).touch()
+    check_empty(out)
+    (out / "notes.txt").touch()
+    with pytest.raises(ValueError, match="run is not empty: choose another --out"):
+        check_empty(out)
+    (out / "config.json").touch()
+    with pytest.raises(ValueError, match=f"already holds a run: choose another --out, or --resume {out}"):
+        check_empty(out)
+    with pytest.raises(ValueError, match="notes.txt is a file"):
+        check_empty(out / "notes.txt")
+
+
+def test_a_folder_belongs_to_one_process_until_it_ends_or_is_killed(tmp_path):
+    """Another process holds the folder, and is killed in the middle of it."""
+    (tmp_path / "run").mkdir()
+    program = ("import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+               "print('mine', flush=True); time.sleep(600)")
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path / "run" / session.LOCK], stdout=subprocess.PIPE,
+                          text=True) as other:
+        try:
+            assert other.stdout.readline() == "mine\n"
+            with pytest.raises(ValueError, match="another process writes into .*run: wait for its end"):
+                with owned(tmp_path / "run"):
+                    pass
+        finally:
+            other.kill()
+    with owned(tmp_path / "run"):
+        with pytest.raises(ValueError, match="another process"), owned(tmp_path / "run"):
+            pass
+        with owned(tmp_path / "other"):
+            pass
+    with owned(tmp_path / "run"):
+        pass
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    def no_locks(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(session.fcntl, "flock", no_locks)
+    with owned(tmp_path):
+        assert "cannot be locked" in capsys.readouterr().out
 
 
 def test_samples_are_the_first_right_and_the_first_failed_rollout_with_a_line_for_each_fork():

@@ -64,7 +64,7 @@ def saved(tmp_path):
     def saved(**changes):
         args = parse_args(["--preset", "tiny", "--steps", "3", "--gamma", "3", "--out", str(tmp_path)])
         write_config(SimpleNamespace(args=args, policy=SimpleNamespace(model=torch.nn.Linear(1, 1)), questions=[],
-                                     eval_questions=[], val_questions=[], skipped=0))
+                                     eval_questions=[], val_questions=[], skipped=0, date=None))
         about = json.loads((tmp_path / "config.json").read_text())
         about["settings"] |= {"out": "elsewhere", **changes}
         for name in [name for name, value in changes.items() if value is None]:

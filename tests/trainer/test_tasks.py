@@ -1,16 +1,34 @@
 """Prompts character by character, stop ids, and every set from local files and through `datasets`."""
+import copy
 import json
+import re
 import shutil
+from collections import Counter
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
+from tokenizers import processors
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import tasks
 import tasks.lock
-from tasks import SETS, filter_math, load_rows, load_set, make_questions, split_validation, stop_ids
+from grading import grade_math
+from tasks import (
+    SETS,
+    Question,
+    chat_prompt,
+    digests,
+    filter_math,
+    fix_date,
+    load_rows,
+    load_set,
+    make_questions,
+    split_validation,
+    stop_ids,
+)
 from tasks.datasets import SUBJECTS, last_boxed
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -263,6 +281,16 @@ def test_the_math_filter_agrees_with_the_real_file():
     assert len(filter_math(train + test, [])) == len(train) + sum(row["level"] >= 3 for row in test)
 
 
+@needs_data
+def test_the_validation_rows_of_math_have_all_subjects():
+    rows = load_set("math_train", DATA)
+    shares = [Counter(row["subject"] for row in part) for part in (rows, split_validation(rows)[1])]
+    assert len(shares[0]) == 7 == len(shares[1])
+    for subject, n in shares[0].items():
+        expected = 256 * n / len(rows)
+        assert abs(shares[1][subject] - expected) < 4 * expected**0.5
+
+
 @pytest.mark.parametrize("solution, box", [
     (r"so \boxed{3} and \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"), (r"$\boxed 7$.", "7"),
     (r"\fbox{4}", "4"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
@@ -285,11 +313,131 @@ def test_rows_of_both_kinds_from_one_loader(tmp_path):
         load_rows(path, "train")
 
 
-def test_validation_is_held_out_by_index():
-    rows = [{"row": i} for i in range(1000)]
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GSM8K_ROW).encode())
+    assert load_rows(path, "train") == [GSM8K_ROW]
+
+
+@pytest.mark.parametrize("answer, shown", [
+    ("18", "answer (18)"), ("null", "answer (null)"), ("true", "answer (true)"), ("[18]", "answer ([18])"),
+    ('" "', "answer (blank)"), ('"\\n"', "answer (blank)")])
+def test_an_answer_of_another_type_is_named_in_a_gsm8k_row(answer, shown, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"id": 7, "question": "Why?", "answer": ' + answer + "}")
+    with pytest.raises(ValueError, match=re.escape(f"line 1: a row needs the text fields 'question' and 'answer', it "
+                                                   f"has id, question, {shown}")):
+        load_rows(path, "train")
+
+
+@pytest.mark.parametrize("answer, shown", [
+    ('" "', "answer (blank)"), ('""', "answer (blank)"), ("NaN", "answer (NaN)"), ("Infinity", "answer (Infinity)"),
+    ("true", "answer (true)"), ("null", "answer (null)"), ("[]", "answer ([])"), ('["1", " "]', 'answer (["1", " "])'),
+    ("[true]", "answer ([true])"), ("[null]", "answer ([null])"), ("{}", "answer ({})"),
+    ("9007199254740993.0", "answer (9007199254740992.0)")])        # no longer the number that the file has
+def test_an_answer_that_is_none_is_refused_in_a_math_row(answer, shown, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"problem": "Why?", "answer": ' + answer + "}")
+    with pytest.raises(ValueError, match=re.escape(f"list of these; it has problem, {shown}")):
+        load_rows(path, "train")
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("9007199254740993", "9007199254740993"), ("-123456789012345678901234567890", "-123456789012345678901234567890"),
+    ("142.0", "142"), ("0.1", "0.1"), ("-2.50", "-2.5"), ("[3, 4.0]", ["3", "4"]), ("1e3", "1000"), ("7", "7"),
+    ("4503599627370497.0", "4503599627370497")])
+def test_a_gold_number_keeps_all_its_digits(answer, gold, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"problem": "Why?", "answer": ' + answer + "}")
+    assert load_rows(path, "train")[0]["answer"] == gold
+
+
+def test_a_long_integer_is_graded_by_its_last_digit(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"problem": "Why?", "answer": 9007199254740993}')
+    gold = load_rows(path, "train")[0]["answer"]
+    right = [n for n in range(9007199254740990, 9007199254740997) if grade_math(f"\\boxed{{{n}}}", gold)]
+    assert right == [9007199254740993] and not grade_math("\\boxed{9.00719925474099e+15}", gold)
+
+
+# ---- prompts that tokenizers and templates change ----
+
+def with_post_processor(template):
+    """The tokenizer of the embedded task with tokens around every text, as `template` says; A is the text."""
+    tokenizer = copy.deepcopy(tasks.lock.make_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<eos>", tokenizer.eos_token_id), ("<unk>", tokenizer.unk_token_id)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("template, before", [("<unk> $A <eos>", 1), ("$A <eos>", 0), ("<unk> <unk> $A <eos> <eos>", 2),
+                                              ("<unk> $A", 1), ("$A", 0)])
+@pytest.mark.parametrize("name", ["no", "r1", "qwen_math"])
+def test_a_prompt_keeps_bos_and_does_not_end_in_eos(template, before, name):
+    plain, tokenizer = with_post_processor("$A"), with_post_processor(template)
+    row = {"question": "The dials show 37.\n(a) L+3", "answer": "#### 67"}
+    ((bare,), _), ((question,), _) = (make_questions([row], t, 500, name) for t in (plain, tokenizer))
+    assert question.prompt == [tokenizer.unk_token_id] * before + bare.prompt
+
+
+def test_an_eos_in_the_question_itself_stays():
+    tokenizer = with_post_processor("<unk> $A <eos>")
+    ((question,), _) = make_questions([{"question": "37<eos>", "answer": "#### 67"}], tokenizer, 500, "no")
+    assert question.prompt == tokenizer("37<eos>")["input_ids"][:-1] and question.prompt[-1] == tokenizer.eos_token_id
+
+
+DATED = ("{%- if strftime_now is defined %}{%- set today = strftime_now('%d %b %Y') %}{%- endif %}Today: {{ today }}"
+         "{{ strftime_now( \"%H:%M\" ) }}{% for m in messages %}{{ m.content }}{% endfor %}")
+
+
+def test_a_template_with_a_date_gets_the_one_it_is_given():
+    tokenizer = tasks.lock.make_tokenizer()
+    tokenizer.chat_template = DATED
+    assert fix_date(tokenizer, date(2024, 2, 29)) is True
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "37"}], tokenize=False)
+    assert text == "Today: 29 Feb 202400:0037"
+    assert fix_date(tokenizer, date(2025, 1, 1)) is False                              # it stays, in checkpoints too
+    assert chat_prompt(tokenizer, "37") == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_without_a_date_is_not_touched():
+    tokenizer = tasks.lock.make_tokenizer()
+    before = tokenizer.chat_template
+    assert fix_date(tokenizer, date(2024, 2, 29)) is False and tokenizer.chat_template == before
+    tokenizer.chat_template = None
+    assert fix_date(tokenizer, date(2024, 2, 29)) is False
+
+
+def test_a_template_whose_date_cannot_be_replaced_is_refused():
+    tokenizer = tasks.lock.make_tokenizer()
+    tokenizer.chat_template = "{% set f = '%d' %}{{ strftime_now(f) }}"
+    with pytest.raises(ValueError, match="today's date in a way that cannot be replaced"):
+        fix_date(tokenizer, date(2024, 2, 29))
+
+
+def test_checksums_tell_questions_from_prompts():
+    one = [Question("a", "1", [3, 4]), Question("b", ["1", "2"], [5], True)]
+    base = digests(one)
+    assert digests(list(one)) == base
+    for i, changed in ((0, one[0]._replace(gold="2")), (0, one[0]._replace(text="A")),
+                       (1, one[1]._replace(math=False))):
+        other = digests([changed if j == i else q for j, q in enumerate(one)])
+        assert other["rows"] != base["rows"] and other["prompts"] == base["prompts"]
+    other = digests([one[0]._replace(prompt=[3, 5]), one[1]])
+    assert other["rows"] == base["rows"] and other["prompts"] != base["prompts"]
+    assert digests(one[::-1])["rows"] != base["rows"] and digests(one[:1])["prompts"] != base["prompts"]
+
+
+def test_validation_is_drawn_and_always_the_same():
+    rows = list(range(1000))
     train, validation = split_validation(rows)
-    assert train == rows[:744] and validation == rows[744:] and split_validation(rows) == (train, validation)
+    assert len(validation) == 256 and sorted(train + validation) == rows
+    assert train == sorted(train) and validation == sorted(validation)                  # in the order of the file
+    assert validation[:4] == [1, 3, 4, 7] and split_validation(rows) == (train, validation)      # and on any machine
+    quarters = [sum(row // 250 == quarter for row in validation) for quarter in range(4)]
+    assert all(45 < n < 85 for n in quarters)                                           # 64 each, 6 standard deviation
     assert [len(part) for part in split_validation(rows, 10)] == [990, 10]
+    assert split_validation(rows, 10, drawn=False) == (rows[:-10], rows[-10:])          # that of older versions
     for n in (0, 1000, -1):
         with pytest.raises(ValueError, match=f"n must .* 1 to 999 of 1000 rows, got {n}"):
             split_validation(rows, n)

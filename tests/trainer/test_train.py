@@ -2,9 +2,13 @@
 import argparse
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -27,8 +32,10 @@ from deep_grpo import Group, Trajectory, update
 from grading import grade_gsm8k
 from packing import pack, score_rows
 from recoverability import Recoverability
-from tasks import GSM8K_INSTRUCTION, chat_prompt
+from tasks import GSM8K_INSTRUCTION, chat_prompt, split_validation
 from trainer.model import load_model
+from trainer.session import owned
+from trainer.settings import parse_args
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -105,7 +112,7 @@ def short_run(tmp_path_factory):
 
 def test_a_run_leaves_its_settings_logs_checkpoints_and_figure(short_run):
     assert {path.name for path in short_run.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "checkpoints", "run.png"}
+        "config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "checkpoints", "run.png", ".lock"}
     saved = json.loads((short_run / "config.json").read_text())
     assert saved["settings"]["gamma"] == 2.0 and saved["versions"]["torch"] == torch.__version__
     assert saved["training_questions"] == 4096 and [row["step"] for row in read(short_run)] == [0, 1, 2, 3]
@@ -393,7 +400,9 @@ def bad_inputs(tmp_path):
         "offload without ranks": (["--offload-optimizer"], "--offload-optimizer: .*torchrun"),
         "grpo with branches": (["--method", "grpo", "--branches", 8], "--method grpo is K = 0, got 8"),
         "deep without branches": (["--branches", 0], "K = 0 is GRPO, ask for it with --method grpo"),
-        "output is a file": (["--out", tmp_path / "file"], "file already holds a run"),
+        "output is a file": (["--out", tmp_path / "file"], "file is a file"),
+        "output is not empty": (["--out", tmp_path / "broken"], "broken already holds a run"),
+        "output has something in it": (["--out", tmp_path], "is not empty: choose another --out"),
         "resume from nothing": (["--resume", tmp_path / "folder"], "folder does not hold a run"),
         "validation without a test set": (["--val-rows", 8], "--val-rows: only with --eval-data"),
         "no validation left": (["--data", tmp_path / "long_last.jsonl", "--eval-data", tmp_path / "three.jsonl",
@@ -430,9 +439,101 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(short_run, capsys):
     assert {p: p.stat().st_mtime_ns for p in short_run.rglob("*")} == before
 
 
+def test_a_run_directory_that_another_process_has_is_left_alone(short_run, tmp_path, capsys, monkeypatch):
+    """The other process may be one that nobody sees any more, after a lost connection."""
+    with owned(short_run):
+        before = {p: p.stat().st_mtime_ns for p in short_run.rglob("*")}
+        assert train("--resume", short_run, "--steps", 4) == 2
+        assert f"another process writes into {short_run}" in capsys.readouterr().err
+        assert {p: p.stat().st_mtime_ns for p in short_run.rglob("*")} == before
+
+    def begun_meanwhile(args):
+        args.out.mkdir()
+        (args.out / "config.json").touch()
+        return run
+
+    args = parse_args([*FAST, "--out", str(tmp_path / "run")])
+    run = train_gsm8k.prepare(args)                                # it is still free
+    monkeypatch.setattr(train_gsm8k, "prepare", begun_meanwhile)
+    assert train(*FAST, "--out", tmp_path / "run") == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+# ---- questions and prompts of a run that goes on ----
+
+def tiny_rows(n):
+    return [json.dumps(row) for row in tasks.lock.make_rows(tasks.lock.LOCKS["tiny"], n, seed=3)]
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Flags of a short run on files of 20 training and 6 evaluation questions."""
+    (tmp_path / "train.jsonl").write_text("\n".join(tiny_rows(20)))
+    (tmp_path / "test.jsonl").write_text("\n".join(tiny_rows(26)[20:]))
+    return [*FAST, "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "test.jsonl", "--val-rows", 5]
+
+
+@pytest.mark.parametrize("file, name, n", [("train", "training", 15), ("test", "evaluation", 6)])
+def test_a_data_file_that_was_replaced_is_named_when_the_run_goes_on(file, name, n, own_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(*own_data, "--steps", 1, "--out", out) == 0
+    path = tmp_path / f"{file}.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([*rows[:-1], rows[0]]))
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert train("--resume", out, "--steps", 2) == 2
+    assert re.search(f"run began with other {name} questions \\({n} then, {n} now\\)", capsys.readouterr().err)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
+    path.write_text("\n".join(rows))
+    assert train("--resume", out, "--steps", 2) == 0
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_rows_that_it_held_out(own_data, tmp_path):
+    """It has no word on how they were chosen, and no checksums in its config.json."""
+    def run_of(out):
+        args = parse_args([str(flag) for flag in (*own_data, "--out", out)])
+        return args, [q.text for q in train_gsm8k.prepare(args).val_questions]
+
+    texts = [json.loads(row)["question"] for row in tiny_rows(20)]
+    args, drawn = run_of(tmp_path / "new")
+    assert drawn == split_validation(texts, 5)[1] != texts[-5:]
+    assert train(*own_data, "--steps", 1, "--out", tmp_path / "run") == 0
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    args.resume, args.out = tmp_path / "run", tmp_path / "run"
+    assert [q.text for q in train_gsm8k.prepare(args).val_questions] == drawn
+    for name in ("validation_drawn", "digests", "date"):
+        del about[name]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    assert [q.text for q in train_gsm8k.prepare(args).val_questions] == texts[-5:]
+
+
+def test_a_date_in_the_chat_template_is_that_of_the_first_day(tmp_path, capsys, monkeypatch):
+    class Day(date):
+        now = date(2024, 2, 29)
+
+        @classmethod
+        def today(cls):
+            return cls.now
+
+    model, tokenizer = load_model(str(ROOT / "assets" / "tiny"))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(train_gsm8k.datetime, "date", Day)
+    out = tmp_path / "run"
+    assert train(*FAST, "--model", tmp_path / "model", "--steps", 1, "--out", out) == 0
+    assert "the chat template asks for the date: it is 2024-02-29" in capsys.readouterr().out
+    Day.now = date(2024, 3, 1)
+    assert train("--resume", out, "--steps", 2) == 0
+    assert json.loads((out / "config.json").read_text())["date"] == "2024-02-29"
+    question = tasks.lock.make_rows(tasks.lock.LOCKS["tiny"], 1, seed=0)[0]["question"]
+    in_checkpoint = chat_prompt(AutoTokenizer.from_pretrained(out / "checkpoints" / "step_2"), question)
+    assert in_checkpoint == tokenizer.encode("29") + chat_prompt(load(ROOT / "assets" / "tiny")[1], question)
+
+
 def test_long_questions_are_named_counted_and_skipped(tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in [GOOD_ROW, LONG_ROW, GOOD_ROW, GOOD_ROW]))
+    data.write_text("".join(json.dumps(row) + "\n" for row in [LONG_ROW, GOOD_ROW, GOOD_ROW, GOOD_ROW]))
     assert train(*FAST, "--data", data, "--steps", 1, "--max-prompt-tokens", 14, "--out", tmp_path / "run") == 0
     out = capsys.readouterr().out
     assert "skipped, longer than 14 prompt tokens: 'The dials show 37.\\n(a) L+3\\n(b) R+1" in out
@@ -458,6 +559,77 @@ def test_a_non_finite_gradient_leaves_the_last_good_state(tmp_path, capsys, monk
     assert [row["step"] for row in read(bad)] == [0, 1, 2]
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     assert train("--resume", bad, "--steps", 3) == 0               # and goes on from there
+
+
+def test_a_non_finite_later_update_on_a_batch_saves_nothing(tmp_path, capsys, monkeypatch):
+    """After the first of two updates the weights are those of no step's end."""
+    out, calls = tmp_path / "run", []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def explode_in_between(parameters, *args):
+        calls.append(1)
+        return clip(parameters, *args) * (float("nan") if len(calls) == 6 else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode_in_between)
+    flags = [*FAST, "--updates", 2, "--eval-every", 0, "--save-every", 1]
+    assert train(*flags, "--steps", 5, "--out", out) == 1
+    assert "stopped at step 3: loss" in capsys.readouterr().err
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_1", "step_2"]
+    unsaved = tmp_path / "unsaved"
+    calls.clear()
+    assert train(*flags[:-2], "--steps", 5, "--out", unsaved) == 1
+    assert not (unsaved / "checkpoints").exists()                  # not "step_2" with the weights of half a step 3
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    assert train("--resume", out, "--steps", 3) == 0 and train("--resume", unsaved, "--steps", 3) == 0
+    assert all(torch.equal(p, q) for p, q in zip(weights(out, 3).values(), weights(unsaved, 3).values()))
+
+
+def test_an_evaluation_draws_no_more_at_a_time_than_a_step(tmp_path, monkeypatch):
+    """2 * 4 rollouts with 2 branches each are 16 at most: 40 questions are drawn as 16, 16 and 8."""
+    sizes, sample = [], trainer.policy.sample
+
+    def watched(model, prefixes, ks, **options):
+        sizes.append((sum(ks), options["temperature"]))
+        return sample(model, prefixes, ks, **options)
+
+    monkeypatch.setattr(trainer.policy, "sample", watched)
+    flags = [*FAST, "--steps", 1, "--eval-rows", 40, "--eval-every", 1]
+    assert train(*flags, "--out", tmp_path / "parts") == 0
+    assert [n for n, temperature in sizes if temperature == 0] == [16, 16, 8] * 2
+    monkeypatch.setattr(train_gsm8k, "largest_draw", lambda args: 10**6)
+    assert train(*flags, "--out", tmp_path / "whole") == 0
+    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_generation_config_that_cannot_be_saved_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    """transformers 5.17 to 5.22 loads a temperature without do_sample, and refuses to save it."""
+    load(ROOT / "assets" / "tiny")[0].save_pretrained(tmp_path / "model")
+    load(ROOT / "assets" / "tiny")[1].save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.9}))
+    save = GenerationConfig.save_pretrained
+
+    def save_as_older_versions(self, *args, **kwargs):
+        self.validate(strict=True)
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", save_as_older_versions)
+    out = tmp_path / "run"
+    assert train(*FAST, "--model", tmp_path / "model", "--steps", 1, "--out", out) == 0
+    assert "checkpoints leave out temperature" in capsys.readouterr().out
+    assert train("--resume", out, "--steps", 2) == 0
+    saved = json.loads((out / "checkpoints" / "step_2" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == json.loads(path.read_text())["eos_token_id"] and "temperature" not in saved
+
+
+def test_a_backend_that_is_not_there_does_not_matter():
+    """A shell that was started from a notebook has such a one in its environment."""
+    modules = [f.stem for f in (ROOT / "experiments").glob("*.py")]
+    own = [path for folder in ("experiments", "trainer", ".") for path in (ROOT / folder).glob("*.py")
+           if re.search(r"^(import|from) matplotlib", path.read_text(), re.M)]
+    assert [path.name for path in own] == ["plot.py"] and "figures" in modules      # which the others import it from
+    subprocess.run([sys.executable, "-c", "import experiments.figures"], cwd=ROOT, check=True,
+                   env=os.environ | {"MPLBACKEND": "module://no_such_package.backend"})
 
 
 def test_a_policy_that_blew_up_is_named_before_it_is_sampled(tmp_path, capsys):

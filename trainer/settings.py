@@ -92,7 +92,7 @@ def add_first_flags(group):
     sets = ", ".join([*tasks.lock.LOCKS, *SETS])
     group.add_argument("--data", help="the training questions, a local .jsonl, a hub name, or one of "
                        f"{sets}; default: the preset's")
-    group.add_argument("--out", type=Path, help="the run directory, a new one; default: runs/PRESET-METHOD-SEED")
+    group.add_argument("--out", type=Path, help="the run directory, new or empty; default: runs/PRESET-METHOD-SEED")
     group.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the last checkpoint of a run; "
                        "default: start a new run")
     group.add_argument("--seed", type=int, help="the seed of everything random; default: 0")
@@ -122,7 +122,7 @@ def add_run_flags(group):
                        "the last; 0: only those; default: the preset's")
     group.add_argument("--max-hours", type=float, help="save and end before this many hours are over, to go on with "
                        "--resume; default: no such end")
-    group.add_argument("--dry-run", action="store_true", help="print the GPU memory that the run takes, and end; "
+    group.add_argument("--dry-run", action="store_true", help="print the GPU memory that each phase takes, and end; "
                        "default: train")
     group.add_argument("--gpus", type=count, help="the number of GPUs that --dry-run reckons with; default: 1")
 
@@ -130,10 +130,10 @@ def add_run_flags(group):
 def add_data_flags(group):
     """Which questions are evaluated, and how a prompt is made."""
     group.add_argument("--eval-data", help="the evaluation questions, named as for --data; default: the preset's test "
-                       "set, or the last --eval-rows rows of --data")
+                       "set, or --eval-rows rows of --data that are drawn at random and held out")
     group.add_argument("--eval-rows", type=count, help="the number of evaluation questions; default: the preset's")
-    group.add_argument("--val-rows", type=int, help="with --eval-data: hold out this many rows at the end of --data, "
-                       "to choose the best checkpoint on; default: the preset's")
+    group.add_argument("--val-rows", type=int, help="with --eval-data: hold out this many rows of --data, drawn at "
+                       "random but the same for every seed, to choose the best checkpoint on; default: the preset's")
     group.add_argument("--select-on-test", action="store_true", help="choose the best checkpoint on --eval-data, as "
                        "the authors do; default: on the held-out rows")
     group.add_argument("--template", choices=TEMPLATES, help="the prompt around a question; default: chat, the model's "

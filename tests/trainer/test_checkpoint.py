@@ -60,7 +60,7 @@ def half_the_weights(function, state, path):
 
 def prepare(kind, n):
     if kind == "call":
-        event = at(n, lambda name, function, *a, **k: function(*a, **k), lambda *_: die())
+        event = at(n, lambda name, function, *a, **k: function(*a, **k), lambda *_, **__: die())
         real = os.replace, os.fsync, checkpoint.shutil.rmtree
         os.replace, os.fsync, checkpoint.shutil.rmtree = (
             lambda *a, f=f, **k: event(f.__name__, f, *a, **k) for f in real)

@@ -35,6 +35,7 @@ from packing import batch_costs, pack
 from trainer import ranks
 from trainer.model import Ranks, checkpoint_activations, fsdp_modules, shard
 from trainer.ranks import deal, distributed, rank, world_size
+from trainer.session import owned
 from variants.rrpo import reset_failed
 
 ROOT = Path(__file__).parents[2]
@@ -600,6 +601,14 @@ def test_bad_input_is_one_line_of_all_ranks_together(argv, part, on_ranks, tmp_p
     assert outs[1:] == ["", ""]
 
 
+def test_a_run_directory_of_another_process_is_one_line_of_all_ranks_together(on_ranks, tmp_path):
+    with owned(tmp_path / "run"):
+        codes, _, errors = on_ranks.run(2, "train", run_flags(tmp_path / "run", 1))
+    assert codes == [2, 2] and [*(tmp_path / "run").iterdir()] == [tmp_path / "run" / ".lock"]
+    line, = "".join(errors).splitlines()
+    assert line.startswith("error: another process writes into")
+
+
 def test_a_full_disk_is_one_line_of_all_ranks_together(on_ranks, tmp_path):
     codes, _, errors = on_ranks.run(2, "train_on_a_full_disk", run_flags(tmp_path / "run", 2))
     assert codes == [1, 1] and errors[1] == ""
@@ -656,8 +665,10 @@ def pid_of_rank(launcher, rank):
 
 def test_a_rank_that_dies_ends_the_run_and_it_resumes(on_ranks, tmp_path):
     """Within a minute, on a machine that does nothing else. Without torchrun the others would wait for two hours."""
-    out = tmp_path / "run"
-    launcher = torchrun(2, *SMALL, "--steps", 500, "--eval-every", 0, "--save-every", 1, "--out", out)
+    out, data = tmp_path / "run", tmp_path / "rows.jsonl"        # the other processes of this file make fewer rows
+    rows = tasks.lock.make_rows(tasks.lock.LOCKS["tiny"], 64, seed=0)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    launcher = torchrun(2, *SMALL, "--data", data, "--steps", 500, "--eval-every", 0, "--save-every", 1, "--out", out)
     while not (out / "checkpoints" / "step_2").exists():
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.05)

@@ -1,9 +1,11 @@
 """The policy: what it draws, what it rewards, and what it counts."""
+import copy
 import time
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 import tasks.lock
 from deep_grpo import Config, Group, Trajectory, choose_pivots, resample_failures, roll_out, score_groups
@@ -153,6 +155,18 @@ def test_text_and_encode_are_those_of_the_tokenizer(make, questions, monkeypatch
     assert policy.text([*policy.tokenizer.encode("#### 42"), policy.stop[0]]) == "#### 42"
     monkeypatch.setattr(policy.tokenizer, "chat_template", None)         # a base model
     assert policy.encode("#### 42") == policy.tokenizer.encode("#### 42")
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A <eos>", special_tokens=[("<unk>", tokenizer.unk_token_id), ("<eos>", policy.stop[0])])
+    monkeypatch.setattr(policy, "tokenizer", tokenizer)
+    assert policy.encode("#### 42") == tokenizer.encode("#### 42")[:-1]  # with BOS, without EOS
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_texts_that_are_kept_are_those_of_the_tokenizer(n, make):
+    policy, rng = make(), np.random.default_rng(0)
+    for ids in [*rng.integers(0, len(policy.tokenizer), (50, n)).tolist()] * 2:
+        assert policy.text(ids) == policy.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 # ---- looking inside ----

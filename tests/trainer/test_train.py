@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 FAST = ["--preset", "tiny", "--questions", "2", "--group-size", "4", "--branches", "2", "--eval-rows", "8",
         "--eval-every", "2"]
+SHORT = [*FAST, "--max-new-tokens", "16"]                          # where no answer needs to be right
 
 
 def train(*argv):
@@ -452,10 +453,10 @@ def test_a_run_directory_that_another_process_has_is_left_alone(short_run, tmp_p
         (args.out / "config.json").touch()
         return run
 
-    args = parse_args([*FAST, "--out", str(tmp_path / "run")])
+    args = parse_args([*SHORT, "--out", str(tmp_path / "run")])
     run = train_gsm8k.prepare(args)                                # it is still free
     monkeypatch.setattr(train_gsm8k, "prepare", begun_meanwhile)
-    assert train(*FAST, "--out", tmp_path / "run") == 2
+    assert train(*SHORT, "--out", tmp_path / "run") == 2
     assert "already holds a run" in capsys.readouterr().err
 
 
@@ -470,7 +471,7 @@ def own_data(tmp_path):
     """Flags of a short run on files of 20 training and 6 evaluation questions."""
     (tmp_path / "train.jsonl").write_text("\n".join(tiny_rows(20)))
     (tmp_path / "test.jsonl").write_text("\n".join(tiny_rows(26)[20:]))
-    return [*FAST, "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "test.jsonl", "--val-rows", 5]
+    return [*SHORT, "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "test.jsonl", "--val-rows", 5]
 
 
 @pytest.mark.parametrize("file, name, n", [("train", "training", 15), ("test", "evaluation", 6)])
@@ -521,7 +522,7 @@ def test_a_date_in_the_chat_template_is_that_of_the_first_day(tmp_path, capsys, 
     tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(train_gsm8k.datetime, "date", Day)
     out = tmp_path / "run"
-    assert train(*FAST, "--model", tmp_path / "model", "--steps", 1, "--out", out) == 0
+    assert train(*SHORT, "--model", tmp_path / "model", "--steps", 1, "--out", out) == 0
     assert "the chat template asks for the date: it is 2024-02-29" in capsys.readouterr().out
     Day.now = date(2024, 3, 1)
     assert train("--resume", out, "--steps", 2) == 0
@@ -571,7 +572,7 @@ def test_a_non_finite_later_update_on_a_batch_saves_nothing(tmp_path, capsys, mo
         return clip(parameters, *args) * (float("nan") if len(calls) == 6 else 1)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode_in_between)
-    flags = [*FAST, "--updates", 2, "--eval-every", 0, "--save-every", 1]
+    flags = [*SHORT, "--updates", 2, "--eval-every", 0, "--save-every", 1]
     assert train(*flags, "--steps", 5, "--out", out) == 1
     assert "stopped at step 3: loss" in capsys.readouterr().err
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_1", "step_2"]
@@ -593,7 +594,7 @@ def test_an_evaluation_draws_no_more_at_a_time_than_a_step(tmp_path, monkeypatch
         return sample(model, prefixes, ks, **options)
 
     monkeypatch.setattr(trainer.policy, "sample", watched)
-    flags = [*FAST, "--steps", 1, "--eval-rows", 40, "--eval-every", 1]
+    flags = [*SHORT, "--steps", 1, "--eval-rows", 40, "--eval-every", 1]
     assert train(*flags, "--out", tmp_path / "parts") == 0
     assert [n for n, temperature in sizes if temperature == 0] == [16, 16, 8] * 2
     monkeypatch.setattr(train_gsm8k, "largest_draw", lambda args: 10**6)
@@ -615,7 +616,7 @@ def test_a_generation_config_that_cannot_be_saved_does_not_end_the_run(tmp_path,
 
     monkeypatch.setattr(GenerationConfig, "save_pretrained", save_as_older_versions)
     out = tmp_path / "run"
-    assert train(*FAST, "--model", tmp_path / "model", "--steps", 1, "--out", out) == 0
+    assert train(*SHORT, "--model", tmp_path / "model", "--steps", 1, "--out", out) == 0
     assert "checkpoints leave out temperature" in capsys.readouterr().out
     assert train("--resume", out, "--steps", 2) == 0
     saved = json.loads((out / "checkpoints" / "step_2" / "generation_config.json").read_text())

@@ -155,6 +155,7 @@ NOTATION = [(re.compile(pattern), new, *(needed or [""])) for pattern, new, *nee
     *((rf"^ ?({mark}{{1,3}})([^*`\s](?:[^*`]*[^*`_\s])?)\1(?=[ .]*$)", r"\2", mark[-1]) for mark in (r"\*", "_", "`")),
     (r"\*\*", "^", "**"), (r"\^ ?(\d)(?!\d|\.\d)", r"^{\1}", "^"), (r"_ ?(\d)(?!\d|\.\d)", r"_{\1}", "_"),
     (r"\^ ?([-+]) ?(?=\})", r"^{\1}", "^"), (r"\\log ?_ ?(1\d+)", r"\\log_{\1}", r"\log"),
+    (r"\^ ?\{? ?((?:\\prime(?![a-z]) ?)+)\}?", lambda m: "'" * m[1].count("prime"), B),
     (r"\+ ?(?=\\infty)", "", B), (r"(?<=\d) ?x ?(?=10\^)", r"\\times ", "^"),
     (r"\^ ?\{?\\(?:circ|degree)(?![a-z]) ?\}?", "°", "^"), (r'(?i)"? ?\bpercent\b ?"?|\\%', "%"),
     (r"(?<![\d.^_])(\d+) ?(\\frac\{\d+\}\{\d+\})", r"(\1+\2)", B),           # mixed numbers
@@ -400,6 +401,8 @@ def _same_leaf(a, g):
     a, g = (text.strip().strip('"') if re.fullmatch(r' ?"[^"]*\d[^"]*" ?', text) else text for text in (a, g))
     bases = [BASE.fullmatch(re.sub(" ", "", text)) for text in (a, g)]
     if any(bases):
+        if any(not match and re.fullmatch("[A-F]", _squash(text)) for match, text in zip(bases, (a, g), strict=True)):
+            return False                                                     # a choice, not a digit of base 12 to 16
         digits = {match[1] + match[2] if match else _squash(text) for match, text in zip(bases, (a, g), strict=True)}
         return len(digits) == 1 and len({match[3] or match[4] for match in bases if match}) == 1
     if ":" in a + g:                                                         # times and ratios
@@ -417,7 +420,8 @@ def _same_leaf(a, g):
         words = [re.findall(r"[^\W_]+|:", text.lower()) for text in (a, g)]
         a, g = ([str(COUNTED.index(word)) if word in COUNTED else word for word in text] for text in words)
         return a == g != []
-    return scale == 1 and _ask(a, g, "=")
+    primes = {"".join(re.findall(r"(?<=[a-zA-Z)}])'+", text)) for text in (a, g)}        # the parser would drop them
+    return scale == 1 and len(primes) == 1 and _ask(a, g, "=")
 
 
 # ---- MATH, rule 12: algebra, in another process ----

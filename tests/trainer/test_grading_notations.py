@@ -34,6 +34,13 @@ def check_gsm8k(gold, right, wrong):
 
 # ---- a digit after ^ or _ ----
 
+def test_a_prime_is_a_part_of_a_name():
+    check_math("x'", [r"x^{\prime}", r"x^\prime", "{x'}"], ["x", "x''", "y'"])
+    check_math("f''(2)", [r"f^{\prime\prime}(2)"], ["f'(2)", "f(2)"])
+    check_math("2x+1", ["1+2x"], ["1+2x'", r"1+2x^{\prime}"])
+    check_math(r"6 \text{ feet}", ["6'"], ["6x'"])                                 # of a number it is a unit
+
+
 @pytest.mark.parametrize("gold, right, wrong", [
     ("3", [r"\log_2(8)", r"\log_2\left(8\right)", r"\log_2 [8]", r"\log_2{(8)}", r"\log_4\frac{128}{2}", "log_2(8)",
            r"\log_2\binom{8}{1}", r"\log_2^2(8)-6", r"\log_10(1000)", r"\mathrm{log}_2(8)"],
@@ -99,7 +106,7 @@ def test_an_option_is_no_other_option(gold):
 @pytest.mark.parametrize("gold, right, wrong", [
     ("C", ["C)", "(C) -12", r"C: \frac{1}{2}", "C. x+1", "(C) (1,2)", r"(C) \text{twelve}", r"(C) 2\frac12"],
      ["12C", "C 12", "C(12)", "(C)(12)", r"C\cdot 12", "(C) + 12", "(C) - 12", "C-12", "C = 12", "(C) x", "Cx", "C/2",
-      "C_2", "C^2", "(C)^2", r"(C) \times 12", "C:12", "C, 12", "(C,D)", "5 C", "-C", "c: 12"]),
+      "C_2", "C_{12}", "C'", "C^2", "(C)^2", r"(C) \times 12", "C:12", "C, 12", "(C,D)", "5 C", "-C", "c: 12"]),
     ("C", [], ["(C), (D)", "(C) or (D)", "(C) 12, (D) 13", "C: 12 or D: 13", r"\textbf{(C)} 12, \textbf{(D)} 13",
                "C. D", r"\text{(C) is wrong}", r"\text{C. is not correct}", r"\text{not C}"]),
     ("12", ["E) 12"], ["(C)(12)", "C 12", "C:12", "(C) -12", "(C) 12 or (D) 13", "C_12", "C, 12"]),

@@ -491,21 +491,22 @@ def test_a_data_file_that_was_replaced_is_named_when_the_run_goes_on(file, name,
 
 def test_a_run_of_an_older_version_goes_on_with_the_rows_that_it_held_out(own_data, tmp_path):
     """It has no word on how they were chosen, and no checksums in its config.json."""
-    def run_of(out):
-        args = parse_args([str(flag) for flag in (*own_data, "--out", out)])
-        return args, [q.text for q in train_gsm8k.prepare(args).val_questions]
-
     texts = [json.loads(row)["question"] for row in tiny_rows(20)]
-    args, drawn = run_of(tmp_path / "new")
-    assert drawn == split_validation(texts, 5)[1] != texts[-5:]
-    assert train(*own_data, "--steps", 1, "--out", tmp_path / "run") == 0
-    about = json.loads((tmp_path / "run" / "config.json").read_text())
-    args.resume, args.out = tmp_path / "run", tmp_path / "run"
-    assert [q.text for q in train_gsm8k.prepare(args).val_questions] == drawn
-    for name in ("validation_drawn", "digests", "date"):
-        del about[name]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
-    assert [q.text for q in train_gsm8k.prepare(args).val_questions] == texts[-5:]
+    for flags, n in ((own_data, 5), (own_data[:-4], 8)):           # with a test set; without one, to evaluate on
+        out = tmp_path / f"run-{n}"
+        assert train(*flags, "--steps", 1, "--out", out) == 0
+        args = parse_args(["--resume", str(out)])
+
+        def held_out(args=args):
+            run = train_gsm8k.prepare(args)
+            return [q.text for q in run.val_questions or run.eval_questions]
+
+        assert held_out() == split_validation(texts, n)[1] != texts[-n:]
+        about = json.loads((out / "config.json").read_text())
+        for name in ("validation_drawn", "digests", "date"):
+            del about[name]
+        (out / "config.json").write_text(json.dumps(about))
+        assert held_out() == texts[-n:]
 
 
 def test_a_date_in_the_chat_template_is_that_of_the_first_day(tmp_path, capsys, monkeypatch):
@@ -544,7 +545,8 @@ def test_long_questions_are_named_counted_and_skipped(tmp_path, capsys):
 
 def test_a_non_finite_gradient_leaves_the_last_good_state(tmp_path, capsys, monkeypatch):
     good, bad, calls = tmp_path / "good", tmp_path / "bad", []
-    assert train(*FAST, "--steps", 2, "--out", good) == 0
+    flags = [*FAST, "--eval-every", 0]                             # nothing is saved before the end
+    assert train(*flags, "--steps", 2, "--out", good) == 0
     clip = torch.nn.utils.clip_grad_norm_
 
     def explode_late(parameters, *args):
@@ -552,12 +554,12 @@ def test_a_non_finite_gradient_leaves_the_last_good_state(tmp_path, capsys, monk
         return clip(parameters, *args) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode_late)
-    assert train(*FAST, "--steps", 5, "--out", bad) == 1
+    assert train(*flags, "--steps", 5, "--out", bad) == 1
     err = capsys.readouterr().err
     assert "stopped at step 3: loss" in err and "gradient norm nan" in err and "Traceback" not in err
     first, second = weights(good, 2), weights(bad, 2)
     assert all(torch.equal(p, second[name]) for name, p in first.items())
-    assert [row["step"] for row in read(bad)] == [0, 1, 2]
+    assert [row["step"] for row in read(bad)] == [1, 2]
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     assert train("--resume", bad, "--steps", 3) == 0               # and goes on from there
 

@@ -243,7 +243,7 @@ def selection(run):
 def train(run) -> int:
     """Run the loop: step, log, evaluate, save. Returns the exit code."""
     args, start, longest = run.args, time.perf_counter(), 0.0
-    received = stop_after_this_step((signal.SIGINT, signal.SIGTERM))
+    received = stop_after_this_step(run, (signal.SIGINT, signal.SIGTERM))
     shown = {}
     if run.step == 0 and args.eval_every:
         metrics, timing = evaluate(run)

@@ -24,7 +24,7 @@ import transformers
 
 from recoverability import Recoverability
 from tasks import digests
-from trainer.checkpoint import append_lines, write_whole
+from trainer.checkpoint import append_lines, find_checkpoints, write_whole
 from trainer.policy import Policy
 from trainer.ranks import distributed, gather, rank, world_size
 
@@ -157,22 +157,31 @@ def sample_lines(run, questions, groups):
                     yield line | {"pivot": None, "prefix": None, "branches": []}
 
 
-def stop_after_this_step(signals) -> list:
+def stop_after_this_step(run, signals) -> list:
     """From now on Ctrl-C and SIGTERM put their name into the returned list; a second one ends the process.
 
-    (Under torchrun a second one does not: torchrun passes on to all ranks what they may have had already, and ends
-    them itself.)
+    One that comes within a second of the first is the same one: `timeout` signals a process, and then its whole group.
+    (Under torchrun a second one never ends the process: torchrun passes on to all ranks what they may have had already,
+    and ends them itself.)
     """
-    received = []
+    received, began = [], 0.0
 
     def note(number, frame):
-        received.append(signal.Signals(number).name)
-        if rank() == 0:
-            print(f"\n{received[0]}: ending after this step"
-                  + (", if torchrun waits for that: 30 seconds, or its --shutdown-timeout" if distributed()
-                     else "; once more to end at once"), file=sys.stderr)
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN if distributed() else signal.SIG_DFL)
+        nonlocal began
+        name = signal.Signals(number).name
+        if not received:
+            received.append(name)
+            began = time.monotonic()
+            if rank() == 0:
+                print(f"\n{name}: ending after this step"
+                      + (", if torchrun waits for that: 30 seconds, or its --shutdown-timeout" if distributed()
+                         else "; once more to end at once"), file=sys.stderr)
+        elif time.monotonic() - began > 1 and not distributed():
+            saved = max((step for step, _ in find_checkpoints(run.args.out)), default=0)
+            print(f"\n{name}: ended at once, without saving; {run.step - saved} finished steps are lost, "
+                  f"--resume goes on after step {saved}", file=sys.stderr, flush=True)
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     for number in signals:
         signal.signal(number, note)

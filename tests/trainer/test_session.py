@@ -155,14 +155,25 @@ def test_a_run_ends_by_a_signal_or_before_its_hours_are_over(max_hours, received
     assert ended_by(argparse.Namespace(max_hours=max_hours), received, 100.0, 200.0) == why
 
 
-def test_the_first_signal_is_noted_and_the_second_ends_the_process(capsys):
-    before = signal.getsignal(signal.SIGUSR1)
+def test_the_first_signal_is_noted_and_the_second_ends_the_process(capsys, tmp_path, monkeypatch):
+    """Any more within a second of the first are the same one. The process would end where SIG_DFL is raised."""
+    before, ended, now = signal.getsignal(signal.SIGUSR1), [], 100.0
+    (tmp_path / "checkpoints" / "step_4").mkdir(parents=True)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     try:
-        received = stop_after_this_step((signal.SIGUSR1,))
+        received = stop_after_this_step(make_run(args=argparse.Namespace(out=tmp_path), step=7), (signal.SIGUSR1,))
         assert received == []
         signal.raise_signal(signal.SIGUSR1)
-        assert received == ["SIGUSR1"] and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+        assert received == ["SIGUSR1"]
         assert "SIGUSR1: ending after this step; once more to end at once" in capsys.readouterr().err
+        now = 101.0
+        signal.raise_signal(signal.SIGUSR1)
+        assert received == ["SIGUSR1"] and capsys.readouterr().err == ""
+        note, now = signal.getsignal(signal.SIGUSR1), 101.1
+        monkeypatch.setattr(signal, "raise_signal", lambda number: ended.append(signal.getsignal(number)))
+        note(signal.SIGUSR1, None)
+        assert ended == [signal.SIG_DFL]
+        assert "without saving; 3 finished steps are lost, --resume goes on after step 4" in capsys.readouterr().err
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert session.ROOT == Path(__file__).parents[2]             # where the git revision is read

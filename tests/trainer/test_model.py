@@ -3,8 +3,9 @@ import pytest
 from conftest import EOS, argmax_step_by_step, make_model
 from test_packing import check_against_separate_rows
 from test_resample import RAGGED, draw
+from transformers import GenerationConfig
 
-from trainer.model import checkpoint_activations
+from trainer.model import checkpoint_activations, savable
 
 
 @pytest.mark.parametrize("chunk", [3, 4096])
@@ -25,3 +26,27 @@ def test_sampling_from_a_model_with_checkpointed_activations_leaves_it_as_it_was
     assert model.training == training
     assert getattr(model, "is_activation_checkpointing", None) or model.is_gradient_checkpointing
     assert greedy == [[argmax_step_by_step(model.eval(), p, 9, {EOS})] for p in RAGGED]      # and without dropout
+
+
+# ---- generation_config.json ----
+
+@pytest.mark.parametrize("settings, dropped", [
+    (dict(do_sample=False, temperature=0.9), {"temperature"}),
+    (dict(do_sample=True, temperature=0.9, top_p=0.5), set()),
+    (dict(do_sample=True, temperature=0.9, num_beams=1, early_stopping=True), {"early_stopping"}),
+    (dict(do_sample=False, top_p=0.5, min_p=0.1), {"top_p", "min_p"}), (dict(pad_token_id=-1), {"pad_token_id"})])
+def test_only_what_cannot_be_saved_is_left_out_of_a_generation_config(settings, dropped, tmp_path, capsys):
+    config = GenerationConfig(eos_token_id=[2, 3], **settings)
+    kept = savable(config, "mine")
+    kept.save_pretrained(tmp_path)
+    for name, value in settings.items():
+        assert name in dropped or getattr(kept, name) == value
+    assert kept.eos_token_id == [2, 3] and not dropped & kept.to_diff_dict().keys()
+    out = capsys.readouterr().out
+    assert (f"generation_config.json of mine has settings that are not valid together; checkpoints leave out "
+            f"{', '.join(sorted(dropped, key=list(settings).index))}\n" == out) if dropped else out == ""
+
+
+def test_a_generation_config_that_is_valid_or_missing_stays_the_same_object():
+    config = GenerationConfig(do_sample=True, temperature=0.5)
+    assert savable(config, "mine") is config and savable(None, "mine") is None

@@ -632,7 +632,7 @@ def test_a_backend_that_is_not_there_does_not_matter():
            if re.search(r"^(import|from) matplotlib", path.read_text(), re.M)]
     assert [path.name for path in own] == ["plot.py"] and "figures" in modules      # which the others import it from
     subprocess.run([sys.executable, "-c", "import experiments.figures"], cwd=ROOT, check=True,
-                   env=os.environ | {"MPLBACKEND": "module://no_such_package.backend"})
+                   env=os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
 
 
 def test_a_policy_that_blew_up_is_named_before_it_is_sampled(tmp_path, capsys):

@@ -38,7 +38,7 @@ class Method:
 
 
 STEPS = ("segment_tokens",)                          # the flag of methods that cut a response into steps
-STREAMS = ("gamma", "lam", *STEPS)                   # those of DEEP-GRPO and its ablations
+STREAMS = ("gamma", "lam", *STEPS)                   # those of DEEP-GRPO and most of its ablations
 NO_CLIP = dict(clip_low=1.0, clip_high=1e6)
 
 METHODS = {
@@ -52,8 +52,8 @@ METHODS = {
     "srpo": Method(dict(group_size=5, branches=4, **NO_CLIP), rrpo.choose_named, rrpo.weights, flags=STEPS),
     "no_std": Method(weights=ablations.no_std, fits_p=True, flags=STREAMS),
     "two_pivots": Method(choose_pivots=ablations.two_pivots, fits_p=True, flags=("objective", *STREAMS)),
-    "uniform_pivot": Method(choose_pivots=ablations.uniform_pivot, fits_p=True, flags=("objective", *STREAMS)),
+    "uniform_pivot": Method(choose_pivots=ablations.uniform_pivot, fits_p=True, flags=("objective", "lam", *STEPS)),
     "branch_all": Method(choose_pivots=ablations.branch_all, fits_p=True, flags=("objective", *STREAMS)),
     "train_prefix": Method(update=ablations.train_prefix, fits_p=True, flags=("objective", *STREAMS)),
-    "one_stream": Method(weights=ablations.one_stream, fits_p=True, flags=STREAMS),
+    "one_stream": Method(weights=ablations.one_stream, fits_p=True, flags=("gamma", *STEPS)),
 }

@@ -34,6 +34,13 @@ from recoverability import Recoverability
 from tasks import make_questions
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A policy is loaded with the questions of an epoch. They take longer than what most tests do with it."""
+    make_rows = tasks.lock.make_rows
+    monkeypatch.setattr(tasks.lock, "make_rows", lambda lock, n, seed: make_rows(lock, min(n, 64), seed))
+
+
 def test_one_feature_is_eq_p():
     rng = np.random.default_rng(0)
     r = rng.uniform(size=200)

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from test_runs import write_run
+from test_runs import run_here, write_run
 
 import tasks.lock
 from experiments import compare
@@ -16,7 +16,7 @@ from tasks.lock import Lock
 from trainer.settings import parse_args
 
 ROOT = Path(__file__).parents[2]
-SHORT = "--preset tiny --eval-every 1 --eval-rows 4 --step-tokens 1500 --max-new-tokens 80"
+SHORT = "--preset tiny --eval-every 1 --eval-rows 4 --step-tokens 500 --max-new-tokens 48 --temperature 1.8"
 
 
 @pytest.fixture
@@ -109,9 +109,10 @@ def test_every_arm_is_a_valid_command_and_budgets_are_equal():
 
 def test_a_short_comparison_of_two_methods(tmp_path, monkeypatch, capsys):
     """make compare in small: equal tokens, kept and interrupted runs, other settings are refused."""
+    run_here(monkeypatch, Lock((3, 3), 0, (1, 1)))
     out, results = tmp_path / "runs", tmp_path / "results"
     monkeypatch.setitem(EXPERIMENTS, "methods", EXPERIMENTS["methods"]._replace(flags=SHORT))
-    flags = ["--arms", "grpo,rrpo", "--seeds", "1", "--budget-tokens", "3000", "--out", str(out),
+    flags = ["--arms", "grpo,rrpo", "--seeds", "1", "--budget-tokens", "1600", "--out", str(out),
              "--results", str(results)]
     compare.main(flags)
     capsys.readouterr()
@@ -123,7 +124,9 @@ def test_a_short_comparison_of_two_methods(tmp_path, monkeypatch, capsys):
     runs = {arm: (out / f"{arm}-0" / "metrics.jsonl").read_text() for arm in ("grpo", "rrpo")}
     rows = {arm: [json.loads(line) for line in run.splitlines()] for arm, run in runs.items()}
     for run in rows.values():
-        assert run[-1]["generated_total"] >= 3000 > run[-2]["generated_total"]
+        assert run[-1]["generated_total"] >= 1600 > run[-2]["generated_total"] and run[-1]["trained_tokens"] > 0
+    for arm in runs:
+        assert json.loads((out / f"{arm}-0" / "config.json").read_text())["settings"]["method"] == arm
     # One was interrupted; it goes on, and the other is not run again.
     (out / "rrpo-0" / "run.png").unlink()
     cut = runs["rrpo"].splitlines(keepends=True)[:-1]
@@ -139,7 +142,8 @@ def test_a_short_comparison_of_two_methods(tmp_path, monkeypatch, capsys):
     assert "1 of 2 runs are finished" in capsys.readouterr().out
     assert (out / "grpo-0" / "metrics.jsonl").stat().st_mtime_ns == before
     assert (out / "rrpo-0" / "metrics.jsonl").read_text() == runs["rrpo"]
-    with pytest.raises(SystemExit, match="grpo-0 holds a run with budget_tokens = 3000, here it is 4000: delete it"):
+    assert "going on after step 1\n" in (out / "rrpo-0.log").read_text()
+    with pytest.raises(SystemExit, match="grpo-0 holds a run with budget_tokens = 1600, here it is 4000: delete it"):
         compare.main([*flags[:5], "4000", *flags[6:]])
     with pytest.raises(SystemExit):
         compare.main(["--arms", "grpo,ppo"])

@@ -1,16 +1,58 @@
 """Runs of an experiment: what is read from their directories, Student's t against its tables, bases, pages."""
+import contextlib
 import json
 import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tasks.lock
+import train_gsm8k
 from experiments import runs
 from experiments.runs import BEGIN, END, accuracy_curve, interval, make_base, read_run, seconds_of, t_tail, write_page
 from tasks.lock import Lock
 from trainer.plot import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+class FinishedRun:
+    """What start_run() gets here in place of a process: the training run has ended before it is returned."""
+
+    def __init__(self, command, stdout, stderr, env):
+        python, script, *flags = command
+        assert python == sys.executable and Path(script) == ROOT / "train_gsm8k.py" and env["OMP_NUM_THREADS"] == "1"
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            try:
+                self.returncode = train_gsm8k.main(flags)
+            except SystemExit as end:
+                self.returncode = end.code
+
+    def poll(self):
+        return self.returncode
+
+    wait = poll
+
+    def kill(self):
+        self.returncode = -9
+
+
+def run_here(monkeypatch, lock=None):
+    """Let training runs go on in this process, with few questions and an empty figure, and measure bases on few rows.
+
+    A process would import torch anew. To draw and encode an epoch of questions and to draw the figure takes longer than
+    a short run. lock: the difficulty of the questions; None leaves it to the run.
+    """
+    make_rows, probabilities = tasks.lock.make_rows, runs.turn_probabilities
+    for module in (tasks.lock, runs):
+        monkeypatch.setattr(module, "make_rows", lambda own, n, seed: make_rows(lock or own, min(n, 16), seed))
+    monkeypatch.setattr(runs, "turn_probabilities", lambda *args, n: probabilities(*args, n=8))
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(Popen=FinishedRun))
+    monkeypatch.setattr(train_gsm8k, "plot_run", lambda run_dir: (run_dir / "run.png").touch())
 
 
 @pytest.mark.parametrize("t, df, p", [(12.706, 1, 0.05), (4.303, 2, 0.05), (2.776, 4, 0.05), (4.604, 4, 0.01),

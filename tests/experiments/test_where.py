@@ -1,12 +1,13 @@
 """The map: its prediction against an enumeration, tokens to half accuracy by hand, one cell in small."""
 import json
 from argparse import Namespace
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from test_runs import write_run
+from test_runs import run_here, write_run
 
 from experiments import where
 from experiments.where import CELLS, correct_per_update, factor, predict, tokens_to_half
@@ -14,6 +15,7 @@ from pivot import candidate_ratios, pivot_distribution
 from tasks.lock import Lock
 
 ROOT = Path(__file__).parents[2]
+roughly = cache(partial(predict, n=100))             # where a test shows predictions and does not judge them
 
 
 @pytest.mark.parametrize("place, p", [((1, 1), 0.5), ((3, 3), 0.5), ((5, 5), 1e-6)])
@@ -44,7 +46,7 @@ def test_prediction_of_two_hard_turns_by_enumeration(monkeypatch):
 
 def test_the_boundary_is_where_a_branch_is_as_good_per_token():
     for lock in CELLS.values():
-        got = predict(lock, n=800)
+        got = predict(lock, n=200)
         assert (got["factor"] > 1) == (got["q/s"] > got["c"])
     late, early = predict(CELLS["long, late", 0.03]), predict(CELLS["long, early", 0.03])
     assert late["factor"] > 1.5 and early["factor"] < 0.6
@@ -75,8 +77,9 @@ def test_factors_by_hand():
     assert factor(np.array([np.inf, 500.0]), np.array([100.0, np.inf]), 1000)[2].startswith("? ")
 
 
-def test_the_kept_map_can_be_drawn_again(tmp_path):
+def test_the_kept_map_can_be_drawn_again(tmp_path, monkeypatch):
     """--redraw needs no runs; the titles are the messages of the whole map, and a part of it does not claim them."""
+    monkeypatch.setattr(where, "predict", roughly)                     # only its T is in the figure
     kept = json.loads((ROOT / "results" / "where.json").read_text())
     (tmp_path / "where.json").write_text(json.dumps(kept))
     where.main(["--redraw", "--results", str(tmp_path)])
@@ -95,6 +98,8 @@ def test_the_kept_map_can_be_drawn_again(tmp_path):
 
 
 def test_one_cell_in_small(tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch)
+    monkeypatch.setattr(where, "predict", roughly)
     monkeypatch.setattr(where, "CELLS", {("long, late", 0.3): Lock((2, 2), 1, (1, 1), 0.9)})
     flags = ["--seeds", "1", "--updates", "2", "--step-tokens", "600", "--base-steps", "2",
              "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
@@ -106,7 +111,9 @@ def test_one_cell_in_small(tmp_path, monkeypatch, capsys):
     page.write_text("# By hand\n\n" + text)
     assert "| long, late | 0.3 |" in text and (tmp_path / "results" / "where.png").read_bytes()[:4] == b"\x89PNG"
     before = (tmp_path / "results" / "where.json").read_bytes()
-    where.main(flags)                                                  # what is known is not measured again
+    with monkeypatch.context() as context:
+        context.setattr(where, "measure_cell", None)
+        where.main(flags)                                              # what is known is not measured again
     assert (tmp_path / "results" / "where.json").read_bytes() == before
     assert page.read_text().startswith("# By hand\n\n") and page.read_text().count("| long, late | 0.3 |") == 1
     with pytest.raises(SystemExit):

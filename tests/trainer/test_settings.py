@@ -1,7 +1,5 @@
 """The flags: where their values come from, what a resumed run takes over, and what --help says."""
 import json
-import subprocess
-import sys
 from argparse import SUPPRESS
 from dataclasses import fields
 from pathlib import Path
@@ -152,8 +150,3 @@ def test_help_shows_the_description_and_every_flag(program, flags, capsys):
     assert program.__doc__.strip().splitlines()[0] in shown
     for flag in flags:
         assert f"--{flag} " in shown
-
-
-def test_the_command_can_be_typed():
-    shown = subprocess.run([sys.executable, "train_gsm8k.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0 and shown.stderr == "" and "--preset " in shown.stdout

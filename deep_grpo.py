@@ -192,15 +192,22 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     the clipped part of Eq. (L). reweigh(table, logp, entropy) gives a changed table of loss tokens, from what the
     policy thinks of them.
 
-    metrics, over the tokens of rollouts unless said: entropy and kl (k3), both in nats; clip_fraction (of all loss
-    tokens); trained_tokens (neither A nor w is 0); and the batch_costs of packing.py.
+    Sequences without any weight are not computed: neither an advantage nor, with a reference, a KL term. They are many
+    with the authors' objective and with beta = 0.
+
+    metrics, over the tokens of rollouts that are computed unless said: entropy and kl (k3), both in nats, None without
+    such tokens; clip_fraction (of all computed loss tokens); trained_tokens (neither A nor w is 0); and the batch_costs
+    of packing.py.
     """
     table = loss_table(groups, weights(groups, config), old_logps)       # (N, 5): A, w, w_kl, main, log pi_old
     scored = 0
     if reweigh is not None:
         logps, entropies, scored = score_groups(model, groups, config, micro_batch_tokens, ranks)
         table = reweigh(table, torch.cat(logps), torch.cat(entropies))
-    rows = pack_groups(groups, attention_length(model), micro_batch_tokens or math.inf)
+    has_kl = ref_model is not None and config.beta > 0
+    needed, tokens = needed_sequences(groups, table, has_kl)
+    table = table[tokens]
+    rows = pack_groups(groups, attention_length(model), micro_batch_tokens or math.inf, needed)
     batches = micro_batches(rows, micro_batch_tokens, ranks.size)
     of_row = table.split([len(row.targets) for row in rows])
     clipped = surrogate is None
@@ -209,7 +216,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     loss, sums = torch.zeros(()), torch.zeros(3, dtype=torch.float64)
     for batch in ranks.mine(batches):
         part = [rows[i] for i in batch]
-        if ref_model is not None and config.beta > 0:
+        if has_kl:
             with torch.no_grad():                    # first, because its logits need room that is free only now
                 ref, _ = ranks.score(ref_model, part, config.temperature)
         else:
@@ -231,8 +238,21 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     metrics = batch_costs(rows, batches, ranks.size)
     metrics["forwarded_tokens"] += scored
     n_main = table[:, 3].sum().item()
-    return loss, {"entropy": sums[0] / n_main, "kl": sums[1] / n_main, "clip_fraction": sums[2] / len(table),
+    entropy, kl = (total / n_main if n_main else None for total in sums[:2])
+    return loss, {"entropy": entropy, "kl": kl, "clip_fraction": sums[2] / max(1, len(table)),
                   "trained_tokens": int(((table[:, 0] != 0) & (table[:, 1] != 0)).sum()), **metrics}
+
+
+def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
+    """Which sequences have a weight: a bool for each, in the order of the table, and a mask of their tokens, [N]."""
+    weighs = table[:, 0] * table[:, 1] != 0
+    if has_kl:
+        weighs |= table[:, 2] != 0
+    lengths = torch.tensor([len(y) for g in groups for t in g.trajectories
+                            for y in (t.response, *(suffix for _, suffix in t.branches))])
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    weight = torch.cat([ends[:1], weighs.cumsum(0)])[ends].diff()        # how many tokens of it have a weight
+    return (weight > 0).tolist(), (weight > 0).repeat_interleave(lengths)
 
 
 def token_sums(logp, entropy, ref, A, main, old, config) -> torch.Tensor:
@@ -249,10 +269,10 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
     """Line 8: config.updates clipped optimizer steps on -J, all on the same batch. options: those of objective().
 
     Returns the metrics of the last one, with loss, grad_norm (before clipping), optimizer_steps, and all tokens that
-    were forwarded. Raises FloatingPointError when the loss or the gradient is not finite; the weights are then those
-    of before that optimizer step.
+    were forwarded. Where no sequence has a weight there is no gradient, and no step either. Raises FloatingPointError
+    when the loss or the gradient is not finite; the weights are then those of before that optimizer step.
     """
-    old_logps, forwarded = None, 0                   # with one step per batch pi_old is the current policy
+    old_logps, forwarded, steps = None, 0, 0         # with one step per batch pi_old is the current policy
     if config.updates > 1:
         old_logps, _, forwarded = score_groups(model, groups, config, micro_batch_tokens, ranks)
     for _ in range(config.updates):
@@ -264,11 +284,12 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm             # of a sharded model
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
-        optimizer.step()
+        steps += any(p.grad is not None for p in model.parameters())
+        optimizer.step()                             # leaves parameters without a gradient as they are
         torch.clear_autocast_cache()                 # it holds bf16 copies of the weights as they were before
     optimizer.zero_grad()                            # no gradients are kept while the next batch is generated
     return {"loss": loss.item(), "grad_norm": norm.item(), **metrics,
-            "forwarded_tokens": forwarded, "optimizer_steps": config.updates}
+            "forwarded_tokens": forwarded, "optimizer_steps": steps}
 
 
 # ---- The algorithm ----

@@ -17,6 +17,7 @@ because gradient checkpointing drops the cache.
     python packing.py        # draws the tree mask of a small row
 """
 from bisect import bisect_left
+from itertools import groupby, repeat
 from typing import NamedTuple
 
 import torch
@@ -64,20 +65,33 @@ def pack(prompt: list[int], response: list[int], branches: list[tuple[int, list[
     return Row(ids, positions, segments, prefixes, targets, predictors, [len(response), *(len(y) for _, y in branches)])
 
 
-def pack_groups(groups, a: float, limit: float = float("inf")) -> list[Row]:
+def pack_groups(groups, a: float, limit: float = float("inf"), needed: list[bool] | None = None) -> list[Row]:
     """Return the Rows of all rollouts and branches, in order: one per rollout, or more where that is cheaper.
 
     a, limit: those of pack_or_split. The G responses of a question without any branch are packed as branches of the
-    question itself, so the prompt is computed once.
+    question itself, so the prompt is computed once. needed: for every rollout and, after it, each of its branches, are
+    its tokens scored? None: all are. Of a rollout that is not, only the prefix of its branches stays.
     """
+    needed = repeat(True) if needed is None else iter(needed)
     trees = []                                       # (prompt, response, [(pivot, suffix), ...])
     for g in groups:
-        if any(t.branches for t in g.trajectories):
-            trees += [(g.prompt, t.response, t.branches) for t in g.trajectories]
-        else:
-            first, *others = [t.response for t in g.trajectories]
-            trees.append((g.prompt, first, [(0, y) for y in others]))
+        scored = [(t.response, next(needed), [branch for branch in t.branches if next(needed)]) for t in g.trajectories]
+        if any(branches for *_, branches in scored):
+            for response, itself, branches in scored:
+                if itself:
+                    trees.append((g.prompt, response, branches))
+                else:                                # its branches, as those of the question and the prefix
+                    for pivot, siblings in groupby(branches, key=lambda branch: branch[0]):
+                        trees.append((g.prompt + response[:pivot], *first_and_others(y for _, y in siblings)))
+        elif responses := [response for response, itself, _ in scored if itself]:
+            trees.append((g.prompt, *first_and_others(responses)))
     return [row for tree in trees for row in pack_or_split(*tree, a, limit)]
+
+
+def first_and_others(continuations):
+    """Several continuations of one prompt as (response, branches at its beginning)."""
+    first, *others = continuations
+    return first, [(0, y) for y in others]
 
 
 def attention_length(model) -> float:
@@ -138,10 +152,12 @@ def layer_masks(config, mask: torch.Tensor, positions: torch.Tensor):
 def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[list[int]]:
     """Return the indices of rows, longest first, in batches of at most `tokens` padded tokens (None: one per rank).
 
-    A row is never cut. One that is longer than `tokens` is a batch of its own. Each of several ranks takes every
-    ranks-th batch. The number of batches is therefore a multiple of `ranks`, and they are as even as that allows. Where
-    there are fewer rows than batches, the batches at the end are empty.
+    Without rows there are no batches. A row is never cut. One that is longer than `tokens` is a batch of its own. Each
+    of several ranks takes every ranks-th batch. The number of batches is therefore a multiple of `ranks`, and they are
+    as even as that allows. Where there are fewer rows than batches, the batches at the end are empty.
     """
+    if not rows:
+        return []
     longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
 
     def cut(limit):
@@ -224,6 +240,8 @@ def batch_costs(rows: list[Row], batches: list[list[int]], ranks: int = 1) -> di
     In every round each rank takes one micro-batch and waits for the largest. imbalance is the sum of these largest
     over the mean load of a rank. It is 1 when all ranks have the same load.
     """
+    if not rows:
+        return {"forwarded_tokens": 0, "padding": 0.0, "imbalance": 1.0}
     forwarded = sum(len(row.ids) for row in rows)
     loads = [len(batch) * len(rows[batch[0]].ids) if batch else 0 for batch in batches]      # longest row first
     rounds = [loads[i:i + ranks] for i in range(0, len(loads), ranks)]                       # one batch per rank

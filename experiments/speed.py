@@ -8,6 +8,7 @@ r"""Speed and memory, side by side: each trick of this repository against the sa
 Each row is a comparison. The first list is for any device:
 
     update        one packed row per rollout against a row per sequence, and what the rule of packing.py chooses
+    weights       the authors' objective with the sequences that have no weight left out, and computed
     generation    one prefill per prefix against one per branch, and blocks of tokens against one call
     passes        what the reference and the old log-probabilities cost where they are needed
     head          log-probabilities of the loss tokens in chunks against the logits of all tokens
@@ -52,7 +53,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 import deep_grpo
 import resample
 from deep_grpo import Config, Fork, Group, Trajectory, objective, score_groups
-from loss import clipped_surrogate, k3_kl, loss_table, paper_weights
+from loss import authors_weights, clipped_surrogate, k3_kl, loss_table, paper_weights
 from packing import attention_length, micro_batches, pack, pack_groups, score_rows
 from trainer.memory import estimate
 from trainer.model import Ranks, checkpoint_activations, gathered, precision, shard
@@ -88,16 +89,17 @@ class Work:
         self.prompts = [self.ids(int(n)) for n in rng.integers(prompt // 2, prompt * 3 // 2, questions)]
         drawn = rng.lognormal(np.log(mean) - 0.08, 0.4, (questions, group_size))
         self.lengths = drawn.clip(max(1, mean // 8), cap).astype(int)
-        self.failed = rng.random((questions, group_size)) < (failed if branches else 0)
+        self.failed = rng.random((questions, group_size)) < failed
+        if failed < 1:
+            self.failed[:, 0], self.failed[:, -1] = True, False          # no question is without an advantage
         self.pivots = (depth * self.lengths).astype(int)
         self.depth = depth
-        self.coin = lambda: float(rng.random() < 0.5)
 
     def rollouts(self, sampler):
-        """The rollouts of all questions, as groups; every failed one has a Fork at its pivot."""
+        """The rollouts of all questions, as groups; every failed one has a Fork at its pivot if K > 0."""
         per_row = [x for x in self.prompts for _ in range(self.G)]
         responses = iter(y for (y,) in sampler(self.model, per_row, 1, self.lengths.reshape(-1).tolist()))
-        return [Group(x, [Trajectory(next(responses), 1.0 - f, [Fork(int(p), self.depth)] if f else [])
+        return [Group(x, [Trajectory(next(responses), 1.0 - f, [Fork(int(p), self.depth)] if f and self.K else [])
                           for f, p in zip(failed, pivots)])
                 for x, failed, pivots in zip(self.prompts, self.failed, self.pivots)]
 
@@ -108,7 +110,7 @@ class Work:
             drawn = sampler(self.model, [g.prompt + t.response[:fork.pivot] for g, t, fork in forked], self.K,
                             [len(t.response) - fork.pivot for _, t, fork in forked])
             for (*_, fork), branches in zip(forked, drawn):
-                fork.branches, fork.rewards = branches, [self.coin() for _ in branches]
+                fork.branches, fork.rewards = branches, [float(j % 2) for j in range(len(branches))]
         return groups
 
     def sample_nothing(self, model, prefixes, k, caps):
@@ -185,6 +187,7 @@ def score_plainly(model, rows):
 
 def peak_memory(run):
     """The peak of run(), in megabytes of this process above its start; None where the system does not tell."""
+    gc.collect()                                               # models of earlier rows are cycles of references
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")          # on Linux the peak counts from now on
@@ -284,6 +287,32 @@ def time_update_of(args, prompt, prefix, suffix, k, n):
         {"packed": lambda: run(ALWAYS), "separate": lambda: run(NEVER)},
         {"packed": f"{packed} tokens; the rule takes {'packed' if chosen == packed else 'separate'}",
          "separate": f"{separate} tokens"})
+
+
+def time_weights(args):
+    """The authors' objective where three quarters of the questions and of the pivots teach nothing."""
+    model, config = make_model(args.size), Config(objective="authors")
+    groups = Work(model, max(4, args.questions), args.mean, args.cap).groups()
+    for i, g in enumerate(groups):
+        for t in g.trajectories if i % 4 else ():
+            t.reward = 0.0
+    for i, fork in enumerate(fork for g in groups for t in g.trajectories for fork in t.forks):
+        if i % 4:
+            fork.rewards = [0.0] * len(fork.rewards)
+    needed, _ = deep_grpo.needed_sequences(groups, loss_table(groups, authors_weights(groups, config)), False)
+
+    def left_out():
+        update_ours(model, groups, config)
+        model.zero_grad()
+
+    def computed():
+        with mock.patch.object(deep_grpo, "needed_sequences", lambda groups, table, has_kl: (None, slice(None))):
+            left_out()
+
+    a = attention_length(model)
+    yield from side_by_side(args, "update, authors' objective", {"left out": left_out, "computed": computed}, {
+        "left out": f"{sum(len(row.ids) for row in pack_groups(groups, a, 4096, needed))} tokens",
+        "computed": f"{sum(len(row.ids) for row in pack_groups(groups, a, 4096))} tokens"})
 
 
 def time_generation(args):
@@ -654,8 +683,8 @@ def paper_step(args):
     return dict(questions=2, mean=12, cap=16) if small else dict(questions=64, mean=220, cap=512)
 
 
-COMPARISONS = {"update": time_updates, "generation": time_generation, "passes": time_passes, "head": time_head,
-               "step": time_steps, "growth": time_growth, "trl": time_trl}
+COMPARISONS = {"update": time_updates, "weights": time_weights, "generation": time_generation, "passes": time_passes,
+               "head": time_head, "step": time_steps, "growth": time_growth, "trl": time_trl}
 GPU_COMPARISONS = {"decode": time_decoding, "paper_update": time_paper_update, "paper_whole": time_paper_step,
                    "sharded": time_sharding, "trl": time_trl}
 

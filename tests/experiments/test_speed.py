@@ -1,5 +1,7 @@
 """The benchmark compares equal work: its plain twins give what the repository gives, and every row runs."""
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from test_resample import chi_square
 
 from deep_grpo import Config
 from experiments import speed
+from loss import authors_weights, paper_weights
 
 
 def tiny_work(model, **changes):
@@ -92,14 +95,33 @@ def test_memory_of_a_run_is_the_peak_above_its_start():
     assert sizes[0] == pytest.approx(100, abs=20) and sizes[1] == pytest.approx(300, abs=20)
 
 
+def test_memory_that_nothing_refers_to_is_freed_before_a_run():
+    """A model is a cycle of references. It would otherwise be freed during a run, whose peak would then be too low."""
+    gc.collect()
+    gc.disable()                                                       # it must not come before peak_memory()
+    try:
+        cycle = [torch.ones(200 * 2**18)]                              # 200 megabytes
+        cycle.append(cycle)
+        gone = weakref.ref(cycle[0])
+        del cycle
+        assert gone() is not None
+        seen = []
+        peak = speed.peak_memory(lambda: seen.append(gone()) or torch.zeros(100 * 2**18).sum())
+    finally:
+        gc.enable()
+    assert seen == [None] and peak == pytest.approx(100, abs=20)
+
+
 @pytest.mark.parametrize("argv, rows", [
-    (["update", "generation", "passes", "head", "step"], 22), (["growth"], 13),
+    (["update", "weights", "generation", "passes", "head", "step"], 24), (["growth"], 13),
     (["--gpu", "decode", "paper_update", "paper_whole", "sharded"], 21)])
-def test_every_row_runs_and_json_keeps_it(argv, rows, tmp_path, capsys):
+def test_every_row_runs_and_json_keeps_it(argv, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "peak_memory", lambda run: 12.5)        # it would run everything once more
     assert speed.main([*argv, "--size", "test", "--repeats", "1", "--json", str(tmp_path / "kept.json")]) == 0
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert len(kept["records"]) == rows == capsys.readouterr().out.count("\n| ") - 1
     assert all(record["seconds"] > 0 and len(record["runs"]) == 1 for record in kept["records"])
+    assert all(record["peak_mb"] == 12.5 for record in kept["records"])
     assert kept["torch"] == torch.__version__
 
 
@@ -127,11 +149,20 @@ def test_all_rollouts_packed_or_none(model):
 @pytest.mark.parametrize("a", [speed.ALWAYS, speed.NEVER])
 def test_the_update_computes_the_layout_that_is_asked_for(a, model, monkeypatch):
     """The two variants of the row `update` would otherwise be one and the same."""
-    groups, computed = tiny_work(model, failed=1.0).groups(), []
+    groups, computed = tiny_work(model).groups(), []
     model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: computed.append((kwargs["input_ids"] != 0).sum().item()), with_kwargs=True)
     speed.with_length(a, lambda: speed.update_ours(model, groups, Config(beta=0.0), None, 500))
     assert sum(computed) == speed.tokens_through(groups, a)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_all_of_the_work_has_a_weight(model, k):
+    """Sequences without an advantage are not computed, and the rows of the table count them as if they were."""
+    groups = tiny_work(model, branches=k).groups()
+    spans = [*paper_weights(groups, Config()), *authors_weights(groups, Config())]
+    assert all(span.A and span.w for span in spans)
+    assert any(t.branches for g in groups for t in g.trajectories) == (k > 0)
 
 
 def test_loss_tokens_are_those_of_rollouts_and_branches(model):

@@ -300,16 +300,63 @@ def test_the_prefix_of_a_branch_carries_no_loss(model):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
-def test_equal_rewards_have_exactly_no_gradient(model):
+def nothing_right():
     groups = example()
     for g in groups:
         for t in g.trajectories:
             t.reward = 0.0
             for fork in t.forks:
                 fork.rewards = [0.0] * len(fork.branches)
-    loss, metrics = objective(model, groups, Config(beta=0.0), backward=True)
-    assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters())
-    assert metrics["trained_tokens"] == 0
+    return groups
+
+
+@pytest.mark.parametrize("config", [Config(beta=0.0), Config(beta=BETA, objective="authors")])
+def test_a_batch_of_equal_rewards_makes_no_step(model, ref_model, config):
+    """Not even one of weight decay, or of the moments of earlier steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    update(model, optimizer, example(), config, ref_model)
+    before = copy.deepcopy(model.state_dict())
+    metrics = update(model, optimizer, nothing_right(), config, ref_model)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    nothing = {"loss": 0.0, "grad_norm": 0.0, "optimizer_steps": 0, "trained_tokens": 0, "forwarded_tokens": 0,
+               "entropy": None, "kl": None, "clip_fraction": 0.0}
+    assert {name: metrics[name] for name in nothing} == nothing
+
+
+def test_with_a_kl_term_equal_rewards_still_make_a_step(model, ref_model):
+    metrics = update(model, torch.optim.AdamW(model.parameters()), nothing_right(), Config(beta=BETA), ref_model)
+    assert metrics["optimizer_steps"] == 1 and metrics["grad_norm"] > 0 and metrics["trained_tokens"] == 0
+
+
+@pytest.mark.parametrize("groups", [example, forest])
+@pytest.mark.parametrize("config", [Config(beta=0.0), Config(beta=BETA, objective="authors"), Config(beta=BETA)])
+def test_sequences_without_a_weight_are_not_computed_and_not_missed(model, ref_model, groups, config, monkeypatch):
+    old, *_ = score_groups(ref_model, groups(), config)
+    results = []
+    for micro_batch_tokens in (None, 30):
+        model.zero_grad()
+        loss, metrics = objective(model, groups(), config, ref_model, old, micro_batch_tokens, backward=True)
+        results.append((loss.item(), metrics, gradients(model)))
+    model.zero_grad()
+    monkeypatch.setattr(deep_grpo, "needed_sequences", lambda groups, table, has_kl: (None, slice(None)))
+    loss, metrics = objective(model, groups(), config, ref_model, old, backward=True)
+    for less_loss, less, grads in results:
+        assert less_loss == pytest.approx(loss.item(), rel=1e-12)
+        assert less["trained_tokens"] == metrics["trained_tokens"]
+        assert (less["forwarded_tokens"] < metrics["forwarded_tokens"]) == (config != Config(beta=BETA))
+        assert_gradients(model, grads)
+
+
+def test_what_is_left_of_a_batch_without_weights_by_hand(model, ref_model):
+    """The second pivot of the first question is dead, and so are the other questions; of the last the branches live."""
+    # [3 | 5 | .], [3 | 6 | 2 3 2] and [3 | 3]; nothing; [1 + 2 | 1 | 3 | 2], [1 + 1 | 1 | 1 | 2] and [1 | 2 | 2 | 3]
+    expected = (8 + 16 + 6) + 0 + (9 + 6 + 8)
+    for config in (Config(beta=0.0), Config(beta=BETA, objective="authors")):
+        _, metrics = objective(model, example(), config, ref_model)
+        assert metrics["forwarded_tokens"] == expected
+        logps, entropies, _ = score_groups(model, example(), config)
+        first = [entropies[i][:n] for i, n in ((0, 5), (1, 6), (2, 3))]            # the rollouts that are computed
+        assert metrics["entropy"] == pytest.approx(torch.cat(first).mean().item(), rel=1e-12)
 
 
 def test_at_the_first_update_the_ratio_is_one_and_the_gradient_is_not_zero(model):
@@ -421,7 +468,7 @@ def test_non_finite_stops_before_the_weights_change(model, broken, message):
     elif broken == "loss":
         model.get_output_embeddings().register_forward_hook(lambda module, args, out: out * float("nan"))
     else:                                                         # the gradient of the model is 0, and finite
-        options["ranks"] = Given(torch.full((65,), float("nan"), requires_grad=True), None)
+        options["ranks"] = Given(torch.full((38,), float("nan"), requires_grad=True), None)
     with pytest.raises(FloatingPointError, match=message):
         update(model, torch.optim.AdamW(model.parameters()), example(), Config(beta=0.0), **options)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())

@@ -162,6 +162,23 @@ def test_rows_of_groups_by_hand():
     assert pack_groups(groups, a=1e-9) == [pack([1, 2], [4]), *split, pack([3], [5]), pack([3], [6, 7])]
 
 
+def test_rows_of_groups_of_which_not_all_sequences_are_needed_by_hand():
+    forked = Trajectory([5, 6, 7], 0.0, [Fork(2, 0.6, [[8], [9]], [1.0, 0.0]), Fork(1, 0.3, [[3, 3], [2]], [0.0, 1.0])])
+    groups = [Group([1, 2], [Trajectory([4], 1.0), forked]),
+              Group([3], [Trajectory([5], 0.0), Trajectory([6, 7], 1.0), Trajectory([8], 1.0)])]
+    sequences = [[4], [5, 6, 7], [8], [9], [3, 3], [2], [5], [6, 7], [8]]
+    both, alone = pack([1, 2, 5, 6], [8], [(0, [9])]), pack([1, 2], [4])
+    for needed, rows in [
+            ("111111 111", [alone, pack([1, 2], [5, 6, 7], forked.branches), pack([3], [5], [(0, [6, 7]), (0, [8])])]),
+            ("101101 011", [alone, both, pack([1, 2, 5], [2]), pack([3], [6, 7], [(0, [8])])]),
+            ("010100 100", [pack([1, 2], [5, 6, 7], [(2, [9])]), pack([3], [5])]),
+            ("110000 000", [pack([1, 2], [4], [(0, [5, 6, 7])])]),        # branches all dead
+            ("001000 010", [pack([1, 2, 5, 6], [8]), pack([3], [6, 7])]), ("000000 000", [])]:
+        flags = [c == "1" for c in needed if c != " "]
+        assert pack_groups(groups, inf, needed=flags) == rows
+        assert [t for row in rows for t in row.targets] == [t for y, n in zip(sequences, flags) if n for t in y]
+
+
 def test_temperature_and_entropy():
     model, rollout = make_model(), ROLLOUTS[2]
     logps, entropies = score_rows(model, [pack(*rollout)], temperature=0.7)

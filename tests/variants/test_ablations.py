@@ -168,7 +168,8 @@ def test_the_unmasked_prefix_carries_the_loss_of_every_branch(model, ref_model, 
 
 
 def test_an_unmasked_prefix_is_computed_once_for_every_branch(model):
-    metrics = ablations.train_prefix(model, torch.optim.SGD(model.parameters(), lr=0.05), example(), Config(beta=0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    metrics = ablations.train_prefix(model, optimizer, example(), Config(beta=BETA), copy.deepcopy(model))
     tokens = sum(len(row.ids) for row in pack_groups(example(), attention_length(model)))
     prefixes = 3 * (3 + 0) + 3 * (2 + 1 + 0)                             # pivots of 3, 0 and of 2, 1, 0; K = 3
     assert metrics["forwarded_tokens"] == tokens + prefixes

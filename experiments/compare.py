@@ -82,7 +82,7 @@ EXPERIMENTS = {                                      # the last line of each is 
         "Masking the prefix of a branch costs no accuracy"),
     "stapo": Experiment(
         "With and without STAPO", 5, 128_000, EQUAL, arms("grpo grpo_stapo deep_grpo stapo"), None,
-        "STAPO changes next to nothing on this task"),
+        "STAPO changes nothing on this task"),
     "ablations": Experiment(
         "DEEP-GRPO without one of its parts", 5, 128_000, EQUAL,
         arms("deep_grpo k4 k16 two_pivots uniform root branch_all one_stream no_std grpo24"), None,

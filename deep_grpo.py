@@ -168,14 +168,14 @@ def score_groups(model, groups, config, micro_batch_tokens=None, ranks=ALONE):
     """
     rows = pack_groups(groups, attention_length(model), micro_batch_tokens or math.inf)
     sizes = [len(row.targets) for row in rows]
-    scores = torch.zeros(2, sum(sizes), dtype=torch.float64)             # log pi and entropy of every loss token
+    scores = torch.zeros(2, sum(sizes), dtype=torch.float64, device=model.device)    # log pi, entropy of loss tokens
     of_row = scores.split(sizes, dim=1)                                  # views of it
     for batch in ranks.mine(micro_batches(rows, micro_batch_tokens, ranks.size)):
-        both = torch.stack(ranks.score(model, [rows[i] for i in batch], config.temperature)).cpu()       # (2, n)
+        both = torch.stack(ranks.score(model, [rows[i] for i in batch], config.temperature))             # (2, n)
         for i, part in zip(batch, both.split([sizes[i] for i in batch], dim=1)):
             of_row[i].copy_(part)
     lengths = [len(t.response) + sum(len(y) for _, y in t.branches) for g in groups for t in g.trajectories]
-    logps, entropies = ranks.total(scores)
+    logps, entropies = ranks.total(scores).cpu()
     return list(logps.split(lengths)), list(entropies.split(lengths)), sum(len(row.ids) for row in rows)
 
 
@@ -209,10 +209,11 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     table = table[tokens]
     rows = pack_groups(groups, attention_length(model), micro_batch_tokens or math.inf, needed)
     batches = micro_batches(rows, micro_batch_tokens, ranks.size)
-    of_row = table.split([len(row.targets) for row in rows])
+    of_row = table.to(model.device).split([len(row.targets) for row in rows])
     clipped = surrogate is None
     surrogate = surrogate or partial(clipped_surrogate, clip_low=config.clip_low, clip_high=config.clip_high)
 
+    # Sums stay on the device until the end, because reading one would make the device wait for the host.
     loss, sums = torch.zeros(()), torch.zeros(3, dtype=torch.float64)
     for batch in ranks.mine(batches):
         part = [rows[i] for i in batch]
@@ -222,7 +223,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
         else:
             ref = None
         logp, entropy = ranks.score(model, part, config.temperature)                 # (n,) loss tokens
-        A, w, w_kl, main, old = torch.cat([table[:0], *(of_row[i] for i in batch)]).to(logp).T
+        A, w, w_kl, main, old = torch.cat([logp.new_zeros(0, 5), *(of_row[i].to(logp) for i in batch)]).T
         old = logp.detach() if old_logps is None else old
 
         J = (w * surrogate(logp, old, A)).sum()
@@ -232,7 +233,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
             (-J).backward()
             J = J.detach()
         loss = loss.to(J) - J
-        sums += token_sums(logp.detach(), entropy, ref, A, main, old, config if clipped else None)
+        sums = sums.to(logp.device) + token_sums(logp.detach(), entropy, ref, A, main, old, config if clipped else None)
 
     loss, sums = ranks.total(loss), ranks.total(sums).tolist()
     metrics = batch_costs(rows, batches, ranks.size)
@@ -262,7 +263,7 @@ def token_sums(logp, entropy, ref, A, main, old, config) -> torch.Tensor:
         rho = torch.exp(logp - old)
         held = (A > 0) & (rho > 1 + config.clip_high) | (A < 0) & (rho < 1 - config.clip_low)
     kl = torch.zeros_like(logp) if ref is None else k3_kl(logp, ref)
-    return torch.stack([(entropy * main).sum(), (kl * main).sum(), held.sum()]).double().cpu()
+    return torch.stack([(entropy * main).sum(), (kl * main).sum(), held.sum()]).double()
 
 
 def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None, ranks=ALONE, **options) -> dict:

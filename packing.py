@@ -17,9 +17,10 @@ because gradient checkpointing drops the cache.
     python packing.py        # draws the tree mask of a small row
 """
 from bisect import bisect_left
-from itertools import groupby, repeat
+from itertools import chain, groupby, repeat
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -27,17 +28,14 @@ PROMPT, RESPONSE = 0, 1                  # segment numbers; branch k is segment 
 
 
 class Row(NamedTuple):
-    """A packed rollout. The first four lists run over the row's tokens, the next two over its loss tokens."""
-    ids: list[int]
-    positions: list[int]
-    segments: list[int]
-    prefixes: list[int]                  # how much of the row each token sees besides its own segment
-    targets: list[int]                   # the tokens that are scored: response, branch 1, ..., branch K
-    predictors: list[int]                # the index in the row of the token that predicts each of them
+    """A packed rollout in int64 arrays. The first four run over the row's tokens, the next two over its loss tokens."""
+    ids: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    prefixes: np.ndarray                 # how much of the row each token sees besides its own segment
+    targets: np.ndarray                  # the tokens that are scored: response, branch 1, ..., branch K
+    predictors: np.ndarray               # the index in the row of the token that predicts each of them
     lengths: list[int]                   # number of loss tokens of the response, of branch 1, ..., of branch K
-
-
-IDLE = Row([0], [0], [PROMPT], [1], [], [], [0])     # a token without a loss, for a process without rows
 
 
 def pack(prompt: list[int], response: list[int], branches: list[tuple[int, list[int]]] = ()) -> Row:
@@ -51,18 +49,22 @@ def pack(prompt: list[int], response: list[int], branches: list[tuple[int, list[
     for pivot, _ in branches:
         if not 0 <= pivot <= len(response):
             raise ValueError(f"pivot must be 0 to the {len(response)} tokens of the response, got {pivot}")
-    ids, positions = [*prompt], [*range(len(prompt))]
-    segments, targets, predictors = [PROMPT] * len(prompt), [], []
-    prefixes = [len(prompt)] * len(prompt)
-    for segment, (pivot, tokens) in enumerate([(0, response), *branches], start=RESPONSE):
-        parent = len(prompt) + pivot                 # number of tokens that this sequence continues
-        predictors += [parent - 1, *range(len(ids), len(ids) + len(tokens) - 1)][:len(tokens)]
-        positions += range(parent, parent + len(tokens))
-        segments += [segment] * len(tokens)
-        prefixes += [parent] * len(tokens)
-        targets += tokens
-        ids += tokens
-    return Row(ids, positions, segments, prefixes, targets, predictors, [len(response), *(len(y) for _, y in branches)])
+    n, suffixes = len(prompt), [y for _, y in branches]
+    counts = np.array([n, len(response), *map(len, suffixes)])                       # tokens of every segment
+    starts = counts.cumsum() - counts                                                # where it begins in the row
+    prefix = np.array([n, n, *(n + pivot for pivot, _ in branches)])                 # what it sees, and continues,
+    begins = np.array([0, *prefix[1:]])                                              # and so its first position
+    ids = np.array([*prompt, *response, *chain(*suffixes)], dtype=np.int64)
+    segments = np.arange(len(counts)).repeat(counts)
+    index = np.arange(len(ids))
+    predictors = index[n:] - 1                                                       # the token before, or
+    first = np.flatnonzero(np.diff(segments[n - 1:]))                                # for the first of a segment
+    predictors[first] = prefix[segments[n:][first]] - 1                              # the last one of its prefix
+    return Row(ids, index + (begins - starts)[segments], segments, prefix[segments], ids[n:], predictors,
+               counts[1:].tolist())
+
+
+IDLE = pack([0], [])                     # a token without a loss, for a process without rows
 
 
 def pack_groups(groups, a: float, limit: float = float("inf"), needed: list[bool] | None = None) -> list[Row]:
@@ -115,12 +117,11 @@ def pack_or_split(prompt, response, branches, a: float, limit: float = float("in
     n + n^2 / 2A, because half of its attention is never computed. a: A, the attention_length of the model. A packed row
     is also never longer than `limit` tokens, because what a micro-batch holds is what memory holds.
     """
-    row = pack(prompt, response, branches)
-    n = len(row.ids)
+    n = len(prompt) + len(response) + sum(len(y) for _, y in branches)
     separate = [len(prompt) + len(response), *(len(prompt) + pivot + len(y) for pivot, y in branches)]
     cheaper = n + n ** 2 / a <= sum(m + m ** 2 / (2 * a) for m in separate)
     if not branches or cheaper and n <= limit:
-        return [row]
+        return [pack(prompt, response, branches)]
     return [pack(prompt, response), *(pack(prompt + response[:pivot], y) for pivot, y in branches)]
 
 
@@ -180,6 +181,19 @@ def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[l
     return batches
 
 
+def batch_tensors(rows: list[Row], device) -> tuple[torch.Tensor, ...]:
+    """A batch on the device: ids, positions, segments and prefixes, [B, L], and of its N loss tokens predictors (their
+    index in B * L) and targets."""
+    width = max(len(row.ids) for row in rows)
+    rectangles = np.zeros((4, len(rows), width), dtype=np.int64)
+    rectangles[2] = -1                                               # the segment of padding
+    for b, row in enumerate(rows):
+        rectangles[:, b, :len(row.ids)] = row[:4]
+    predictors = np.concatenate([b * width + row.predictors for b, row in enumerate(rows)])
+    targets = np.concatenate([row.targets for row in rows])
+    return *torch.from_numpy(rectangles).to(device), *torch.from_numpy(np.stack([predictors, targets])).to(device)
+
+
 def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 4096):
     """Return (log-probabilities, entropies), each [loss tokens of all rows, in order], in nats, in fp32 at least.
 
@@ -198,23 +212,15 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
         if getattr(model.config, name, None) not in (None, 1):
             raise ValueError(f"this model changes its logits after the head ({name}), which is not done here: it "
                              "would be scored as another policy than the one that is sampled")
-    width = max(len(row.ids) for row in rows)
-
-    def padded(lists, value):
-        rectangle = [[*x, *[value] * (width - len(x))] for x in lists]                         # (B, L)
-        return torch.tensor(rectangle, device=model.device)
-
-    positions = mask = None
+    ids, positions, segments, prefixes, predictors, targets = batch_tensors(rows, model.device)
+    mask = None
     if any(len(row.lengths) > 1 for row in rows):
-        positions, segments = padded([r.positions for r in rows], 0), padded([r.segments for r in rows], -1)
-        mask = tree_mask(segments, padded([r.prefixes for r in rows], 0))
-        mask = layer_masks(model.base_model.config, mask, positions)
-    # Without branches attention is plainly causal, which is faster. No token sees the padding at the end.
-    hidden = model.base_model(input_ids=padded([r.ids for r in rows], 0), position_ids=positions,
-                              attention_mask=mask, use_cache=False).last_hidden_state          # (B, L, d)
-    predictors = [b * width + i for b, row in enumerate(rows) for i in row.predictors]
-    hidden = hidden.flatten(0, 1)[torch.tensor(predictors, dtype=torch.long, device=model.device)]           # (N, d)
-    targets = torch.tensor([t for row in rows for t in row.targets], dtype=torch.long, device=model.device)    # (N,)
+        mask = layer_masks(model.base_model.config, tree_mask(segments, prefixes), positions)
+    else:                                            # plainly causal attention, which is faster; no token sees the
+        positions = None                             # padding at the end
+    hidden = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask,
+                              use_cache=False).last_hidden_state                               # (B, L, d)
+    hidden = hidden.flatten(0, 1)[predictors]                                                  # (N, d)
     head = model.get_output_embeddings()
 
     def score(x, target):
@@ -275,7 +281,8 @@ if __name__ == "__main__":
     print("P is the prompt, R the response (with a pivot after 2 tokens), 1 and 2 are its branches.\n"
           "Each line is a token, and # marks the tokens that it attends to.\n")
     print("   position  ", " ".join(names))
-    seen = tree_mask(torch.tensor([row.segments]), torch.tensor([row.prefixes]))[0, 0]
-    for name, position, line in zip(names, row.positions, seen.tolist()):
+    _, positions, segments, prefixes, *_ = batch_tensors([row], "cpu")
+    seen = tree_mask(segments, prefixes)[0, 0]
+    for name, position, line in zip(names, positions[0].tolist(), seen.tolist()):
         print(f" {name} {position:8d}   ", " ".join("#" if x else "." for x in line))
-    print("\nThe tokens            ", row.targets, "\nare predicted at index", row.predictors)
+    print("\nThe tokens            ", row.targets.tolist(), "\nare predicted at index", row.predictors.tolist())

@@ -8,6 +8,7 @@ r"""Speed and memory, side by side: each trick of this repository against the sa
 Each row is a comparison. The first list is for any device:
 
     update        one packed row per rollout against a row per sequence, and what the rule of packing.py chooses
+    host          what the host does before a pass of the paper's step: rows, micro-batches, tensors, the loss table
     weights       the authors' objective with the sequences that have no weight left out, and computed
     generation    one prefill per prefix against one per branch, and blocks of tokens against one call
     passes        what the reference and the old log-probabilities cost where they are needed
@@ -54,7 +55,7 @@ import deep_grpo
 import resample
 from deep_grpo import Config, Fork, Group, Trajectory, objective, score_groups
 from loss import authors_weights, clipped_surrogate, k3_kl, loss_table, paper_weights
-from packing import attention_length, micro_batches, pack, pack_groups, score_rows
+from packing import attention_length, batch_tensors, micro_batches, pack, pack_groups, score_rows
 from trainer.memory import estimate
 from trainer.model import Ranks, checkpoint_activations, gathered, precision, shard
 from trainer.settings import OneLineParser, command_line, count
@@ -174,13 +175,10 @@ def update_plainly(model, groups, config, ref_model=None, tokens=4096):
 
 def score_plainly(model, rows):
     """The log-probabilities of packing.score_rows for rows of one sequence, from a padding mask and all logits."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows], device=model.device)
+    ids, _, segments, _, predictors, targets = batch_tensors(rows, model.device)
+    mask = (segments >= 0).long()
     logp = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
-    flat = torch.tensor([b * width + i for b, row in enumerate(rows) for i in row.predictors], device=model.device)
-    targets = torch.tensor([t for row in rows for t in row.targets], device=model.device)
-    return logp.flatten(0, 1)[flat].gather(-1, targets[:, None])[:, 0]
+    return logp.flatten(0, 1)[predictors].gather(-1, targets[:, None])[:, 0]
 
 
 # ---- measuring ----
@@ -313,6 +311,29 @@ def time_weights(args):
     yield from side_by_side(args, "update, authors' objective", {"left out": left_out, "computed": computed}, {
         "left out": f"{sum(len(row.ids) for row in pack_groups(groups, a, 4096, needed))} tokens",
         "computed": f"{sum(len(row.ids) for row in pack_groups(groups, a, 4096))} tokens"})
+
+
+def time_host(args):
+    """What is done on the host before a pass over the paper's step: the device waits for it, so it must be short.
+
+    The rows of Qwen2.5-0.5B with 64 questions; no model is needed.
+    """
+    groups = Work(make_model("test"), **paper_step(args)).groups()
+    config, a = Config(), 7100.0                               # packing.attention_length of Qwen2.5-0.5B
+    branches = sum(len(t.branches) for g in groups for t in g.trajectories)
+
+    def host():
+        table = loss_table(groups, paper_weights(groups, config))
+        needed, tokens = deep_grpo.needed_sequences(groups, table, True)
+        rows = pack_groups(groups, a, 16384, needed)
+        parts = table[tokens].split([len(row.targets) for row in rows])
+        for batch in micro_batches(rows, 16384):
+            batch_tensors([rows[i] for i in batch], "cpu")
+            torch.cat([parts[i] for i in batch])
+
+    for record in side_by_side(args, "host time of a pass", {"as shipped": host}):
+        yield record | {"work": f"{1000 * record['seconds']:.0f} ms, {tokens_through(groups, a)} tokens, "
+                                f"{branches} branches"}
 
 
 def time_generation(args):
@@ -683,8 +704,8 @@ def paper_step(args):
     return dict(questions=2, mean=12, cap=16) if small else dict(questions=64, mean=220, cap=512)
 
 
-COMPARISONS = {"update": time_updates, "weights": time_weights, "generation": time_generation, "passes": time_passes,
-               "head": time_head, "step": time_steps, "growth": time_growth, "trl": time_trl}
+COMPARISONS = {"update": time_updates, "host": time_host, "weights": time_weights, "generation": time_generation,
+               "passes": time_passes, "head": time_head, "step": time_steps, "growth": time_growth, "trl": time_trl}
 GPU_COMPARISONS = {"decode": time_decoding, "paper_update": time_paper_update, "paper_whole": time_paper_step,
                    "sharded": time_sharding, "trl": time_trl}
 

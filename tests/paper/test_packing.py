@@ -14,6 +14,7 @@ from packing import (
     Row,
     attention_length,
     batch_costs,
+    batch_tensors,
     micro_batches,
     pack,
     pack_groups,
@@ -31,6 +32,11 @@ ROLLOUTS = [  # prompt, response, (pivot, suffix) of its branches: ragged, pivot
 ]
 
 
+def plain(rows):
+    """Rows with lists in the place of arrays, which can be compared."""
+    return [Row(*(part if isinstance(part, list) else part.tolist() for part in row)) for row in rows]
+
+
 def separate_logps(model, prompt, response, branches):
     """The slow twin: every sequence alone through the whole model, log_softmax of all logits, no mask."""
     pieces = []
@@ -43,19 +49,38 @@ def separate_logps(model, prompt, response, branches):
 
 def test_row_by_hand():
     row = pack([1, 2], [3, 4, 5, 6], [(2, [7, 8]), (2, [9])])
-    assert row == Row(ids=[1, 2, 3, 4, 5, 6, 7, 8, 9],
-                      positions=[0, 1, 2, 3, 4, 5, 4, 5, 4],
-                      segments=[0, 0, 1, 1, 1, 1, 2, 2, 3],
-                      prefixes=[2, 2, 2, 2, 2, 2, 4, 4, 4],
-                      targets=[3, 4, 5, 6, 7, 8, 9], predictors=[1, 2, 3, 4, 3, 6, 3],
-                      lengths=[4, 2, 1])
+    assert plain([row]) == [Row(ids=[1, 2, 3, 4, 5, 6, 7, 8, 9],
+                                positions=[0, 1, 2, 3, 4, 5, 4, 5, 4],
+                                segments=[0, 0, 1, 1, 1, 1, 2, 2, 3],
+                                prefixes=[2, 2, 2, 2, 2, 2, 4, 4, 4],
+                                targets=[3, 4, 5, 6, 7, 8, 9], predictors=[1, 2, 3, 4, 3, 6, 3],
+                                lengths=[4, 2, 1])]
+    assert all(part.dtype == np.int64 for part in row[:-1])
+
+
+def test_rows_with_empty_sequences_by_hand():
+    """A branch without tokens lies between two others, and a response may have none."""
+    row, nothing = pack([1], [2], [(1, []), (0, [3, 4]), (1, []), (1, [5])]), pack([1, 2], [])
+    assert plain([row, nothing]) == [
+        Row([1, 2, 3, 4, 5], [0, 1, 1, 2, 2], [0, 1, 3, 3, 5], [1, 1, 1, 1, 2], [2, 3, 4, 5], [0, 0, 2, 1],
+            [1, 0, 2, 0, 1]),
+        Row([1, 2], [0, 1], [0, 0], [2, 2], [], [], [0])]
+
+
+def test_the_tensors_of_a_batch_by_hand():
+    short, long = pack([1], [2]), pack([3, 4], [5, 6], [(1, [7])])
+    ids, positions, segments, prefixes, predictors, targets = batch_tensors([short, long], "cpu")
+    assert ids.tolist() == [[1, 2, 0, 0, 0], [3, 4, 5, 6, 7]]
+    assert positions.tolist() == [[0, 1, 0, 0, 0], [0, 1, 2, 3, 3]]
+    assert segments.tolist() == [[0, 1, -1, -1, -1], [0, 0, 1, 1, 2]]
+    assert prefixes.tolist() == [[1, 1, 0, 0, 0], [2, 2, 2, 2, 3]]
+    assert predictors.tolist() == [0, 5 + 1, 5 + 2, 5 + 2] and targets.tolist() == [2, 5, 6, 7]
 
 
 def test_mask_by_its_definition():
     rows = [pack(*rollout) for rollout in ROLLOUTS]
-    width = max(len(r.ids) for r in rows) + 2                            # with padding
-    segments = torch.tensor([r.segments + [-1] * (width - len(r.ids)) for r in rows])
-    mask = tree_mask(segments, torch.tensor([r.prefixes + [0] * (width - len(r.ids)) for r in rows]))
+    _, _, segments, prefixes, *_ = batch_tensors([*rows, pack([1] * 18, [2, 2])], "cpu")     # so all have padding
+    mask, width = tree_mask(segments, prefixes)[:-1], segments.shape[1]
     assert mask.shape == (len(rows), 1, width, width) and mask.dtype == torch.bool
     for b, (prompt, _, branches) in enumerate(ROLLOUTS):
         n, pivots = len(rows[b].ids), [0, 0, *(pivot for pivot, _ in branches)]          # of each segment
@@ -136,18 +161,18 @@ def test_attention_length_by_hand():
 def test_the_rule_for_separate_rows_at_its_boundary():
     # Prefix 3 + 2, suffixes of 5: one row of 20 tokens, or three of 10. 20 + 400 / A = 30 + 300 / 2A at A = 25.
     rollout = ([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [(2, [11] * 5), (2, [12] * 5)])
-    assert pack_or_split(*rollout, a=25.0) == [pack(*rollout)]
-    assert pack_or_split(*rollout, a=24.99) == [
-        pack([1, 2, 3], [4, 5, 6, 7, 8, 9, 10]), pack([1, 2, 3, 4, 5], [11] * 5), pack([1, 2, 3, 4, 5], [12] * 5)]
-    assert pack_or_split(*rollout, a=25.0, limit=20) == [pack(*rollout)]
+    assert plain(pack_or_split(*rollout, a=25.0)) == plain([pack(*rollout)])
+    assert plain(pack_or_split(*rollout, a=24.99)) == plain([
+        pack([1, 2, 3], [4, 5, 6, 7, 8, 9, 10]), pack([1, 2, 3, 4, 5], [11] * 5), pack([1, 2, 3, 4, 5], [12] * 5)])
+    assert plain(pack_or_split(*rollout, a=25.0, limit=20)) == plain([pack(*rollout)])
     assert len(pack_or_split(*rollout, a=25.0, limit=19)) == 3
-    assert pack_or_split([1], [2, 3], [], a=1e-9, limit=2) == [pack([1], [2, 3])]
+    assert plain(pack_or_split([1], [2, 3], [], a=1e-9, limit=2)) == plain([pack([1], [2, 3])])
 
 
 def test_separate_rows_of_several_pivots_have_their_own_prefixes():
     rollout = ([1], [4, 5, 6], [(2, [7]), (0, [8]), (1, [9, 9])])
-    assert pack_or_split(*rollout, a=1e-9) == [
-        pack([1], [4, 5, 6]), pack([1, 4, 5], [7]), pack([1], [8]), pack([1, 4], [9, 9])]
+    assert plain(pack_or_split(*rollout, a=1e-9)) == plain([
+        pack([1], [4, 5, 6]), pack([1, 4, 5], [7]), pack([1], [8]), pack([1, 4], [9, 9])])
 
 
 def test_rows_of_groups_by_hand():
@@ -156,10 +181,11 @@ def test_rows_of_groups_by_hand():
     groups = [Group([1, 2], [Trajectory([4], 1.0), forked]),
               Group([3], [Trajectory([5], 0.0), Trajectory([6, 7], 1.0)])]
     row = pack([1, 2], [5, 6, 7], [(2, [8]), (2, [9]), (1, [3, 3])])
-    assert pack_groups(groups, a=inf) == [pack([1, 2], [4]), row, pack([3], [5], [(0, [6, 7])])]
+    assert plain(pack_groups(groups, a=inf)) == plain([pack([1, 2], [4]), row, pack([3], [5], [(0, [6, 7])])])
     split = [pack([1, 2], [5, 6, 7]), pack([1, 2, 5, 6], [8]), pack([1, 2, 5, 6], [9]), pack([1, 2, 5], [3, 3])]
-    assert pack_groups(groups, a=inf, limit=8) == [pack([1, 2], [4]), *split, pack([3], [5], [(0, [6, 7])])]
-    assert pack_groups(groups, a=1e-9) == [pack([1, 2], [4]), *split, pack([3], [5]), pack([3], [6, 7])]
+    rows = [pack([1, 2], [4]), *split, pack([3], [5], [(0, [6, 7])])]
+    assert plain(pack_groups(groups, a=inf, limit=8)) == plain(rows)
+    assert plain(pack_groups(groups, a=1e-9)) == plain([pack([1, 2], [4]), *split, pack([3], [5]), pack([3], [6, 7])])
 
 
 def test_rows_of_groups_of_which_not_all_sequences_are_needed_by_hand():
@@ -175,7 +201,7 @@ def test_rows_of_groups_of_which_not_all_sequences_are_needed_by_hand():
             ("110000 000", [pack([1, 2], [4], [(0, [5, 6, 7])])]),        # branches all dead
             ("001000 010", [pack([1, 2, 5, 6], [8]), pack([3], [6, 7])]), ("000000 000", [])]:
         flags = [c == "1" for c in needed if c != " "]
-        assert pack_groups(groups, inf, needed=flags) == rows
+        assert plain(pack_groups(groups, inf, needed=flags)) == plain(rows)
         assert [t for row in rows for t in row.targets] == [t for y, n in zip(sequences, flags) if n for t in y]
 
 

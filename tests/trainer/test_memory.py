@@ -72,11 +72,13 @@ def update_peak(model, tokens, n, autocast=False):
     assert [len(row.ids) for row in pack_groups(groups, attention_length(model), tokens)] == [tokens] * n
 
     mine, config = Ranks() if fsdp_modules(model) else ALONE, Config(beta=0.0)
-    table = loss_table(groups, sequence_weights(groups, config))         # in host memory, so no part of a GPU's
+    # The table is in host memory, so no part of a GPU's. Rollouts without an advantage would be left out.
+    table, all_of_it = loss_table(groups, sequence_weights(groups, config)), (None, slice(None))
 
     def run():
         with (torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
-              patch.object(deep_grpo, "loss_table", return_value=table)):
+              patch.object(deep_grpo, "loss_table", return_value=table),
+              patch.object(deep_grpo, "needed_sequences", return_value=all_of_it)):
             objective(model, groups, config, None, None, tokens, backward=True, ranks=mine)
 
     run()                                            # what is allocated once and kept is not the question

@@ -601,6 +601,16 @@ def test_bad_input_is_one_line_of_all_ranks_together(argv, part, on_ranks, tmp_p
     assert outs[1:] == ["", ""]
 
 
+def test_a_batch_without_any_weight_is_a_step_without_an_update(on_ranks, tmp_path):
+    """No rank computes anything then, and none waits for another one. One of one has no advantage."""
+    flags = ["--beta", "0", "--group-size", "1", "--branches", "1"]
+    on_ranks(2, "train", run_flags(tmp_path / "run", 2, *flags))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1:]:
+        metrics = json.loads(line)
+        names = ("optimizer_steps", "forwarded_tokens", "trained_tokens", "grad_norm", "loss")
+        assert [metrics[name] for name in names] == [0] * 5 and metrics["entropy"] is None
+
+
 def test_a_run_directory_of_another_process_is_one_line_of_all_ranks_together(on_ranks, tmp_path):
     with owned(tmp_path / "run"):
         codes, _, errors = on_ranks.run(2, "train", run_flags(tmp_path / "run", 1))

@@ -2,8 +2,6 @@
 import itertools
 import json
 import re
-import subprocess
-import sys
 import zlib
 from datetime import date
 from pathlib import Path
@@ -404,12 +402,11 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(checkpoint, data, tmp_p
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "FILE").read_text() == "mine"
 
 
-def test_the_command(checkpoint, tmp_path):
-    command = [sys.executable, str(ROOT / "eval_math.py"), "--model", str(checkpoint), "--sets", "tiny",
-               "--max-new-tokens", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "| tiny | 256 | 0.0 | 0.0 to 1.5 |" in done.stdout
-    assert "256/256" in done.stderr
+def test_the_command(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)                      # where runs/ is made
+    assert main(["--model", str(checkpoint), "--sets", "tiny", "--max-new-tokens", "4"]) == 0
+    shown = capsys.readouterr()
+    assert "| tiny | 256 | 0.0 | 0.0 to 1.5 |" in shown.out and "256/256" in shown.err
     assert (tmp_path / "runs" / f"eval-{checkpoint.name}" / "results.json").exists()
 
 

@@ -95,11 +95,11 @@ def test_learns_the_tiny_task(tmp_path, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
-    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        assert train(*FAST, "--steps", 2, "--seed", seed, "--out", tmp_path / name) == 0
+    for name, seed, steps in (("a", 5, 2), ("b", 5, 2), ("c", 6, 1)):
+        assert train(*FAST, "--steps", steps, "--seed", seed, "--out", tmp_path / name) == 0
     for log in ("metrics.jsonl", "samples.jsonl"):
-        a, b, c = ((tmp_path / name / log).read_bytes() for name in "abc")
-        assert a == b != c
+        a, b, c = ((tmp_path / name / log).read_text() for name in "abc")
+        assert a == b and a.splitlines()[1] != c.splitlines()[1]   # beyond the evaluation of the same start
     first, second = weights(tmp_path / "a", 2), weights(tmp_path / "b", 2)
     assert all(torch.equal(p, second[name]) for name, p in first.items())
 

@@ -185,6 +185,7 @@ def load_run(run) -> int:
             torch.cuda.set_rng_state(parts["cuda_rng"][rank()])
     else:                                                # the checkpoint is from fewer ranks
         seed_rank(run.args.seed, run.step)
+    first(lambda: _remove_old(run.args.out, run.best_step))          # as a process that was killed here had not done
     return run.step
 
 

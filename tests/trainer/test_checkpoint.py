@@ -184,6 +184,15 @@ def test_killed_at_twenty_random_moments_it_ends_as_if_it_had_not_been(train, wh
     assert deaths["in writing"] >= 8 and deaths["in time"] >= 1      # some moments come after the end
 
 
+def test_killed_before_the_old_checkpoints_were_removed_it_removes_them(train, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.copytree(out / "checkpoints" / "step_6", out / "checkpoints" / "step_5")
+    assert [step for step, _ in find_checkpoints(out)] == [2, 5, 6]
+    assert train(["--resume", out])[0] == 0
+    assert_same(out, whole)
+
+
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_told_to_stop_it_ends_the_step_saves_and_says_how_to_go_on(number, train, whole, tmp_path):
     out = tmp_path / "run"

@@ -545,7 +545,7 @@ def test_long_questions_are_named_counted_and_skipped(tmp_path, capsys):
 
 def test_a_non_finite_gradient_leaves_the_last_good_state(tmp_path, capsys, monkeypatch):
     good, bad, calls = tmp_path / "good", tmp_path / "bad", []
-    flags = [*FAST, "--eval-every", 0]                             # nothing is saved before the end
+    flags = [*SHORT, "--eval-every", 0]                            # nothing is saved before the end
     assert train(*flags, "--steps", 2, "--out", good) == 0
     clip = torch.nn.utils.clip_grad_norm_
 

@@ -33,6 +33,8 @@ def sentence_ends(response: list[int], decode, pattern=SENTENCE_END) -> list[int
     second line break, EOS) belongs to the sentence before it. The number of a list item belongs to the sentence after
     it. "Dr." and "e.g." end a sentence, as in the authors' code.
     """
+    if not response:
+        return [0]
     text, bounds = text_and_bounds(response, decode)
     ends, start = [], 0
     cuts = [bisect_right(bounds, match.end() - 1) + 1 for match in pattern.finditer(text)]

@@ -12,12 +12,13 @@ told to write `####` before the answer to a GSM8K question.
 import hashlib
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from grading import gsm8k_gold
+from grading import grade_math, gsm8k_gold
 
 GSM8K_INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'
 MATH_INSTRUCTION = r" Let's think step by step and output the final answer within \boxed{}."
@@ -35,7 +36,9 @@ TEMPLATES = {                                        # the text before and after
            "\nAssistant: <think>"),
     "no": ("", ""),
 }
-TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")     # how a chat template asks for today's date
+# How a chat template asks for today's date: strftime_now("%d %b %Y"). Whether it can is no question for the date.
+TODAY = re.compile(r"""strftime_now\s*\(\s*(["'])((?:(?!\1)[^\\])*)\1\s*\)""")
+CAN_ASK = re.compile(r"strftime_now\s+is\s+(?:not\s+)?defined")
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
             "prealgebra", "precalculus")
 
@@ -87,7 +90,7 @@ def fix_date(tokenizer, date) -> bool:
         return False
     template = tokenizer.get_chat_template()
     fixed = TODAY.sub(lambda call: json.dumps(date.strftime(call[2])), template)
-    if "strftime_now(" in fixed:
+    if "strftime_now" in CAN_ASK.sub("", fixed):
         raise ValueError("the chat template asks for today's date in a way that cannot be replaced by a fixed one, so "
                          "prompts would change from day to day: give the tokenizer another template")
     if fixed != template:
@@ -263,9 +266,10 @@ def _read_jsonl(path, math=None):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+            row = json.loads(line, parse_float=Decimal)                 # a float would not keep all digits
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or str(error)
+            raise ValueError(f"{path}, line {number}: not valid JSON ({reason})") from error
         rows.append(_check_row(row, f"{path}, line {number}", math))
     if not rows:
         raise ValueError(f"{path} holds no rows")
@@ -292,17 +296,21 @@ def _check_row(row, where, math=None):
 
 
 def is_text(value) -> bool:
-    """Is it a text with something in it?"""
-    return isinstance(value, str) and value.strip() != ""
+    """Is it a text with something in it, which can be written as UTF-8?"""
+    return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
 
 
 def number_text(value):
     """A number as text, with all its digits, and 142.0 as 142. Anything else stays as it is.
 
-    So do nan, inf, and floats from 2^53 on, which may be another number than the file has.
+    A number of a file is an int or a Decimal, and that of a data set of the hub may be a float. Those from 2^53 on stay
+    as they are, because they may have been rounded, and so do nan, inf and numbers of more than 400 digits.
     """
     if isinstance(value, float) and abs(value) < 2**53:
-        return str(int(value)) if value.is_integer() else f"{value:.15g}"
+        value = Decimal(repr(value))
+    if isinstance(value, Decimal) and abs(value.adjusted()) <= 400:
+        digits = f"{value:f}"
+        return (digits.rstrip("0").rstrip(".") if "." in digits else digits) if value else "0"
     return str(value) if type(value) is int else value
 
 
@@ -312,7 +320,9 @@ def kinds(row, names) -> str:
         value = row[name]
         if name not in names or is_text(value):
             return name
-        return f"{name} (blank)" if isinstance(value, str) else f"{name} ({json.dumps(value)[:40]})"
+        if isinstance(value, str):
+            return f"{name} (blank)" if not value.strip() else f"{name} (no valid UTF-8)"
+        return f"{name} ({json.dumps(value, default=str)[:40]})"
 
     return ", ".join(map(kind, row)) or "no fields"
 
@@ -331,7 +341,11 @@ def _check_math_row(row, where):
     if not golds or not all(is_text(text) for text in [problem, *golds]):
         found = kinds(row, ("problem", "question", "answer", "final_answer"))
         raise ValueError(f"{where}: a row needs the text 'problem' (or 'question') and an 'answer' (or "
-                         "'final_answer', or a 'solution' with a \\boxed{}), which is text, a number (from 2^53 on "
-                         f"without a decimal point) or a list of these; it has {found}")
+                         "'final_answer', or a 'solution' with a \\boxed{}), which is text, a finite number or a "
+                         f"list of these; it has {found}")
     golds = [re.sub(r"^0+(?=\d+$)", "", gold) for gold in golds]
+    for gold in golds:                               # a lone sign, or braces that do not match
+        odd = not any(c.isalnum() for c in gold) or gold.count("{") != gold.count("}")
+        if odd and not grade_math(rf"\boxed{{{gold}}}", gold):
+            raise ValueError(f"{where}: no response can equal the answer {gold!r}, because the grader cannot read it")
     return row | {"problem": problem, "answer": golds if isinstance(answer, list) else golds[0]}

@@ -87,6 +87,10 @@ def test_sentences(text, kept):
     assert ends[-1] == len(tokens)
 
 
+def test_an_empty_response_is_one_sentence():
+    assert sentence_ends([], lambda ids: "") == [0]
+
+
 def test_sentences_with_the_real_tokenizer():
     if not QWEN.exists():
         pytest.skip("the Qwen2.5 tokenizer is not at hand")

@@ -334,7 +334,7 @@ def test_an_answer_of_another_type_is_named_in_a_gsm8k_row(answer, shown, tmp_pa
     ('" "', "answer (blank)"), ('""', "answer (blank)"), ("NaN", "answer (NaN)"), ("Infinity", "answer (Infinity)"),
     ("true", "answer (true)"), ("null", "answer (null)"), ("[]", "answer ([])"), ('["1", " "]', 'answer (["1", " "])'),
     ("[true]", "answer ([true])"), ("[null]", "answer ([null])"), ("{}", "answer ({})"),
-    ("9007199254740993.0", "answer (9007199254740992.0)")])        # no longer the number that the file has
+    ('"\\ud800"', "answer (no valid UTF-8)"), ("1e401", 'answer ("1E+401")')])
 def test_an_answer_that_is_none_is_refused_in_a_math_row(answer, shown, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"problem": "Why?", "answer": ' + answer + "}")
@@ -345,11 +345,42 @@ def test_an_answer_that_is_none_is_refused_in_a_math_row(answer, shown, tmp_path
 @pytest.mark.parametrize("answer, gold", [
     ("9007199254740993", "9007199254740993"), ("-123456789012345678901234567890", "-123456789012345678901234567890"),
     ("142.0", "142"), ("0.1", "0.1"), ("-2.50", "-2.5"), ("[3, 4.0]", ["3", "4"]), ("1e3", "1000"), ("7", "7"),
-    ("4503599627370497.0", "4503599627370497")])
+    ("4503599627370497.0", "4503599627370497"), ("9007199254740993.0", "9007199254740993"), ("-0.0", "0"),
+    ("4503599627370497.5", "4503599627370497.5"), ("0.12345678901234567890", "0.1234567890123456789"),
+    ("1e-30", "0.000000000000000000000000000001")])
 def test_a_gold_number_keeps_all_its_digits(answer, gold, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"problem": "Why?", "answer": ' + answer + "}")
     assert load_rows(path, "train")[0]["answer"] == gold
+
+
+def test_floats_of_the_hub_keep_their_digits_and_are_refused_where_they_may_be_rounded(monkeypatch):
+    def gold(value):
+        hub_of({("me/mine", None, "test"): [{"problem": "Why?", "answer": value}]}, monkeypatch)
+        return tasks.datasets._read_hub("me/mine", None, "test", math=True)[0]["answer"]
+
+    assert [gold(value) for value in (142.0, 0.1, -2.5, 1e-7, 9007199254740991.0)] == [
+        "142", "0.1", "-2.5", "0.0000001", "9007199254740991"]
+    for value in (9007199254740992.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="me/mine, test, row 0: .* it has problem, answer"):
+            gold(value)
+
+
+@pytest.mark.parametrize("answer", ["$", ".", "{5", "5}", r"\;", "\u200b"])
+def test_an_answer_that_no_response_can_equal_is_refused(answer, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"problem": "Why?", "answer": ["5", answer]}))
+    with pytest.raises(ValueError, match="line 1: no response can equal the answer .* the grader cannot read it"):
+        load_rows(path, "train")
+
+
+@pytest.mark.parametrize("line", ['{"question": "Why?", "answer": ' + "1" * 5000 + "}",
+                                  '{"question": "Why?", "answer": ' + "[" * 100_000])
+def test_a_line_that_is_too_much_for_the_parser_is_named(line, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(GSM8K_ROW) + "\n" + line)
+    with pytest.raises(ValueError, match="mine.jsonl, line 2: not valid JSON"):
+        load_rows(path, "train")
 
 
 def test_a_long_integer_is_graded_by_its_last_digit(tmp_path):
@@ -387,7 +418,8 @@ def test_an_eos_in_the_question_itself_stays():
 
 
 DATED = ("{%- if strftime_now is defined %}{%- set today = strftime_now('%d %b %Y') %}{%- endif %}Today: {{ today }}"
-         "{{ strftime_now( \"%H:%M\" ) }}{% for m in messages %}{{ m.content }}{% endfor %}")
+         "{{ strftime_now( \"%H:%M\" ) }}{{ strftime_now\n(\"%d '%b'\") }}"
+         "{% for m in messages %}{{ m.content }}{% endfor %}")
 
 
 def test_a_template_with_a_date_gets_the_one_it_is_given():
@@ -395,7 +427,7 @@ def test_a_template_with_a_date_gets_the_one_it_is_given():
     tokenizer.chat_template = DATED
     assert fix_date(tokenizer, date(2024, 2, 29)) is True
     text = tokenizer.apply_chat_template([{"role": "user", "content": "37"}], tokenize=False)
-    assert text == "Today: 29 Feb 202400:0037"
+    assert text == "Today: 29 Feb 202400:0029 'Feb'37"
     assert fix_date(tokenizer, date(2025, 1, 1)) is False                              # it stays, in checkpoints too
     assert chat_prompt(tokenizer, "37") == tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -408,9 +440,13 @@ def test_a_template_without_a_date_is_not_touched():
     assert fix_date(tokenizer, date(2024, 2, 29)) is False
 
 
-def test_a_template_whose_date_cannot_be_replaced_is_refused():
+@pytest.mark.parametrize("template", [
+    "{% set f = '%d' %}{{ strftime_now(f) }}", "{% set now = strftime_now %}{{ now('%d') }}",
+    "{{ strftime_now('%Y' ~ '-%m') }}", "{{ strftime_now('%Y' '-%m') }}", r"{{ strftime_now('%I o\'clock') }}",
+    "{{ strftime_now('%d',) }}"])
+def test_a_template_whose_date_cannot_be_replaced_is_refused(template):
     tokenizer = tasks.lock.make_tokenizer()
-    tokenizer.chat_template = "{% set f = '%d' %}{{ strftime_now(f) }}"
+    tokenizer.chat_template = template
     with pytest.raises(ValueError, match="today's date in a way that cannot be replaced"):
         fix_date(tokenizer, date(2024, 2, 29))
 

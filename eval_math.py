@@ -51,7 +51,7 @@ from resample import sample
 from tasks import SETS, TEMPLATES, fix_date, load_set, make_questions, stop_ids
 from trainer.check import check_length, check_model, context_of
 from trainer.checkpoint import append_lines, write_whole
-from trainer.model import load_model
+from trainer.model import checksum, load_model
 from trainer.ranks import device, end, fail, first, gather, rank, start, world_size
 from trainer.session import owned
 from trainer.settings import PRESETS, OneLineParser, count
@@ -111,12 +111,10 @@ def describe(args, model, stop, questions, date=None):
     date: the one in the prompts, where the chat template asks for today's.
     """
     flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
-    weights = sum(part.view(torch.uint8).sum(dtype=torch.int64).item()      # in parts, as the sum copies to int64
-                  for p in model.parameters() for part in p.detach().reshape(-1).split(2**24))
     checksums = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
                  for name, asked in questions.items()}
     return {name: getattr(args, name) for name in flags} | {
-        "stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": weights,
+        "stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": checksum(model),
         "questions": checksums} | ({"date": date} if date else {})
 
 
@@ -321,7 +319,7 @@ def prepare(args, today):
     model, tokenizer = load_model(args.model, torch.bfloat16 if device().type == "cuda" else torch.float32)
     check_model(model.to(device()).eval(), args.model, training=False)
     stop = stop_ids(tokenizer, model)
-    date = there.get("date", today)
+    date = there["date"] if isinstance(there.get("date"), str) else today
     date = date if fix_date(tokenizer, datetime.date.fromisoformat(date)) else None
     questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0]
                  for name in args.sets}
@@ -357,6 +355,7 @@ def main(argv=None) -> int:
             gather(load)
             (parts, config), = prepared
             first(lambda: stack.enter_context(owned(args.out)))
+            first(lambda: check_folder(args.out, read_folder(args.out), config))     # another one may have begun
             first(lambda: write_whole(args.out / "config.json", json.dumps(config, indent=2) + "\n"))
         except (ValueError, OSError) as error:
             return fail(error, 2)

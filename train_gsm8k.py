@@ -45,7 +45,7 @@ from trainer.check import check_length, check_model
 from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
-from trainer.model import Ranks, checkpoint_activations, layers_of, load_model, place
+from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
 from trainer.plot import plot_run
 from trainer.policy import Clock, Policy
 from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, start, world_size
@@ -53,6 +53,7 @@ from trainer.session import (
     Run,
     check_empty,
     check_questions,
+    check_start,
     ended_by,
     log,
     owned,
@@ -93,17 +94,19 @@ def prepare(args) -> Run:
         longest = max(len(q.prompt) for part in asked[:3] for q in part)
         check_length(model, args.model, longest, config.max_new_tokens)
         check_questions(args.out, before, asked[:3])
-        return asked, tokenizer, stop_ids(tokenizer, model), model.config, date
+        start = {"stop_ids": stop_ids(tokenizer, model), "weights": checksum(model)}
+        check_start(args.out, before, start)
+        return asked, tokenizer, model.config, date, start
 
-    (questions, eval_questions, val_questions, skipped), tokenizer, stop, model_config, date = first(load)
+    (questions, eval_questions, val_questions, skipped), tokenizer, model_config, date, start = first(load)
     model = place(weights, model_config, args.offload_optimizer)
     ref_model = place(weights, model_config, frozen=True) if config.beta > 0 else None
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    policy = Policy(model, tokenizer, stop, config, args.micro_batch_tokens)
+    policy = Policy(model, tokenizer, start["stop_ids"], config, args.micro_batch_tokens)
     run = Run(args, policy, ref_model, optimizer, Recoverability(), np.random.default_rng(args.seed),
-              questions, eval_questions, val_questions, skipped, date)
+              questions, eval_questions, val_questions, skipped, date, start)
     if args.resume is not None:
         last = load_run(run)
         print(f"going on after step {last}" if last else "there is no checkpoint yet: the run begins again")

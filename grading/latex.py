@@ -177,7 +177,7 @@ CHOICE = re.compile(
 LETTER = re.compile('[" (]*[A-Z][") ]*')
 NO_CHOICE = re.compile(                                                      # (C) is wrong, (C) D, (C) 12, (D) 13
     r'[" ]*(?:is|isn|was|are|nor|but|if|can|cannot|would|should|does|doesn)\b|[("]*[A-J][")]*$'
-    r'|.*(?:(?<![a-zA-Z\\])"?\([" ]*[A-Z][" ]*\)|(?<![a-zA-Z\\"(])[A-J][.:)] |,[" (]*[A-J](?:[") ]*$|[.:)] )'
+    r'|.*(?:(?<![a-zA-Z\\])"?\([" ]*[A-Z][" ]*\)|(?<![a-zA-Z\\(])[A-J]"? ?[.:)](?=[ "])|,[" (]*[A-J](?:[") ]*$|[.:)] )'
     r'|\b(?:wrong|incorrect)\b)', re.S)
 
 

@@ -152,22 +152,25 @@ def stop_ids(tokenizer, model):
     """The ids that end an answer, sorted: the eos of the checkpoint, and what its chat template ends turns with.
 
     Both are needed. The eos of a base Qwen2.5 is 151643, but inside a chat the base Math models write <|im_end|>
-    (151645). Raises ValueError when there is no such id.
+    (151645). Raises ValueError when there is no such id, or one that is no token id.
     """
-    found = {tokenizer.eos_token_id}
+    found = [tokenizer.eos_token_id]
     for config in (model.config, model.generation_config):
         eos = getattr(config, "eos_token_id", None)
-        found.update(eos if isinstance(eos, (list, tuple)) else [eos])
+        found += eos if isinstance(eos, (list, tuple)) else [eos]
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         _, _, end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        found.update(special & set(tokenizer.encode(end, add_special_tokens=False)))
-    found.discard(None)
+        found += special & set(tokenizer.encode(end, add_special_tokens=False))
+    found = [i for i in found if i is not None]
+    if wrong := [i for i in found if type(i) is not int or i < 0]:
+        raise ValueError(f"a stop id must be a token id, an integer of at least 0, got {wrong[0]!r} from the config, "
+                         "the generation config or the tokenizer of the model")
     if not found:
         raise ValueError("neither the tokenizer nor the model names an end-of-sequence token, "
                          "so no answer could end")
-    return sorted(found)
+    return sorted(set(found))
 
 
 def split_validation(rows, n=256, drawn=True):
@@ -262,7 +265,7 @@ def _read_jsonl(path, math=None):
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the data file {path}: {error}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate((line.lstrip("\ufeff") for line in lines), start=1):      # files may be joined
         if not line.strip():
             continue
         try:

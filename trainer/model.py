@@ -68,6 +68,12 @@ def load_model(name, dtype=torch.float32):
     return model, tokenizer
 
 
+def checksum(model) -> int:
+    """The sum of all bytes of the weights, which tells two checkpoints apart."""
+    return sum(part.view(torch.uint8).sum(dtype=torch.int64).item()          # in parts, because the sum copies to int64
+               for p in model.parameters() for part in p.detach().reshape(-1).split(2**24))
+
+
 def savable(config, name):
     """A GenerationConfig without the settings that transformers, up to 5.22, refuses to save. It says what it drops.
 

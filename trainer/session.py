@@ -46,6 +46,7 @@ class Run:
     val_questions: list
     skipped: int
     date: str | None = None                          # in prompts, where the chat template asks for today's
+    start: dict | None = None                        # stop ids and checksum of the starting model, the reference
     step: int = 0
     rounds: int = 0                                  # batches of questions so far
     generated_total: int = 0
@@ -103,13 +104,22 @@ def check_questions(run_dir, before, asked) -> None:
     validation questions of now.
     """
     for name, questions in zip(LISTS, asked):
-        then, now = before.get("digests", {}).get(name), digests(questions)
+        then, now = (before.get("digests") or {}).get(name), digests(questions)
         if then is not None and then["rows"] != now["rows"]:
             raise ValueError(f"{run_dir} began with other {name} questions ({before[f'{name}_questions']} then, "
                              f"{len(questions)} now): put the data back as it was, or start a new run")
         if then is not None and then["prompts"] != now["prompts"]:
             raise ValueError(f"{run_dir} began with other prompts of the same {name} questions: put the tokenizer and "
                              "its chat template back as they were, or start a new run")
+
+
+def check_start(run_dir, before, start) -> None:
+    """Raise ValueError when the starting model of a run that goes on has changed. start: that of session.Run."""
+    for name, now in start.items():
+        then = (before.get("start") or start).get(name, now)
+        if then != now:
+            raise ValueError(f"{run_dir} began with another starting model: its {name} were {then} then and are {now} "
+                             "now; put the model back as it was, or start a new run")
 
 
 def write_config(run) -> None:
@@ -124,6 +134,7 @@ def write_config(run) -> None:
     asked = dict(zip(LISTS, (run.questions, run.eval_questions, run.val_questions)))
     about = {"settings": settings, **{f"{name}_questions": len(questions) for name, questions in asked.items()},
              "skipped_questions": run.skipped, "validation_drawn": True, "date": run.date,
+             "start": run.start,
              "digests": {name: digests(questions) for name, questions in asked.items()}, "parameters": parameters,
              "device": hardware, "ranks": world_size(), "versions": versions,
              "git_revision": revision.stdout.strip() or None}

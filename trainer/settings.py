@@ -218,8 +218,11 @@ def restore_settings(parser, args):
     """The settings of the run that goes on; only --steps, --budget-tokens and --max-hours may change."""
     asked = vars(args).copy()
     try:
-        settings = json.loads((args.resume / "config.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError) as error:
+        about = json.loads((args.resume / "config.json").read_text())
+        settings = dict(about["settings"].items())
+        if not all(isinstance(about.get(name) or {}, dict) for name in ("digests", "start")) or "seed" not in settings:
+            raise ValueError("its config.json is damaged")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         parser.error(f"argument --resume: {args.resume} does not hold a run: {error}")
     if missing := [f.name for f in fields(Config) if f.name not in settings]:
         parser.error(f"argument --resume: {args.resume} was made by an older version, which had no {missing[0]}: "

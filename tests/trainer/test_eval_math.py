@@ -349,6 +349,29 @@ def test_an_evaluation_that_goes_on_has_the_date_it_began_with(checkpoint, data,
     assert lines_of(tmp_path / "later") != lines_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("there", ['{"date": null}', '{"date": 5}', '{"settings": {}, "date": "2024-02-29"}'])
+def test_a_folder_of_something_else_is_refused(there, checkpoint, data, tmp_path, capsys):
+    """A training run has a config.json, too."""
+    (tmp_path / "config.json").write_text(there)
+    assert run(checkpoint, data, tmp_path, "amc") == 2
+    assert "holds another evaluation" in capsys.readouterr().err and (tmp_path / "config.json").read_text() == there
+
+
+def test_an_evaluation_that_began_while_this_one_was_loading_is_not_taken_over(checkpoint, data, tmp_path, monkeypatch,
+                                                                               capsys):
+    prepare = eval_math.prepare
+
+    def slowly(args, today):
+        prepared = prepare(args, today)
+        monkeypatch.setattr(eval_math, "prepare", prepare)
+        assert run(checkpoint, data, tmp_path / "out", "amc", max_new_tokens=3) == 0
+        return prepared
+
+    monkeypatch.setattr(eval_math, "prepare", slowly)
+    assert run(checkpoint, data, tmp_path / "out", "amc") == 2
+    assert "max_new_tokens is 3 there, 12 now" in capsys.readouterr().err
+
+
 def test_another_process_in_the_same_folder_is_refused(checkpoint, data, tmp_path, capsys):
     assert run(checkpoint, data, tmp_path / "out", "amc") == 0
     before = files_of(tmp_path / "out")

@@ -62,7 +62,7 @@ def saved(tmp_path):
     def saved(**changes):
         args = parse_args(["--preset", "tiny", "--steps", "3", "--gamma", "3", "--out", str(tmp_path)])
         write_config(SimpleNamespace(args=args, policy=SimpleNamespace(model=torch.nn.Linear(1, 1)), questions=[],
-                                     eval_questions=[], val_questions=[], skipped=0, date=None))
+                                     eval_questions=[], val_questions=[], skipped=0, date=None, start=None))
         about = json.loads((tmp_path / "config.json").read_text())
         about["settings"] |= {"out": "elsewhere", **changes}
         for name in [name for name, value in changes.items() if value is None]:
@@ -78,6 +78,15 @@ def test_a_resumed_run_takes_over_its_settings_and_may_be_prolonged(saved):
     assert (args.gamma, args.steps, args.max_hours, args.preset) == (3.0, 9, 2.0, "tiny")
     assert args.out == args.resume                   # its folder may have been moved
     assert parse_args(["--resume", str(args.out)]).steps == 3
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"settings": null}', '{"settings": {"gamma": 2}}', "{"])
+def test_a_damaged_configuration_is_one_line(text, saved, capsys):
+    folder = saved()
+    (folder / "config.json").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["--resume", str(folder)])
+    assert f"argument --resume: {folder} does not hold a run" in capsys.readouterr().err
 
 
 def test_a_resumed_run_of_an_older_version_is_refused_where_its_meaning_has_changed(saved, capsys):

@@ -314,9 +314,18 @@ def test_rows_of_both_kinds_from_one_loader(tmp_path):
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GSM8K_ROW).encode())
+    path, row = tmp_path / "mine.jsonl", b"\xef\xbb\xbf" + json.dumps(GSM8K_ROW).encode()
+    path.write_bytes(row)
     assert load_rows(path, "train") == [GSM8K_ROW]
+    path.write_bytes(row + b"\n" + row)                                             # two files that were joined
+    assert load_rows(path, "train") == [GSM8K_ROW] * 2
+
+
+@pytest.mark.parametrize("eos", [-1, True, 1.0, "x", [1, -2], [[1]]])
+def test_a_stop_id_that_is_no_token_id_is_refused(eos):
+    model = SimpleNamespace(config=SimpleNamespace(eos_token_id=1), generation_config=SimpleNamespace(eos_token_id=eos))
+    with pytest.raises(ValueError, match="a stop id must be a token id, an integer of at least 0, got"):
+        stop_ids(tasks.lock.make_tokenizer(), model)
 
 
 @pytest.mark.parametrize("answer, shown", [

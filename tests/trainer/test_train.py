@@ -509,6 +509,23 @@ def test_a_run_of_an_older_version_goes_on_with_the_rows_that_it_held_out(own_da
         assert held_out() == texts[-n:]
 
 
+@pytest.mark.parametrize("change", ["weights", "stop_ids"])
+def test_a_starting_model_that_was_replaced_is_named_when_the_run_goes_on(change, tmp_path, capsys):
+    """It is the reference of the KL term, and its stop ids end every response."""
+    model, tokenizer = load_model(str(ROOT / "assets" / "tiny"))
+    tokenizer.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "run"
+    assert train(*SHORT, "--model", tmp_path / "model", "--steps", 1, "--out", out) == 0
+    if change == "weights":
+        model.lm_head.weight.data *= 1.05
+    else:
+        model.generation_config.eos_token_id = [1, 7]
+    model.save_pretrained(tmp_path / "model")
+    assert train("--resume", out, "--steps", 2) == 2
+    assert f"began with another starting model: its {change} were" in capsys.readouterr().err
+
+
 def test_a_date_in_the_chat_template_is_that_of_the_first_day(tmp_path, capsys, monkeypatch):
     class Day(date):
         now = date(2024, 2, 29)

@@ -199,6 +199,8 @@ def train_step(run) -> tuple[dict, dict, list, list]:
         options["reweigh"] = silence_spurious
     groups, learned = step(policy, batches(), policy.config, run.recoverability if method.fits_p else None,
                            run.pivot_rng, run.optimizer, run.ref_model, choose_pivots, update, **options)
+    if not all(gather(lambda: finite(policy.model))):
+        raise FloatingPointError("the update made weights that are not finite")
 
     timing = {f"imbalance_{phase}": policy.imbalance.get(phase, 1.0) for phase in ("rollout", "resample")}
     timing |= {"imbalance_update": learned.pop("imbalance"), "padding": learned.pop("padding")}
@@ -215,6 +217,12 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     run.step += 1
     run.generated_total += metrics["generated_tokens"]
     return metrics | {"generated_total": run.generated_total}, timing, asked, groups
+
+
+def finite(model) -> bool:
+    """Are all weights finite? Of a sharded model, those of this rank."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    return bool(torch.stack([torch.isfinite(p.detach()).all() for p in local]).all())
 
 
 def evaluate(run) -> tuple[dict, dict]:

@@ -604,6 +604,24 @@ def test_a_non_finite_later_update_on_a_batch_saves_nothing(tmp_path, capsys, mo
     assert all(torch.equal(p, q) for p, q in zip(weights(out, 3).values(), weights(unsaved, 3).values()))
 
 
+def test_weights_that_an_update_made_infinite_are_neither_evaluated_nor_saved(tmp_path, capsys, monkeypatch):
+    step, calls = torch.optim.AdamW.step, []
+
+    def explode(optimizer, *args):
+        step(optimizer, *args)
+        calls.append(1)
+        if len(calls) == 2:
+            optimizer.param_groups[0]["params"][0].data[0, 0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", explode)
+    out = tmp_path / "run"
+    assert train(*SHORT, "--steps", 4, "--save-every", 1, "--eval-every", 1, "--out", out) == 1
+    err = capsys.readouterr().err
+    assert "stopped at step 2: the update made weights that are not finite" in err and "Traceback" not in err
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_1"]
+    assert [row["step"] for row in read(out)] == [0, 1]
+
+
 def test_an_evaluation_draws_no_more_at_a_time_than_a_step(tmp_path, monkeypatch):
     """2 * 4 rollouts with 2 branches each are 16 at most: 40 questions are drawn as 16, 16 and 8."""
     sizes, sample = [], trainer.policy.sample

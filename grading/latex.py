@@ -93,6 +93,7 @@ PLAIN = {ord(character): new for characters, new in SAME for character in charac
 HIGH, LOW = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
 LEVEL = str.maketrans(HIGH + LOW, 2 * "0123456789+-()n")
 SCRIPTS = re.compile(rf"([{HIGH}]+)[⁄∕/]([{LOW}]+)|[{HIGH}]+|[{LOW}]+")     # ³⁄₄, x¹², x₁
+TOUCHING = re.compile(r"(?<=[¼-¾⅐-⅞↉])(?=\d)")                             # ½10 is no product, nor anything else
 RANGE = re.compile(r"(\W*\d[\d.,]*\s*)[‒–—―](\s*\d[\d.,]*[^\w.,]*)")       # 3–5 is no difference
 
 
@@ -103,7 +104,7 @@ def plain(text: str, table: dict) -> str:
     """
     if text.isascii() or RANGE.fullmatch(text):
         return text
-    return SCRIPTS.sub(_script, text).translate(table)
+    return SCRIPTS.sub(_script, TOUCHING.sub("@", text)).translate(table)
 
 
 def _script(match):

@@ -192,9 +192,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     the clipped part of Eq. (L). reweigh(table, logp, entropy) gives a changed table of loss tokens, from what the
     policy thinks of them.
 
-    Sequences without any weight are not computed: neither an advantage nor, with a reference, a KL term. They are many
-    with the authors' objective and with beta = 0.
-
+    Sequences without an advantage and, with a reference, without a KL term have no weight and are not computed.
     metrics, over the tokens of rollouts that are computed unless said: entropy and kl (k3), both in nats, None without
     such tokens; clip_fraction (of all computed loss tokens); trained_tokens (neither A nor w is 0); and the batch_costs
     of packing.py.
@@ -206,10 +204,10 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
         table = reweigh(table, torch.cat(logps), torch.cat(entropies))
     has_kl = ref_model is not None and config.beta > 0
     needed, tokens = needed_sequences(groups, table, has_kl)
-    table = table[tokens]
+    table = table[tokens].to(model.device)
     rows = pack_groups(groups, attention_length(model), micro_batch_tokens or math.inf, needed)
     batches = micro_batches(rows, micro_batch_tokens, ranks.size)
-    of_row = table.to(model.device).split([len(row.targets) for row in rows])
+    of_row = table.split([len(row.targets) for row in rows])
     clipped = surrogate is None
     surrogate = surrogate or partial(clipped_surrogate, clip_low=config.clip_low, clip_high=config.clip_high)
 
@@ -217,13 +215,12 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     loss, sums = torch.zeros(()), torch.zeros(3, dtype=torch.float64)
     for batch in ranks.mine(batches):
         part = [rows[i] for i in batch]
+        ref = None
         if has_kl:
             with torch.no_grad():                    # first, because its logits need room that is free only now
                 ref, _ = ranks.score(ref_model, part, config.temperature)
-        else:
-            ref = None
         logp, entropy = ranks.score(model, part, config.temperature)                 # (n,) loss tokens
-        A, w, w_kl, main, old = torch.cat([logp.new_zeros(0, 5), *(of_row[i].to(logp) for i in batch)]).T
+        A, w, w_kl, main, old = torch.cat([table[:0], *(of_row[i] for i in batch)]).to(logp).T
         old = logp.detach() if old_logps is None else old
 
         J = (w * surrogate(logp, old, A)).sum()

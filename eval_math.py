@@ -29,7 +29,6 @@ Exit codes: 0 done, 2 bad input (with one line on stderr), 1 anything else.
 """
 import argparse
 import datetime
-import hashlib
 import itertools
 import json
 import math
@@ -48,7 +47,7 @@ from tqdm import tqdm
 import tasks.lock
 from grading import grade_gsm8k, grade_last_number, grade_math
 from resample import sample
-from tasks import SETS, TEMPLATES, fix_date, load_set, make_questions, stop_ids
+from tasks import SETS, TEMPLATES, digests, fix_date, load_set, make_questions, stop_ids
 from trainer.check import check_length, check_model, context_of
 from trainer.checkpoint import append_lines, write_whole
 from trainer.model import checksum, load_model
@@ -111,26 +110,25 @@ def describe(args, model, stop, questions, date=None):
     date: the one in the prompts, where the chat template asks for today's.
     """
     flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
-    checksums = {name: hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-                 for name, asked in questions.items()}
     return {name: getattr(args, name) for name in flags} | {
         "stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": checksum(model),
-        "questions": checksums} | ({"date": date} if date else {})
+        "questions": {name: digests(asked) for name, asked in questions.items()}} | ({"date": date} if date else {})
 
 
 def read_folder(out):
-    """The config.json of the evaluation in `out`, {} if there is none. Raises ValueError when it cannot be read."""
+    """The config.json of the evaluation in `out`, None if there is none. Raises ValueError when it cannot be read."""
     try:
         return dict(json.loads((out / "config.json").read_text()).items())
     except FileNotFoundError:
-        return {}
+        return None
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"--out {out} holds no readable config.json ({error}): choose another") from error
 
 
-def check_folder(out, there, config):
-    """ValueError when `out` holds an evaluation with another config. there: its config.json, {} if there is none."""
-    for name in there | config if there else ():
+def check_folder(out, config):
+    """Raise ValueError when `out` holds an evaluation with another config."""
+    there = read_folder(out)
+    for name in there | config if there is not None else ():
         if there.get(name) != config.get(name):
             raise ValueError(f"{out} holds another evaluation: {name} is {there.get(name)!r:.60} there, "
                              f"{config.get(name)!r:.60} now; choose another --out, or delete that folder")
@@ -315,20 +313,17 @@ def prepare(args, today):
         raise ValueError(f"--data-dir {args.data_dir} is not a folder")
     rows = {name: tasks.lock.make_rows(tasks.lock.LOCKS[name], 256, seed=0) if name in tasks.lock.LOCKS
             else load_set(name, args.data_dir) for name in args.sets}
-    there = read_folder(args.out)
+    there = read_folder(args.out) or {}
     model, tokenizer = load_model(args.model, torch.bfloat16 if device().type == "cuda" else torch.float32)
     check_model(model.to(device()).eval(), args.model, training=False)
     stop = stop_ids(tokenizer, model)
-    date = there["date"] if isinstance(there.get("date"), str) else today
-    date = date if fix_date(tokenizer, datetime.date.fromisoformat(date)) else None
+    date = fix_date(tokenizer, there.get("date") or today)
     questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0]
                  for name in args.sets}
     check_length(model, args.model, max(len(q.prompt) for asked in questions.values() for q in asked), 1)
     if context_of(model) < TOTAL_TOKENS:
         print(f"the context of {args.model} has {context_of(model)} tokens: prompt and answer share them")
-    config = describe(args, model, stop, questions, date)
-    check_folder(args.out, there, config)
-    return (model, tokenizer, stop, questions), config
+    return (model, tokenizer, stop, questions), describe(args, model, stop, questions, date)
 
 
 def main(argv=None) -> int:
@@ -355,7 +350,7 @@ def main(argv=None) -> int:
             gather(load)
             (parts, config), = prepared
             first(lambda: stack.enter_context(owned(args.out)))
-            first(lambda: check_folder(args.out, read_folder(args.out), config))     # another one may have begun
+            first(lambda: check_folder(args.out, config))
             first(lambda: write_whole(args.out / "config.json", json.dumps(config, indent=2) + "\n"))
         except (ValueError, OSError) as error:
             return fail(error, 2)

@@ -32,6 +32,7 @@ class Cache(DynamicCache):
     """
 
     def update(self, key_states, value_states, *args, **kwargs):
+        """Append the keys and values of a layer, as those of transformers do."""
         kind = key_states.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)

@@ -84,8 +84,7 @@ def prepare(args) -> Run:
         before = {} if args.resume is None else read_config(args.out)
         rows = load_questions(args, drawn=before.get("validation_drawn", args.resume is None))
         model, tokenizer = load_model(args.model)
-        date = before.get("date") or datetime.date.today().isoformat()
-        date = date if fix_date(tokenizer, datetime.date.fromisoformat(date)) else None
+        date = fix_date(tokenizer, before.get("date") or datetime.date.today().isoformat())
         check_model(model, args.model)
         if distributed():
             layers_of(model)

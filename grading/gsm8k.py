@@ -200,6 +200,8 @@ def _answers(sentence, value):
         known = given and not IT_IS.search(before) and len(before.split()) > 1
         if not (same or named or (used or known) and not IS.match(after)):
             return True
+        if not (same or named or used):
+            given = None                                 # it was said of this number, and not of those after it
     return False
 
 

@@ -434,11 +434,13 @@ class Algebra:
         self.process, self.lock, self.deadline = None, threading.RLock(), 0.0
 
     def start(self):
+        """Start the other process. It is ready when it says so, after about a second."""
         self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, bufsize=0,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         self.ready = False
 
     def read(self, seconds):
+        """The next line that it writes. Raises TimeoutError after so many seconds, and then replaces it."""
         if not select.select([self.process.stdout], [], [], max(0.0, seconds))[0]:
             self.process.kill()
             self.process.wait()
@@ -447,6 +449,7 @@ class Algebra:
         return self.process.stdout.readline()
 
     def ask(self, *question):
+        """Is its verdict on these arguments of _identical true? Raises TimeoutError at the deadline."""
         # poll() is not None when it is dead, or when it belongs to another process, of which this one is a fork.
         if self.process is None or self.process.poll() is not None:
             self.start()

@@ -9,6 +9,7 @@ scripts (arXiv 2602.14169). For base models it may instead be one of the templat
 sail-sg/understand-r1-zero): `qwen_math`, `r1` and `no`. These stand around the bare question, so the model is then not
 told to write `####` before the answer to a GSM8K question.
 """
+import datetime
 import hashlib
 import json
 import re
@@ -36,7 +37,7 @@ TEMPLATES = {                                        # the text before and after
            "\nAssistant: <think>"),
     "no": ("", ""),
 }
-# How a chat template asks for today's date: strftime_now("%d %b %Y"). Whether it can is no question for the date.
+# A chat template asks for today's date by strftime_now("%d %b %Y"), and may first ask whether it can.
 TODAY = re.compile(r"""strftime_now\s*\(\s*(["'])((?:(?!\1)[^\\])*)\1\s*\)""")
 CAN_ASK = re.compile(r"strftime_now\s+is\s+(?:not\s+)?defined")
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
@@ -80,22 +81,27 @@ class Question(NamedTuple):
     math: bool = False
 
 
-def fix_date(tokenizer, date) -> bool:
-    """Put this date (datetime.date) into a chat template that asks for today's, for example that of Llama 3.2.
+def fix_date(tokenizer, date: str) -> str | None:
+    """Put this date, such as 2026-01-31, into a chat template that asks for today's, for example that of Llama 3.2.
 
-    Prompts would otherwise change from day to day. Returns whether the template asks for it. Raises ValueError when it
-    does so in a way that cannot be replaced.
+    Prompts would otherwise change from day to day. Returns the date, or None if the template does not ask for one.
+    Raises ValueError when it does so in a way that cannot be replaced, and for anything else than a date.
     """
+    try:
+        day = datetime.date.fromisoformat(date)
+    except (TypeError, ValueError):
+        raise ValueError(f"the date of the prompts must be one like 2026-01-31, got {date!r}") from None
     if tokenizer.chat_template is None:
-        return False
+        return None
     template = tokenizer.get_chat_template()
-    fixed = TODAY.sub(lambda call: json.dumps(date.strftime(call[2])), template)
+    fixed = TODAY.sub(lambda call: json.dumps(day.strftime(call[2])), template)
     if "strftime_now" in CAN_ASK.sub("", fixed):
         raise ValueError("the chat template asks for today's date in a way that cannot be replaced by a fixed one, so "
                          "prompts would change from day to day: give the tokenizer another template")
-    if fixed != template:
-        tokenizer.chat_template = fixed
-    return fixed != template
+    if fixed == template:
+        return None
+    tokenizer.chat_template = fixed
+    return date
 
 
 def digests(questions) -> dict[str, str]:

@@ -93,8 +93,15 @@ def owned(folder):
 
 
 def read_config(run_dir) -> dict:
-    """What config.json holds."""
-    return json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    """What the config.json of a run holds. Raises ValueError when there is none, or a damaged one."""
+    try:
+        about = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        parts = [about["settings"], *(about.get(name) or {} for name in ("digests", "start"))]
+        if not all(isinstance(part, dict) for part in parts) or "seed" not in about["settings"]:
+            raise ValueError("its config.json is damaged")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run_dir} does not hold a run: {error}") from error
+    return about
 
 
 def check_questions(run_dir, before, asked) -> None:

@@ -3,7 +3,6 @@ r"""The settings of a training run: a flag each, presets that fill flags in, and
 A flag that is given wins over the method's settings, these over the preset, that over the default of deep_grpo.Config.
 """
 import argparse
-import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +13,7 @@ import tasks.lock
 from deep_grpo import Config
 from tasks import SETS, TEMPLATES
 from trainer.ranks import distributed
+from trainer.session import read_config
 from variants import METHODS
 
 EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64,
@@ -43,6 +43,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage text in front of an error: one line, exit code 2."""
 
     def error(self, message):
+        """Print the message on one line and exit with code 2."""
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
@@ -218,12 +219,9 @@ def restore_settings(parser, args):
     """The settings of the run that goes on; only --steps, --budget-tokens and --max-hours may change."""
     asked = vars(args).copy()
     try:
-        about = json.loads((args.resume / "config.json").read_text())
-        settings = dict(about["settings"].items())
-        if not all(isinstance(about.get(name) or {}, dict) for name in ("digests", "start")) or "seed" not in settings:
-            raise ValueError("its config.json is damaged")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        parser.error(f"argument --resume: {args.resume} does not hold a run: {error}")
+        settings = read_config(args.resume)["settings"]
+    except ValueError as error:
+        parser.error(f"argument --resume: {error}")
     if missing := [f.name for f in fields(Config) if f.name not in settings]:
         parser.error(f"argument --resume: {args.resume} was made by an older version, which had no {missing[0]}: "
                      "its meaning may have changed, so it has to begin again")

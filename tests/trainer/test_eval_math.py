@@ -349,12 +349,14 @@ def test_an_evaluation_that_goes_on_has_the_date_it_began_with(checkpoint, data,
     assert lines_of(tmp_path / "later") != lines_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("there", ['{"date": null}', '{"date": 5}', '{"settings": {}, "date": "2024-02-29"}'])
-def test_a_folder_of_something_else_is_refused(there, checkpoint, data, tmp_path, capsys):
+@pytest.mark.parametrize("there, complaint", [
+    ('{"date": null}', "holds another evaluation"), ("{}", "holds another evaluation"),
+    ('{"settings": {}, "date": "2024-02-29"}', "holds another evaluation"), ('{"date": 5}', "one like 2026-01-31, got 5")])
+def test_a_folder_of_something_else_is_refused(there, complaint, checkpoint, data, tmp_path, capsys):
     """A training run has a config.json, too."""
     (tmp_path / "config.json").write_text(there)
     assert run(checkpoint, data, tmp_path, "amc") == 2
-    assert "holds another evaluation" in capsys.readouterr().err and (tmp_path / "config.json").read_text() == there
+    assert complaint in capsys.readouterr().err and (tmp_path / "config.json").read_text() == there
 
 
 def test_an_evaluation_that_began_while_this_one_was_loading_is_not_taken_over(checkpoint, data, tmp_path, monkeypatch,

@@ -222,7 +222,8 @@ OTHER_ANSWERS = r"""
     I checked it in 2 ways. The answer is 20. | I checked it in 2 ways: 20
     I checked it in 2 ways and got 20. | Profit 20 | I checked it in 2 ways and 20 is right.
     The 20 is right. | It is 18 or 20. | It is 18 million. | It is ２０. | It is 20½. | Step 2: Double it.
-    It is between 18 and 20. | 答案是 20"""
+    It is between 18 and 20. | 答案是 20 | She had 25 at first and 20 at the end. | He started with 25 and has 20.
+    She had 25 at first, 20 now. | A week has 7 days, and she needs 126. | There are 7 days in a week, 126 in all."""
 
 
 def sentences(text):

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections import Counter
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -434,19 +433,19 @@ DATED = ("{%- if strftime_now is defined %}{%- set today = strftime_now('%d %b %
 def test_a_template_with_a_date_gets_the_one_it_is_given():
     tokenizer = tasks.lock.make_tokenizer()
     tokenizer.chat_template = DATED
-    assert fix_date(tokenizer, date(2024, 2, 29)) is True
+    assert fix_date(tokenizer, "2024-02-29") == "2024-02-29"
     text = tokenizer.apply_chat_template([{"role": "user", "content": "37"}], tokenize=False)
     assert text == "Today: 29 Feb 202400:0029 'Feb'37"
-    assert fix_date(tokenizer, date(2025, 1, 1)) is False                              # it stays, in checkpoints too
+    assert fix_date(tokenizer, "2025-01-01") is None                             # it stays, in checkpoints too
     assert chat_prompt(tokenizer, "37") == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_a_template_without_a_date_is_not_touched():
     tokenizer = tasks.lock.make_tokenizer()
     before = tokenizer.chat_template
-    assert fix_date(tokenizer, date(2024, 2, 29)) is False and tokenizer.chat_template == before
+    assert fix_date(tokenizer, "2024-02-29") is None and tokenizer.chat_template == before
     tokenizer.chat_template = None
-    assert fix_date(tokenizer, date(2024, 2, 29)) is False
+    assert fix_date(tokenizer, "2024-02-29") is None
 
 
 @pytest.mark.parametrize("template", [
@@ -457,7 +456,13 @@ def test_a_template_whose_date_cannot_be_replaced_is_refused(template):
     tokenizer = tasks.lock.make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="today's date in a way that cannot be replaced"):
-        fix_date(tokenizer, date(2024, 2, 29))
+        fix_date(tokenizer, "2024-02-29")
+
+
+@pytest.mark.parametrize("given", ["yesterday", "", 5, None])
+def test_what_is_no_date_is_named(given):
+    with pytest.raises(ValueError, match=re.escape(f"must be one like 2026-01-31, got {given!r}")):
+        fix_date(tasks.lock.make_tokenizer(), given)
 
 
 def test_checksums_tell_questions_from_prompts():

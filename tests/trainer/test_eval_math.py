@@ -351,7 +351,8 @@ def test_an_evaluation_that_goes_on_has_the_date_it_began_with(checkpoint, data,
 
 @pytest.mark.parametrize("there, complaint", [
     ('{"date": null}', "holds another evaluation"), ("{}", "holds another evaluation"),
-    ('{"settings": {}, "date": "2024-02-29"}', "holds another evaluation"), ('{"date": 5}', "one like 2026-01-31, got 5")])
+    ('{"settings": {}, "date": "2024-02-29"}', "holds another evaluation"),
+    ('{"date": 5}', "one like 2026-01-31, got 5")])
 def test_a_folder_of_something_else_is_refused(there, complaint, checkpoint, data, tmp_path, capsys):
     """A training run has a config.json, too."""
     (tmp_path / "config.json").write_text(there)

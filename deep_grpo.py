@@ -24,6 +24,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -193,9 +194,10 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     policy thinks of them.
 
     Sequences without an advantage and, with a reference, without a KL term have no weight and are not computed.
-    metrics, over the tokens of rollouts that are computed unless said: entropy and kl (k3), both in nats, None without
-    such tokens; clip_fraction (of all computed loss tokens); trained_tokens (neither A nor w is 0); and the batch_costs
-    of packing.py.
+    metrics: kl, the mean k3 over the tokens of rollouts that are computed, in nats (None: there are none);
+    clip_fraction, the share of all computed loss tokens that the clip holds; trained_tokens (neither A nor w is 0);
+    sampler_gap and sampler_gap_max, the mean and largest |log pi - log pi when it was sampled| over trained tokens
+    (None where it is not known: resample.Continuation); and the batch_costs of packing.py.
     """
     table = loss_table(groups, weights(groups, config), old_logps)       # (N, 5): A, w, w_kl, main, log pi_old
     scored = 0
@@ -204,22 +206,23 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
         table = reweigh(table, torch.cat(logps), torch.cat(entropies))
     has_kl = ref_model is not None and config.beta > 0
     needed, tokens = needed_sequences(groups, table, has_kl)
-    table = table[tokens].to(model.device)
+    table, sampled = table[tokens].to(model.device), sampled_logps(groups)[tokens].to(model.device)
     rows = pack_groups(groups, attention_length(model), micro_batch_tokens or math.inf, needed)
     batches = micro_batches(rows, micro_batch_tokens, ranks.size)
-    of_row = table.split([len(row.targets) for row in rows])
+    lengths = [len(row.targets) for row in rows]
+    of_row, sampled_of_row = table.split(lengths), sampled.split(lengths)
     clipped = surrogate is None
     surrogate = surrogate or partial(clipped_surrogate, clip_low=config.clip_low, clip_high=config.clip_high)
 
     # Sums stay on the device until the end, because reading one would make the device wait for the host.
-    loss, sums = torch.zeros(()), torch.zeros(3, dtype=torch.float64)
+    loss, sums, worst = torch.zeros(()), torch.zeros(4, dtype=torch.float64), torch.zeros(())
     for batch in ranks.mine(batches):
         part = [rows[i] for i in batch]
         ref = None
         if has_kl:
             with torch.no_grad():                    # first, because its logits need room that is free only now
-                ref, _ = ranks.score(ref_model, part, config.temperature)
-        logp, entropy = ranks.score(model, part, config.temperature)                 # (n,) loss tokens
+                ref, _ = ranks.score(ref_model, part, config.temperature, entropies=False)
+        logp, _ = ranks.score(model, part, config.temperature, entropies=False)      # (n,) loss tokens
         A, w, w_kl, main, old = torch.cat([table[:0], *(of_row[i] for i in batch)]).to(logp).T
         old = logp.detach() if old_logps is None else old
 
@@ -230,15 +233,19 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
             (-J).backward()
             J = J.detach()
         loss = loss.to(J) - J
-        sums = sums.to(logp.device) + token_sums(logp.detach(), entropy, ref, A, main, old, config if clipped else None)
+        then = torch.cat([sampled[:0], *(sampled_of_row[i] for i in batch)]).to(logp)
+        gap = torch.where((A != 0) & (w != 0), (logp.detach() - then).abs(), math.nan)
+        sums = sums.to(logp.device) + token_sums(logp.detach(), ref, A, main, old, gap, config if clipped else None)
+        worst = torch.cat([worst.to(gap).view(1), gap.nan_to_num(0)]).amax()
 
-    loss, sums = ranks.total(loss), ranks.total(sums).tolist()
+    loss, worst = ranks.total(loss), ranks.largest(worst).item()
+    kl, held, gap, known = ranks.total(sums).tolist()
     metrics = batch_costs(rows, batches, ranks.size)
     metrics["forwarded_tokens"] += scored
     n_main = table[:, 3].sum().item()
-    entropy, kl = (total / n_main if n_main else None for total in sums[:2])
-    return loss, {"entropy": entropy, "kl": kl, "clip_fraction": sums[2] / max(1, len(table)),
-                  "trained_tokens": int(((table[:, 0] != 0) & (table[:, 1] != 0)).sum()), **metrics}
+    return loss, {"kl": kl / n_main if n_main else None, "clip_fraction": held / max(1, len(table)),
+                  "trained_tokens": int(((table[:, 0] != 0) & (table[:, 1] != 0)).sum()),
+                  "sampler_gap": gap / known if known else None, "sampler_gap_max": worst if known else None, **metrics}
 
 
 def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
@@ -253,24 +260,34 @@ def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
     return (weight > 0).tolist(), (weight > 0).repeat_interleave(lengths)
 
 
-def token_sums(logp, entropy, ref, A, main, old, config) -> torch.Tensor:
-    """[entropy and k3 of the tokens of rollouts, number of tokens that the clip holds (config None: there is none)]."""
+def sampled_logps(groups) -> torch.Tensor:
+    """What the policy thought of all tokens when they were drawn, [N], in the order of the table; nan: not known."""
+    parts = [np.zeros(0)]
+    for y in (y for g in groups for t in g.trajectories for y in (t.response, *(suffix for _, suffix in t.branches))):
+        logps = getattr(y, "logps", None)                # those of resample.Continuation
+        parts.append(np.full(len(y), math.nan) if logps is None else logps)
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def token_sums(logp, ref, A, main, old, gap, config) -> torch.Tensor:
+    """[k3 of the tokens of rollouts, number of tokens that the clip holds (config None: there is none), sum and number
+    of the gaps that are not nan]."""
     held = torch.zeros_like(logp)
     if config is not None:
         rho = torch.exp(logp - old)
         held = (A > 0) & (rho > 1 + config.clip_high) | (A < 0) & (rho < 1 - config.clip_low)
     kl = torch.zeros_like(logp) if ref is None else k3_kl(logp, ref)
-    return torch.stack([(entropy * main).sum(), (kl * main).sum(), held.sum()]).double()
+    return torch.stack([(kl * main).sum(), held.sum(), gap.nansum(), (~gap.isnan()).sum()]).double()
 
 
 def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None, ranks=ALONE, **options) -> dict:
     """Line 8: config.updates clipped optimizer steps on -J, all on the same batch. options: those of objective().
 
-    Returns the metrics of the last one, with loss, grad_norm (before clipping), optimizer_steps, and all tokens that
-    were forwarded. Where no sequence has a weight there is no gradient, and no step either. Raises FloatingPointError
+    Returns the metrics of the last one, with loss, grad_norm (before clipping), optimizer_steps, all tokens that were
+    forwarded, and the sampler_gap of the first: later, the policy is another one. Where no sequence has a weight there is no gradient, and no step either. Raises FloatingPointError
     when the loss or the gradient is not finite; the weights are then those of before that optimizer step.
     """
-    old_logps, forwarded, steps = None, 0, 0         # with one step per batch pi_old is the current policy
+    old_logps, gaps, forwarded, steps = None, None, 0, 0     # with one step per batch pi_old is the current policy
     if config.updates > 1:
         old_logps, _, forwarded = score_groups(model, groups, config, micro_batch_tokens, ranks)
     for _ in range(config.updates):
@@ -278,6 +295,7 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
         loss, metrics = objective(model, groups, config, ref_model, old_logps, micro_batch_tokens, backward=True,
                                   ranks=ranks, **options)
         forwarded += metrics["forwarded_tokens"]
+        gaps = gaps or {name: metrics[name] for name in ("sampler_gap", "sampler_gap_max")}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm             # of a sharded model
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -286,7 +304,7 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
         optimizer.step()                             # leaves parameters without a gradient as they are
         torch.clear_autocast_cache()                 # it holds bf16 copies of the weights as they were before
     optimizer.zero_grad()                            # no gradients are kept while the next batch is generated
-    return {"loss": loss.item(), "grad_norm": norm.item(), **metrics,
+    return {"loss": loss.item(), "grad_norm": norm.item(), **metrics, **gaps,
             "forwarded_tokens": forwarded, "optimizer_steps": steps}
 
 

@@ -46,9 +46,8 @@ from tqdm import tqdm
 
 import tasks.lock
 from grading import grade_gsm8k, grade_last_number, grade_math
-from resample import sample
 from tasks import SETS, TEMPLATES, digests, fix_date, load_set, make_questions, stop_ids
-from trainer.check import check_length, check_model, context_of
+from trainer.check import check_length, check_model, choose_sampler, context_of
 from trainer.checkpoint import append_lines, write_whole
 from trainer.model import checksum, load_model
 from trainer.ranks import device, end, fail, first, gather, rank, start, world_size
@@ -176,7 +175,7 @@ def grade(question, text, finished, template):
             "last_number": finished and grade_last_number(text, question.gold)}
 
 
-def answer_batch(args, model, tokenizer, stop, name, questions, batch):
+def answer_batch(args, model, sampler, tokenizer, stop, name, questions, batch):
     """Yield the answers to the questions of a batch as dicts, one per line of answers.jsonl.
 
     The randomness is that of torch's global generator.
@@ -184,8 +183,8 @@ def answer_batch(args, model, tokenizer, stop, name, questions, batch):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
     total = min(TOTAL_TOKENS, context_of(model))
     room = [max(0, min(args.max_new_tokens, total - len(questions[i].prompt))) for i in batch]
-    tails = sample(model, [questions[i].prompt for i in batch], args.samples, max_new_tokens=[max(1, n) for n in room],
-                   eos_token_id=stop, pad_token_id=pad, temperature=args.temperature)
+    tails = sampler(model, [questions[i].prompt for i in batch], args.samples, eos_token_id=stop, pad_token_id=pad,
+                    max_new_tokens=[max(1, n) for n in room], temperature=args.temperature)
     for i, space, own in zip(batch, room, tails):
         for j, ids in enumerate(own):
             ids = ids[:space]                        # each has its own cap, so answers do not depend on the batch
@@ -215,7 +214,7 @@ def read_answers(path, keys):
     return answers
 
 
-def evaluate(args, model, tokenizer, stop, questions):
+def evaluate(args, model, sampler, tokenizer, stop, questions):
     """Answer the questions that are still open in args.out. Returns all answers, as they are in answers.jsonl."""
     batches = [(name, batch) for name, asked in questions.items()
                for batch in make_batches(asked, args.samples, args.max_new_tokens, args.batch_tokens)]
@@ -231,7 +230,7 @@ def evaluate(args, model, tokenizer, stop, questions):
             return []
         torch.manual_seed(random.Random(f"{args.seed} {b}").getrandbits(63))
         name, batch = batches[b]
-        return list(answer_batch(args, model, tokenizer, stop, name, questions[name], batch))
+        return list(answer_batch(args, model, sampler, tokenizer, stop, name, questions[name], batch))
 
     def cut():
         path.touch()
@@ -304,7 +303,7 @@ def write_table(results):
 
 
 def prepare(args, today):
-    """Return ((model, tokenizer, stop ids, questions by set), config). It writes nothing.
+    """Return ((model, its sampler, tokenizer, stop ids, questions by set), config). It writes nothing.
 
     today: the date for prompts, as text, unless args.out has an evaluation that began on another day. Raises ValueError
     or OSError on bad input.
@@ -323,7 +322,7 @@ def prepare(args, today):
     check_length(model, args.model, max(len(q.prompt) for asked in questions.values() for q in asked), 1)
     if context_of(model) < TOTAL_TOKENS:
         print(f"the context of {args.model} has {context_of(model)} tokens: prompt and answer share them")
-    return (model, tokenizer, stop, questions), describe(args, model, stop, questions, date)
+    return (model, choose_sampler(model), tokenizer, stop, questions), describe(args, model, stop, questions, date)
 
 
 def main(argv=None) -> int:

@@ -137,16 +137,17 @@ def tree_mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
     return seen[:, None]
 
 
-def layer_masks(config, mask: torch.Tensor, positions: torch.Tensor):
+def layer_masks(config, mask: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor):
     """The mask of every kind of layer that a model has: one for all, or {kind: mask} where its layers differ.
 
     In a layer with a sliding window of n tokens, token q sees only tokens whose position is less than n before its own.
-    config: that of the backbone. mask: tree_mask, [B, 1, L, L]. positions: [B, L].
+    config: that of the backbone. mask: bool [B, 1, Q, L], which of L tokens each of Q sees. positions: [B, Q] and
+    key_positions: [B, L], where they stand.
     """
     window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
     if not window or kinds == {"full_attention"}:
         return mask
-    near = positions[:, None, :, None] - positions[:, None, None, :] < window            # (B, 1, L, L)
+    near = positions[:, None, :, None] - key_positions[:, None, None, :] < window        # (B, 1, Q, L)
     return {"full_attention": mask, "sliding_attention": mask & near} if kinds else mask & near
 
 
@@ -194,13 +195,13 @@ def batch_tensors(rows: list[Row], device) -> tuple[torch.Tensor, ...]:
     return *torch.from_numpy(rectangles).to(device), *torch.from_numpy(np.stack([predictors, targets])).to(device)
 
 
-def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 4096):
+def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 4096, entropies: bool = True):
     """Return (log-probabilities, entropies), each [loss tokens of all rows, in order], in nats, in fp32 at least.
 
-    They are those of the policy softmax(logits / temperature), from which sample() draws. Entropies carry no gradient.
-    The backbone runs once. The head then sees loss tokens only, `chunk` at a time, and computes all chunks but the last
-    again in the backward pass. The reason is memory: the logits of all tokens would cost 2.4 MB per token with a
-    vocabulary of 151,936. Without rows, one idle token is computed and the results are empty, because under FSDP every
+    They are those of the policy softmax(logits / temperature), from which sample() draws. Entropies carry no gradient;
+    with entropies=False there is None in their place. The backbone runs once. The head then sees loss tokens only,
+    `chunk` at a time, and computes all chunks but the last again in the backward pass. The reason is memory: the logits
+    of all tokens would cost 2.4 MB per token with a vocabulary of 151,936. Without rows, one idle token is computed and the results are empty, because under FSDP every
     process has to take part in every forward and backward pass. Raises ValueError when the attention of the model is
     not sdpa, or when the model changes its logits after the head.
     """
@@ -215,7 +216,7 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     ids, positions, segments, prefixes, predictors, targets = batch_tensors(rows, model.device)
     mask = None
     if any(len(row.lengths) > 1 for row in rows):
-        mask = layer_masks(model.base_model.config, tree_mask(segments, prefixes), positions)
+        mask = layer_masks(model.base_model.config, tree_mask(segments, prefixes), positions, positions)
     else:                                            # plainly causal attention, which is faster; no token sees the
         positions = None                             # padding at the end
     hidden = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask,
@@ -229,6 +230,8 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
         logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         del logits                                   # frees 4 V bytes per token at the peak of memory
         chosen = logp.gather(-1, target[:, None])[:, 0]
+        if not entropies:
+            return chosen, None
         with torch.no_grad():                        # last, so that the backward pass does not compute it again
             entropy = -(logp.exp() * logp).sum(-1)   # (under autocast, vecdot would compute in bf16)
         return chosen, entropy
@@ -237,7 +240,8 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     chunks = list(zip(hidden.split(chunk), targets.split(chunk)))
     again = [torch.is_grad_enabled() and i < len(chunks) - 1 for i in range(len(chunks))]
     pairs = [checkpoint(score, *c, use_reentrant=False) if r else score(*c) for c, r in zip(chunks, again)]
-    return torch.cat([logp for logp, _ in pairs]), torch.cat([entropy for _, entropy in pairs])
+    logps, found = zip(*pairs)
+    return torch.cat(logps), torch.cat(found) if entropies else None
 
 
 def batch_costs(rows: list[Row], batches: list[list[int]], ranks: int = 1) -> dict:
@@ -270,9 +274,13 @@ class Alone:
         """The sum of a tensor over all processes."""
         return value
 
-    def score(self, model, rows, temperature):
-        """score_rows(model, rows, temperature)."""
-        return score_rows(model, rows, temperature)
+    def largest(self, value):
+        """The largest of a tensor over all processes."""
+        return value
+
+    def score(self, model, rows, temperature, entropies=True):
+        """score_rows() with these arguments."""
+        return score_rows(model, rows, temperature, entropies=entropies)
 
 
 if __name__ == "__main__":

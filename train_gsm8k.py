@@ -41,7 +41,7 @@ import tasks.lock
 from deep_grpo import Config, step
 from recoverability import Recoverability
 from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
-from trainer.check import check_length, check_model
+from trainer.check import check_length, check_model, choose_sampler
 from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
@@ -67,6 +67,8 @@ from variants import METHODS
 from variants.maspo import soft_surrogate
 from variants.stapo import silence_spurious
 
+HEALTHY_GAP = 0.03                                   # nats; trainer/README.md says what was measured
+
 
 def prepare(args) -> Run:
     """Load and check everything. Nothing is written before that. Raises ValueError or OSError on bad input.
@@ -86,6 +88,7 @@ def prepare(args) -> Run:
         model, tokenizer = load_model(args.model)
         date = fix_date(tokenizer, before.get("date") or datetime.date.today().isoformat())
         check_model(model, args.model)
+        sampler = choose_sampler(model)
         if distributed():
             layers_of(model)
         weights.append(model)
@@ -95,15 +98,15 @@ def prepare(args) -> Run:
         check_questions(args.out, before, asked[:3])
         start = {"stop_ids": stop_ids(tokenizer, model), "weights": checksum(model)}
         check_start(args.out, before, start)
-        return asked, tokenizer, model.config, date, start
+        return asked, tokenizer, model.config, date, start, sampler
 
-    (questions, eval_questions, val_questions, skipped), tokenizer, model_config, date, start = first(load)
+    (questions, eval_questions, val_questions, skipped), tokenizer, model_config, date, start, sampler = first(load)
     model = place(weights, model_config, args.offload_optimizer)
     ref_model = place(weights, model_config, frozen=True) if config.beta > 0 else None
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    policy = Policy(model, tokenizer, start["stop_ids"], config, args.micro_batch_tokens)
+    policy = Policy(model, tokenizer, start["stop_ids"], config, args.micro_batch_tokens, sampler)
     run = Run(args, policy, ref_model, optimizer, Recoverability(), np.random.default_rng(args.seed),
               questions, eval_questions, val_questions, skipped, date, start)
     if args.resume is not None:
@@ -254,7 +257,7 @@ def train(run) -> int:
     """Run the loop: step, log, evaluate, save. Returns the exit code."""
     args, start, longest = run.args, time.perf_counter(), 0.0
     received = stop_after_this_step(run, (signal.SIGINT, signal.SIGTERM))
-    shown = {}
+    shown, warned = {}, False
     if run.step == 0 and args.eval_every:
         metrics, timing = evaluate(run)
         first(lambda: log(run, {"generated_total": 0, **metrics}, timing))
@@ -275,6 +278,10 @@ def train(run) -> int:
                 metrics, timing = metrics | accuracy, timing | seconds
                 samples = sample_lines(run, batch, groups)
                 shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
+            if not warned and (metrics["sampler_gap"] or 0) > HEALTHY_GAP:
+                warned = True
+                bar.write(f"warning: what is sampled is not what is trained: their log-probabilities differ by "
+                          f"{metrics['sampler_gap']:.3f} on average (sampler_gap), and {HEALTHY_GAP} is healthy")
             first(partial(log, run, metrics, timing, samples))
             bar.set_postfix(shown)
             bar.update()

@@ -13,6 +13,7 @@ import torch
 
 from packing import pack, score_rows
 from resample import sample
+from trainer import decoding
 
 WINDOW = 4
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}       # nats; other types: 0.1
@@ -60,6 +61,25 @@ def check_model(model, name, training=True) -> None:
             model.train(was_training)
 
 
+def choose_sampler(model):
+    """The function that samples this model: trainer.decoding.sample, or resample.sample. It prints which, and why.
+
+    The second is for machines without a GPU, and for models that the first does not sample as their own forward pass
+    says. model: that of check_model.
+    """
+    why = "there is no GPU"
+    if torch.cuda.is_available():
+        try:
+            with torch.no_grad(), short_windows(model):
+                error = sampling_error(model, [list(range(3, 9)), list(range(10, 19))], sampler=decoding.sample)
+            why = None if error <= TOLERANCE.get(model.dtype, 0.1) else f"the other loop differs by {error:.2g} nats"
+        except Exception as failure:                     # any type, as in check_model
+            why = f"the other loop fails with {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+    print("sampling: " + ("the decoding loop of trainer/decoding.py" if why is None else
+                          f"generate of transformers (resample.py), because {why}"))
+    return decoding.sample if why is None else sample
+
+
 def context_of(model) -> float:
     """The most tokens that a sequence of this model may have: inf where its config names no limit."""
     return getattr(model.config, "max_position_embeddings", None) or float("inf")
@@ -83,13 +103,15 @@ def own_logps(model, sequences) -> torch.Tensor:
     return torch.cat(found)
 
 
-def sampling_error(model, prefixes, n=7) -> float:
+def sampling_error(model, prefixes, n=7, sampler=None) -> float:
     """How far greedy tokens of resample.sample are from the likeliest, by the model's own forward: nats, the largest.
 
-    Not the tokens are compared but their log-probabilities, because two tokens may be equally likely.
+    Not the tokens are compared but their log-probabilities, because two tokens may be equally likely. sampler: another
+    function with the arguments of sample().
     """
     never = model.get_input_embeddings().weight.shape[0]                 # no stop id: every continuation has n tokens
-    drawn = sample(model, prefixes, 2, max_new_tokens=n, eos_token_id=never, pad_token_id=0, temperature=0.0)
+    drawn = (sampler or sample)(model, prefixes, 2, max_new_tokens=n, eos_token_id=never, pad_token_id=0,
+                                temperature=0.0)
     worst = 0.0
     for prefix, (y, again) in zip(prefixes, drawn):
         ids = torch.tensor([prefix + y], device=model.device)

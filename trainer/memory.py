@@ -68,8 +68,7 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     static["reference"] = 4 * P / gpus if reference else 0
 
     sampling = {"gradients": 0, "gathered": 0 if s == 4 else 2 * P,
-                "KV cache": rows * row_tokens * 2 * depth * config.num_key_value_heads * head_dim * s,
-                "activations": 0, "logits": rows * vocabulary * (s + 12)}
+                **{name: rows * n for name, n in of_row(model, row_tokens, compute).items()}, "activations": 0}
 
     layer = T * (2 * (4 + residual) * h + (5 if autocast else 2) * s * h + 5 * q * s + 4 * inner * s + T * s)
     kept = depth * (T * residual * h if checkpointing else layer)
@@ -81,6 +80,14 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
                               "gathered": sharded * (outside + 10 * B) + autocast * (2 * P + 6 * B)}}
     update = max(moments.values(), key=lambda parts: sum(parts.values()))
     return {"sampling": static | sampling, "update": static | {"KV cache": 0} | update}
+
+
+def of_row(model, tokens, compute) -> dict:
+    """{part: bytes} of one row of so many tokens while it is sampled. compute: that of estimate()."""
+    config, s = model.config, compute.itemsize
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {"KV cache": tokens * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * s,
+            "logits": config.vocab_size * (s + 12)}
 
 
 QWEN = dict(num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True)

@@ -7,6 +7,7 @@ def summarize(groups, eos_token_ids) -> dict:
     forks = [fork for t in roots for fork in t.forks if fork.branches]
     siblings = [fork.rewards for fork in forks]
     branches = [y for fork in forks for y in fork.branches]
+    drawn_from = [getattr(t.response, "entropies", None) for t in roots]     # those of resample.Continuation
 
     def mean(values):
         return sum(values) / len(values) if values else None                 # None: there is nothing to take it of
@@ -19,6 +20,7 @@ def summarize(groups, eos_token_ids) -> dict:
         "pivots": len(siblings),
         "pivot_depth": mean([fork.ratio for fork in forks]),
         "recovered": mean([any(rewards) for rewards in siblings]),                             # of pivots
+        "entropy": mean([e for entropies in drawn_from if entropies is not None for e in entropies.tolist()]),
         "response_length": mean([len(t.response) for t in roots]),
         "branch_length": mean([len(y) for y in branches]),
         "truncated": mean([t.response[-1] not in eos_token_ids for t in roots]),

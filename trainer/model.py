@@ -258,7 +258,11 @@ class Ranks:
             return value
         return sum(gather(lambda: value.detach().cpu()))
 
-    def score(self, model, rows, temperature):
+    def largest(self, value: torch.Tensor) -> torch.Tensor:
+        """The largest over all ranks."""
+        return value if world_size() == 1 else torch.stack(gather(lambda: value.cpu())).amax(0)
+
+    def score(self, model, rows, temperature, entropies=True):
         """packing.score_rows, as a forward pass of the model."""
         with precision(model):
-            return as_forward(model, score_rows)(rows, temperature)
+            return as_forward(model, partial(score_rows, entropies=entropies))(rows, temperature)

@@ -50,8 +50,9 @@ class Policy:
     ({phase: generated tokens of the most loaded rank over the mean}, the largest since it was last emptied).
     """
 
-    def __init__(self, model, tokenizer, stop, config, micro_batch_tokens=None):
+    def __init__(self, model, tokenizer, stop, config, micro_batch_tokens=None, sampler=sample):
         self.model, self.tokenizer, self.stop, self.config = model, tokenizer, stop, config
+        self.sampler = sampler                           # resample.sample or, with its arguments, trainer.decoding's
         self.micro_batch_tokens = micro_batch_tokens
         self.generated = self.forwarded = 0
         self.clock, self.imbalance = Clock(), {}
@@ -59,7 +60,7 @@ class Policy:
         self.decode_kept = lru_cache(2**16)(self.decode)
 
     def sample(self, prefixes, k, max_new_tokens, expected_tokens=None, temperature=None):
-        """[N][k] continuations of N prefixes (token ids), by resample.sample, at the run's temperature unless given.
+        """[N][k] continuations of N prefixes (token ids), at the run's temperature unless given.
 
         max_new_tokens: a cap, or one for each prefix. expected_tokens: for branches, how long a continuation of each
         prefix may become, by which the work is divided among the ranks; None: equal.
@@ -73,7 +74,7 @@ class Policy:
         def draw_part(part):
             counts = Counter(part)                       # a prefix may be dealt out to two ranks
             with precision(self.model):
-                tails = sample(self.model, [prefixes[n] for n in counts], [*counts.values()],
+                tails = self.sampler(self.model, [prefixes[n] for n in counts], [*counts.values()],
                                max_new_tokens=[caps[n] for n in counts], eos_token_id=self.stop, pad_token_id=pad,
                                temperature=self.config.temperature if temperature is None else temperature)
             return [y for drawn in tails for y in drawn]

@@ -27,6 +27,7 @@ from deep_grpo import (
 from loss import Span, loss_table, sequence_weights
 from packing import Alone, attention_length, pack_groups
 from recoverability import Recoverability
+from resample import Continuation
 
 BETA = 0.3            # large enough that a wrong KL term shows
 
@@ -243,7 +244,7 @@ class Given(Alone):
     def __init__(self, logp, ref_logp):
         self.logp, self.ref_logp = logp, ref_logp
 
-    def score(self, model, rows, temperature):
+    def score(self, model, rows, temperature, entropies=True):
         return (self.ref_logp if model is REFERENCE else self.logp), torch.zeros_like(self.logp)
 
 
@@ -319,7 +320,7 @@ def test_a_batch_of_equal_rewards_makes_no_step(model, ref_model, config):
     metrics = update(model, optimizer, nothing_right(), config, ref_model)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     nothing = {"loss": 0.0, "grad_norm": 0.0, "optimizer_steps": 0, "trained_tokens": 0, "forwarded_tokens": 0,
-               "entropy": None, "kl": None, "clip_fraction": 0.0}
+               "kl": None, "clip_fraction": 0.0, "sampler_gap": None, "sampler_gap_max": None}
     assert {name: metrics[name] for name in nothing} == nothing
 
 
@@ -354,9 +355,6 @@ def test_what_is_left_of_a_batch_without_weights_by_hand(model, ref_model):
     for config in (Config(beta=0.0), Config(beta=BETA, objective="authors")):
         _, metrics = objective(model, example(), config, ref_model)
         assert metrics["forwarded_tokens"] == expected
-        logps, entropies, _ = score_groups(model, example(), config)
-        first = [entropies[i][:n] for i, n in ((0, 5), (1, 6), (2, 3))]            # the rollouts that are computed
-        assert metrics["entropy"] == pytest.approx(torch.cat(first).mean().item(), rel=1e-12)
 
 
 def test_at_the_first_update_the_ratio_is_one_and_the_gradient_is_not_zero(model):
@@ -373,19 +371,42 @@ def test_at_the_first_update_the_ratio_is_one_and_the_gradient_is_not_zero(model
         assert grad.abs().max() > 1e-3
 
 
+def test_how_far_the_sampler_is_from_the_update_by_hand(model, ref_model):
+    """The policy thought .25 more of all tokens of question 1, and 2 more of one, when it drew them; and that of no
+    other question is known. Only tokens that are trained count, in the first update of a batch."""
+    groups = example()
+    logps, _, _ = score_groups(model, groups, Config())
+    trained, scores = [], iter(logps)
+    for g in groups[:1]:
+        for t in g.trajectories:
+            parts = next(scores).split([len(t.response), *(len(y) for _, y in t.branches)])
+            t.response = Continuation(t.response, (parts[0] + 0.25).numpy())
+            t.response.logps[0] += 1.75
+            trained += [2.0] + [0.25] * (len(t.response) - 1)
+            parts = iter(parts[1:])
+            for fork in t.forks:
+                fork.branches = [Continuation(y, (next(parts) + 0.25).numpy()) for y in fork.branches]
+                if len(set(fork.rewards)) > 1:
+                    trained += [0.25 for y in fork.branches for _ in y]
+    assert len(trained) == (5 + 6 + 3) + (2 + 3 + 2)                                     # and a dead pivot
+    for config in (Config(beta=BETA), Config(beta=0.0), Config(objective="authors")):
+        _, metrics = objective(model, groups, config, ref_model, micro_batch_tokens=25)
+        assert metrics["sampler_gap"] == pytest.approx(sum(trained) / len(trained), abs=1e-6)
+        assert metrics["sampler_gap_max"] == pytest.approx(2.0, abs=1e-6)
+    assert objective(model, example(), Config())[1]["sampler_gap"] is None               # plain lists of tokens
+    metrics = update(model, torch.optim.AdamW(model.parameters(), lr=0.01), groups, Config(updates=3), ref_model)
+    assert metrics["sampler_gap"] == pytest.approx(sum(trained) / len(trained), abs=1e-6)
+
+
 def test_metrics_of_the_objective_by_hand(model, ref_model):
     groups = example()
     _, metrics = objective(model, groups, Config(beta=BETA), ref_model, micro_batch_tokens=25)
-    entropies, k3 = [], []
+    k3 = []
     for g in groups:
         for t in g.trajectories:
-            logits = model(input_ids=torch.tensor([g.prompt + t.response])).logits[0, len(g.prompt) - 1:-1]
-            p = logits.softmax(-1)
-            entropies += (-(p * p.log()).sum(-1)).tolist()
             ref, logp = (suffix_logps(m, g.prompt, t.response, 1.0) for m in (ref_model, model))
             d = ref - logp
             k3 += (d.exp() - d - 1).tolist()
-    assert metrics["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-9)
     assert metrics["kl"] == pytest.approx(sum(k3) / len(k3), rel=1e-9)
     # A != 0: the rollouts of question 1 (5+6+3), its mixed siblings (2+3+2), all siblings of question 3.
     assert metrics["trained_tokens"] == (5 + 6 + 3) + (2 + 3 + 2) + (1 + 3 + 2) + (1 + 1 + 2) + (2 + 2 + 3)
@@ -489,9 +510,9 @@ class OneOfTwo(Alone):
         self.totals += 1
         return 3 * value
 
-    def score(self, model, rows, temperature):
+    def score(self, model, rows, temperature, entropies=True):
         self.scored += 1
-        return super().score(model, rows, temperature)
+        return super().score(model, rows, temperature, entropies)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [None, 30])
@@ -517,7 +538,7 @@ def test_the_parts_of_two_processes_add_up(model, ref_model, micro_batch_tokens)
     losses, their_metrics = parts(lambda ranks: objective(
         model, example(), config, ref_model, old, micro_batch_tokens, backward=True, ranks=ranks))
     assert sum(losses).item() == pytest.approx(3 * loss.item(), rel=1e-10) and 0 not in losses
-    for name in ("entropy", "kl", "clip_fraction"):
+    for name in ("kl", "clip_fraction"):
         assert sum(part[name] for part in their_metrics) == pytest.approx(3 * metrics[name], rel=1e-10)
         assert all(part[name] > 0 for part in their_metrics)
     for name in ("trained_tokens", "forwarded_tokens"):                   # those of all, known without a model

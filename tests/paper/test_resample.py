@@ -1,6 +1,7 @@
 """sample(): the right distribution on a hostile checkpoint, the right tokens for ragged prefixes and ends."""
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from conftest import EOS, PAD, VOCABULARY, argmax_step_by_step, make_model
 from transformers import DynamicCache, GenerationConfig
 
 import resample
-from resample import sample
 
 RAGGED = [[5, 6, 7, 8, 9, 10], [3], [4, 4], [9, 8, 7, 6, 5, 4, 3, 2, 2, 3, 4]]
 HOSTILE = dict(do_sample=True, temperature=0.3, top_k=3, top_p=0.5, min_p=0.3, typical_p=0.4,
@@ -18,15 +18,26 @@ HOSTILE = dict(do_sample=True, temperature=0.3, top_k=3, top_p=0.5, min_p=0.3, t
                exponential_decay_length_penalty=(0, 3.0), eos_token_id=2, pad_token_id=2)
 
 
-def draw(model, prefixes=RAGGED, k=1, **changes):
+def drawn_by(path, model, prefixes=RAGGED, k=1, **changes):
     settings = dict(max_new_tokens=9, eos_token_id=EOS, pad_token_id=PAD, temperature=0)
-    return sample(model, prefixes, k, **settings | changes)
+    return path.sample(model, prefixes, k, **settings | changes)
+
+
+@pytest.fixture
+def path():
+    """The module that samples. tests/trainer/test_decoding.py runs most of these tests on another one."""
+    return resample
+
+
+@pytest.fixture
+def draw(path):
+    return partial(drawn_by, path)
 
 
 @pytest.mark.parametrize("block", [1, 2, 16])
 @pytest.mark.parametrize("seed", range(4))
-def test_greedy_equals_argmax_for_ragged_prefixes(seed, block, monkeypatch):
-    monkeypatch.setattr(resample, "BLOCK", block)
+def test_greedy_equals_argmax_for_ragged_prefixes(draw, path, seed, block, monkeypatch):
+    monkeypatch.setattr(path, "BLOCK", block)
     model = make_model(seed)
     expected = [[argmax_step_by_step(model, p, 9, {EOS})] * 3 for p in RAGGED]
     assert draw(model, k=3) == expected
@@ -34,7 +45,7 @@ def test_greedy_equals_argmax_for_ragged_prefixes(seed, block, monkeypatch):
     assert alone == [row[:1] for row in expected]
 
 
-def test_under_autocast_the_cache_is_in_half_precision_and_the_samples_are_the_same(monkeypatch):
+def test_under_autocast_the_cache_is_in_half_precision_and_the_samples_are_the_same(draw, path, monkeypatch):
     model, drawn, types = make_model(dtype=torch.float32), [], set()
 
     class Plain(DynamicCache):
@@ -63,16 +74,22 @@ def chi_square(counts, p):
     return sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
 
 
+def assert_drawn_from(counts, p, least_dof):
+    """A true sampler fails with a probability below 1e-4 (Wilson-Hilferty)."""
+    statistic, dof = chi_square(counts, p)
+    assert dof >= least_dof
+    assert statistic < dof * (1 - 2 / (9 * dof) + 3.72 * math.sqrt(2 / (9 * dof))) ** 3
+
+
 @pytest.mark.parametrize("temperature, block", [(1.0, 16), (0.6, 16), (1.7, 16), (1.0, 1)])
 def test_sampled_distribution_is_softmax_of_logits_over_t_whatever_the_checkpoint_says(
-        temperature, block, monkeypatch):
+        draw, path, temperature, block, monkeypatch):
     """First and second token of two ragged prefixes, 6,000 draws each, against the model's own probabilities.
 
-    With block = 1 the second token comes from another call, after the rows that ended have left. Each of the 4
-    chi-square tests (of 4 parametrisations) may fail a true sampler with probability below 1e-4 by the
-    Wilson-Hilferty quantile z = 3.72, 1 in 600 over all; the seed is fixed: a pass stays a pass.
+    With block = 1 the second token comes from another call, after the rows that ended have left. All 16 tests
+    together fail a true sampler once in 600 seeds. The seed is fixed, so a pass stays a pass.
     """
-    monkeypatch.setattr(resample, "BLOCK", block)
+    monkeypatch.setattr(path, "BLOCK", block)
     model = make_model(3, initializer_range=0.08)
     model.generation_config = GenerationConfig(**HOSTILE)
     torch.manual_seed(0)
@@ -88,13 +105,45 @@ def test_sampled_distribution_is_softmax_of_logits_over_t_whatever_the_checkpoin
             ([sum(t[0] == v for t in tails) for v in range(VOCABULARY)], p),
             ([sum(t[1:] == [v] for t in tails) for v in range(VOCABULARY)], (q @ follow) / q.sum()),
         ]:
-            statistic, dof = chi_square(counts, expected.tolist())
-            assert dof >= 5
-            assert statistic < dof * (1 - 2 / (9 * dof) + 3.72 * math.sqrt(2 / (9 * dof))) ** 3
+            assert_drawn_from(counts, expected.tolist(), 5)
     assert model.generation_config.top_k == 3                       # the checkpoint keeps its configuration
 
 
-def test_the_librarys_own_top_k_does_not_cut_the_vocabulary():
+@pytest.mark.slow
+def test_unlikely_tokens_come_up_as_often_as_they_should(draw):
+    """A million draws of one token. 21 tokens have a probability of about 1e-4, and so come up about 100 times each."""
+    model = make_model(5, torch.float32, vocab_size=200, initializer_range=0.28, num_hidden_layers=1)
+    with torch.no_grad():
+        p = model(input_ids=torch.tensor([[3]])).logits[0, -1].double().softmax(-1)
+    torch.manual_seed(0)
+    counts = torch.zeros(200)
+    for _ in range(10):
+        tails = draw(model, [[3]], k=100_000, max_new_tokens=1, temperature=1.0)[0]
+        counts += torch.bincount(torch.tensor([token for token, in tails]), minlength=200)
+    rare = (p > 5e-5) & (p < 2e-4)
+    assert_drawn_from([*counts[rare].tolist(), counts[~rare].sum().item()], [*p[rare].tolist(), p[~rare].sum().item()],
+                      21)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_the_policy_thought_of_every_token_is_kept(draw, path, temperature, monkeypatch):
+    monkeypatch.setattr(path, "BLOCK", 4)
+    model = make_model(2)
+    torch.manual_seed(0)
+    drawn = draw(model, k=20, temperature=temperature)
+    for prefix, tails in zip(RAGGED, drawn):
+        for tail in tails:
+            logits = model(input_ids=torch.tensor([prefix + tail])).logits[0, len(prefix) - 1:-1]
+            logp = (logits / temperature).log_softmax(-1)
+            expected = logp[range(len(tail)), tail]
+            torch.testing.assert_close(torch.tensor(tail.logps), expected.float(), rtol=0, atol=1e-5)
+            entropies = torch.tensor(tail.entropies)
+            torch.testing.assert_close(entropies, -(logp.exp() * logp).sum(-1).float(), rtol=0, atol=1e-5)
+    assert len({len(tail) for tails in drawn for tail in tails}) > 3
+    assert draw(model)[0][0].logps is None and draw(model)[0][0].entropies is None       # greedy
+
+
+def test_the_librarys_own_top_k_does_not_cut_the_vocabulary(draw):
     # Unset, top_k is 50 in transformers, which no test with a vocabulary of 23 notices.
     model = make_model(3, vocab_size=90, initializer_range=0.01)                    # nearly uniform
     torch.manual_seed(0)
@@ -102,7 +151,7 @@ def test_the_librarys_own_top_k_does_not_cut_the_vocabulary():
     assert set(first) == set(range(90))
 
 
-def test_ends_are_kept_and_nothing_follows_them():
+def test_ends_are_kept_and_nothing_follows_them(draw):
     model = make_model(2)
     torch.manual_seed(1)
     for eos in (EOS, [EOS, 7, 12]):
@@ -114,7 +163,7 @@ def test_ends_are_kept_and_nothing_follows_them():
         assert len({len(t) for t in tails}) > 4 and {t[-1] for t in tails} >= stop
 
 
-def test_pad_equal_to_eos_loses_no_eos():
+def test_pad_equal_to_eos_loses_no_eos(draw):
     # Masks made from `ids != pad` used to drop the EOS here, and with it the token that learns to stop.
     model = make_model(2)
     results = []
@@ -124,13 +173,13 @@ def test_pad_equal_to_eos_loses_no_eos():
     assert results[0] == results[1] and any(t[-1] == EOS for row in results[0] for t in row)
 
 
-def test_the_pad_id_inside_a_prefix_is_a_token_like_any_other():
+def test_the_pad_id_inside_a_prefix_is_a_token_like_any_other(draw):
     model = make_model(2)
     prefix = [5, PAD, PAD, 6]
     assert draw(model, [prefix, RAGGED[3]])[0] == [argmax_step_by_step(model, prefix, 9, {EOS})]
 
 
-def test_one_prefill_for_all_branches():
+def test_one_prefill_for_all_branches(draw):
     model, seen = make_model(), []
 
     def look(module, args, kwargs, out):
@@ -143,7 +192,7 @@ def test_one_prefill_for_all_branches():
     assert seen[0] == (4, 10) and set(seen[1:]) == {(32, 1)}             # N prefixes once; then N * K rows
 
 
-def test_decoding_ends_once_every_row_has_reached_any_of_the_stop_ids():
+def test_decoding_ends_once_every_row_has_reached_any_of_the_stop_ids(draw):
     # When `generate` knows only one of them, cutting afterwards gives the same tokens, after far more work.
     model, seen = make_model(1), []
     tail = draw(model, [[4, 4]])[0][0]
@@ -154,9 +203,9 @@ def test_decoding_ends_once_every_row_has_reached_any_of_the_stop_ids():
     assert len(seen) == 1 + len(cut)                                     # a prefill, and a pass per token
 
 
-def test_rows_that_have_ended_leave_the_batch(monkeypatch):
+def test_rows_that_have_ended_leave_the_batch(draw, path, monkeypatch):
     # `generate` alone feeds padding to every finished row until the longest has ended.
-    monkeypatch.setattr(resample, "BLOCK", 4)
+    monkeypatch.setattr(path, "BLOCK", 4)
     model, sizes = make_model(2), []
     model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
     torch.manual_seed(0)
@@ -166,8 +215,8 @@ def test_rows_that_have_ended_leave_the_batch(monkeypatch):
     assert sizes == [len(RAGGED), *expected] and expected[-1] < expected[0] / 2
 
 
-def test_a_cap_for_each_prefix(monkeypatch):
-    monkeypatch.setattr(resample, "BLOCK", 4)
+def test_a_cap_for_each_prefix(draw, path, monkeypatch):
+    monkeypatch.setattr(path, "BLOCK", 4)
     model, caps, passes = make_model(2), [6, 9, 4, 1], []
     expected = [[argmax_step_by_step(model, p, n, {EOS})] * 2 for p, n in zip(RAGGED, caps)]
     model.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -176,7 +225,7 @@ def test_a_cap_for_each_prefix(monkeypatch):
     assert {len(row[0]) == n for row, n in zip(expected, caps)} == {True}                # each reaches its cap
 
 
-def test_same_seed_same_samples_and_branches_differ():
+def test_same_seed_same_samples_and_branches_differ(draw):
     model = make_model(1)
     results = []
     for seed in (0, 0, 1):
@@ -187,8 +236,9 @@ def test_same_seed_same_samples_and_branches_differ():
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")               # the second of the two warnings
-def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
-    model, sizes, generate = make_model(), [], resample._generate
+def test_out_of_memory_halves_the_batch_and_goes_on(draw, path, monkeypatch):
+    name = "generate_rows" if path is resample else "decode_rows"
+    model, sizes, generate = make_model(), [], getattr(path, name)
 
     def small_memory(model, prefixes, rows, caps, settings):
         sizes.append(len(rows))
@@ -197,7 +247,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
         return generate(model, prefixes, rows, caps, settings)
 
     expected = draw(model, k=3)
-    monkeypatch.setattr(resample, "_generate", small_memory)
+    monkeypatch.setattr(path, name, small_memory)
     with pytest.warns(UserWarning, match="generating 12 sequences at once; going on with 6"):
         assert draw(model, k=3) == expected
     assert sizes == [12, 6, 3, 3, 3, 3]                 # what did not fit is not tried again
@@ -205,14 +255,14 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("never any room")
 
-    monkeypatch.setattr(resample, "_generate", no_memory)
+    monkeypatch.setattr(path, name, no_memory)
     with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError, match="never any room"):
         warnings.simplefilter("ignore")
         draw(model)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_comes_back_as_it_was(training):
+def test_the_model_comes_back_as_it_was(draw, training):
     model = make_model(attention_dropout=0.5).train(training)
     config = model.generation_config
     greedy = draw(model)
@@ -231,10 +281,10 @@ def test_the_model_comes_back_as_it_was(training):
     ("temperature", dict(temperature=-1.0)), ("temperature", dict(temperature=float("nan"))),
     ("temperature", dict(temperature=float("inf"))),
     ("eos_token_id", dict(eos_token_id=[]))])
-def test_bad_arguments_are_named(name, changes):
+def test_bad_arguments_are_named(draw, name, changes):
     with pytest.raises(ValueError, match=name):
         draw(make_model(), **changes)
 
 
-def test_no_prefixes_no_samples():
+def test_no_prefixes_no_samples(draw):
     assert draw(make_model(), []) == []

@@ -13,6 +13,7 @@ from conftest import argmax_step_by_step
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eval_math
+import resample
 import tasks.lock
 from eval_math import PAPER, grade, main, make_batches, pass_at, wilson
 from tasks import Question, chat_prompt
@@ -158,15 +159,15 @@ def files_of(out):
 def test_interrupted_at_any_batch_it_ends_the_same(checkpoint, data, tmp_path, graders, monkeypatch, capsys,
                                                    sampling):
     assert run(checkpoint, data, tmp_path / "whole", **sampling) == 0
-    sample, calls = eval_math.sample, []
+    calls = []
 
     def breaks_off(*args, **kwargs):
         calls.append((out / "answers.jsonl").stat().st_size)
         if len(calls) == at:
             raise error
-        return sample(*args, **kwargs)
+        return resample.sample(*args, **kwargs)
 
-    monkeypatch.setattr(eval_math, "sample", breaks_off)
+    monkeypatch.setattr(eval_math, "choose_sampler", lambda model: breaks_off)
     at, error = 10 ** 9, None
     out = tmp_path / "count"
     run(checkpoint, data, out, **sampling)

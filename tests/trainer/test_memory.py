@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import deep_grpo
 import train_gsm8k
-from deep_grpo import ALONE, Config, Fork, Group, Trajectory, objective
+from deep_grpo import ALONE, Config, Fork, Group, Trajectory, objective, sampled_logps
 from loss import loss_table, sequence_weights
 from packing import attention_length, pack_groups
 from resample import sample
@@ -74,10 +74,12 @@ def update_peak(model, tokens, n, autocast=False):
     mine, config = Ranks() if fsdp_modules(model) else ALONE, Config(beta=0.0)
     # The table is in host memory, so no part of a GPU's. Rollouts without an advantage would be left out.
     table, all_of_it = loss_table(groups, sequence_weights(groups, config)), (None, slice(None))
+    sampled = sampled_logps(groups)
 
     def run():
         with (torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
               patch.object(deep_grpo, "loss_table", return_value=table),
+              patch.object(deep_grpo, "sampled_logps", return_value=sampled),
               patch.object(deep_grpo, "needed_sequences", return_value=all_of_it)):
             objective(model, groups, config, None, None, tokens, backward=True, ranks=mine)
 

@@ -26,13 +26,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval_math
+import resample
 import tasks.lock
 import train_gsm8k
 import trainer.model
 import trainer.policy
 from deep_grpo import ALONE, Config, Fork, Group, Trajectory, objective, score_groups, update
 from packing import batch_costs, pack
-from trainer import ranks
+from resample import Continuation
+from trainer import decoding, ranks
 from trainer.model import Ranks, checkpoint_activations, fsdp_modules, shard
 from trainer.ranks import deal, distributed, rank, world_size
 from trainer.session import owned
@@ -242,9 +244,9 @@ def learn(case, same_policy, checkpointing, tied):
         checkpoint_activations(model)
     scored, score = set(), trainer.model.score_rows
 
-    def score_rows(which, rows, temperature):
+    def score_rows(which, rows, temperature, **options):
         scored.update(row.ids[0] for row in rows if which is model)
-        return score(which, rows, temperature)
+        return score(which, rows, temperature, **options)
 
     trainer.model.score_rows = score_rows
     make_groups, tokens = CASES[case]
@@ -286,7 +288,8 @@ def test_n_ranks_compute_the_gradient_of_one_process(on_ranks, n, case, same_pol
             torch.testing.assert_close(scores, own_scores, rtol=1e-11, atol=1e-13)
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-12, abs=1e-14)
         for which in ("metrics", "updated"):
-            own = {name for name in got[which] if name not in ("padding", "imbalance")}     # of how rows were dealt
+            ignored = ("padding", "imbalance", "sampler_gap", "sampler_gap_max")    # of how rows were dealt; not known
+            own = {name for name in got[which] if name not in ignored}
             assert {name: got[which][name] for name in own} == pytest.approx(
                 {name: expected[which][name] for name in own}, rel=1e-11, abs=1e-14)
             assert 0 <= got[which]["padding"] < 1 <= got[which]["imbalance"] <= n
@@ -348,12 +351,12 @@ FLAGS = ["--preset", "tiny", "--questions", "3", "--group-size", "4", "--branche
          "--max-new-tokens", "40"]
 
 
-def draws():
+def draws(path):
     """Greedy and random draws on this rank, and the collectives that they took."""
     ranks.start()
     run = train_gsm8k.prepare(train_gsm8k.parse_args([*FLAGS, "--out", "/none"]))
     policy, prompts = run.policy, [q.prompt for q in run.questions[:5]]
-    got, counts, sample = {}, [], trainer.policy.sample
+    got, counts, sample = {}, [], {"resample": resample, "decoding": decoding}[path].sample
 
     def counted(model, *args, **kwargs):
         with Collectives() as collectives:
@@ -361,7 +364,7 @@ def draws():
         counts.append(len(collectives.calls))
         return result
 
-    trainer.policy.sample = counted
+    policy.sampler = counted
     with Collectives() as collectives:
         got["greedy"] = policy.sample(prompts, 2, [9, 40, 3, 25, 12], [9, 1, 3, 25, 12], temperature=0)
         got["few"] = policy.sample(prompts[:1], 1, 5, temperature=0)
@@ -376,10 +379,10 @@ def draws():
     return got
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_sampling_gathers_each_layer_once_per_call_and_not_per_token(on_ranks, n):
-    expected, = on_ranks.once(0, "draws", [[]], [])
-    for got in on_ranks(n, "draws"):
+@pytest.mark.parametrize("n, path", [(2, "resample"), (3, "resample"), (2, "decoding")])
+def test_sampling_gathers_each_layer_once_per_call_and_not_per_token(on_ranks, n, path):
+    expected, = on_ranks.once(0, "draws", [["resample"]], ["resample"])
+    for got in on_ranks(n, "draws", path):
         assert got["greedy"] == expected["greedy"] and got["few"] == expected["few"]
         assert got["counts"] == [0, 0, 0]                      # while it generates: none
         assert got["groups"] == 4 and got["gathers"] == 3 * 4  # for each call: each layer and the root, once
@@ -395,7 +398,8 @@ def drawn(self, prefixes, k, max_new_tokens, expected_tokens=None, temperature=N
     """
     def one(prefix, i):
         rng = random.Random(f"{prefix} {i}")
-        return [*rng.choices(range(4, 16), k=rng.randint(3, 40)), *([self.stop[0]] if rng.random() < 0.9 else [])]
+        y = [*rng.choices(range(4, 16), k=rng.randint(3, 40)), *([self.stop[0]] if rng.random() < 0.9 else [])]
+        return Continuation(y, [-rng.random() for _ in y], [rng.random() for _ in y])
 
     result = [[one(prefix, i) for i in range(k)] for prefix in prefixes]
     self.generated += sum(len(y) for branches in result for y in branches)
@@ -608,7 +612,7 @@ def test_a_batch_without_any_weight_is_a_step_without_an_update(on_ranks, tmp_pa
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1:]:
         metrics = json.loads(line)
         names = ("optimizer_steps", "forwarded_tokens", "trained_tokens", "grad_norm", "loss")
-        assert [metrics[name] for name in names] == [0] * 5 and metrics["entropy"] is None
+        assert [metrics[name] for name in names] == [0] * 5 and metrics["kl"] is None
 
 
 def test_a_run_directory_of_another_process_is_one_line_of_all_ranks_together(on_ranks, tmp_path):

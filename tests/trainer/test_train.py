@@ -27,11 +27,11 @@ from transformers import (
 
 import tasks.lock
 import train_gsm8k
-import trainer.policy
 from deep_grpo import Group, Trajectory, update
 from grading import grade_gsm8k
 from packing import pack, score_rows
 from recoverability import Recoverability
+from resample import sample
 from tasks import GSM8K_INSTRUCTION, chat_prompt, split_validation
 from trainer.model import load_model
 from trainer.session import owned
@@ -182,10 +182,10 @@ def test_the_best_checkpoint_is_the_first_of_the_best_on_the_validation_rows_unl
 
 
 def test_the_reference_is_the_start_and_the_policy_is_sampled_at_its_temperature(tmp_path, monkeypatch):
-    temperatures, sample = [], trainer.policy.sample
-    monkeypatch.setattr(trainer.policy, "sample", lambda *args, temperature, **more: temperatures.append(temperature)
-                        or sample(*args, temperature=temperature, **more))
     run = prepared(tmp_path, "--temperature", "1.5", "--lr", "1e-3", "--beta", "0.1", "--branches", "4")
+    temperatures = []
+    run.policy.sampler = lambda *args, temperature, **more: (temperatures.append(temperature)
+                                                             or sample(*args, temperature=temperature, **more))
     run.policy.rewards = lambda pairs: [float(i % 2) for i in range(len(pairs))]
     first, second = (train_gsm8k.train_step(run)[0] for _ in range(2))
     assert first["grad_norm"] > 0 and abs(first["kl"]) < 1e-6 < 1e-4 < second["kl"]
@@ -207,7 +207,7 @@ def test_the_seconds_of_a_step_are_counted_once(tmp_path, monkeypatch):
     method = train_gsm8k.METHODS["deep_grpo"]
     monkeypatch.setitem(train_gsm8k.METHODS, "deep_grpo", replace(
         method, choose_pivots=taking(1000, method.choose_pivots), update=taking(10_000, method.update)))
-    monkeypatch.setattr(trainer.policy, "sample", taking(100, trainer.policy.sample))
+    run.policy.sampler = taking(100, sample)
     run.policy.reward = taking(1, lambda question, response: 0.0)
     _, timing, _, _ = train_gsm8k.train_step(run)
     seconds = [timing[f"seconds_{part}"] for part in ("rollout", "resample", "score", "update")]
@@ -624,13 +624,13 @@ def test_weights_that_an_update_made_infinite_are_neither_evaluated_nor_saved(tm
 
 def test_an_evaluation_draws_no_more_at_a_time_than_a_step(tmp_path, monkeypatch):
     """2 * 4 rollouts with 2 branches each are 16 at most: 40 questions are drawn as 16, 16 and 8."""
-    sizes, sample = [], trainer.policy.sample
+    sizes = []
 
     def watched(model, prefixes, ks, **options):
         sizes.append((sum(ks), options["temperature"]))
         return sample(model, prefixes, ks, **options)
 
-    monkeypatch.setattr(trainer.policy, "sample", watched)
+    monkeypatch.setattr(train_gsm8k, "choose_sampler", lambda model: watched)
     flags = [*SHORT, "--steps", 1, "--eval-rows", 40, "--eval-every", 1]
     assert train(*flags, "--out", tmp_path / "parts") == 0
     assert [n for n, temperature in sizes if temperature == 0] == [16, 16, 8] * 2

@@ -16,11 +16,11 @@ from small_policy import make_policy, pivots
 import deep_grpo
 import tasks.lock
 import train_gsm8k
-import trainer.policy
 from deep_grpo import Config, Group, Trajectory
 from grading import grade_gsm8k
 from loss import sequence_weights
 from recoverability import Recoverability
+from resample import sample
 from tasks.lock import Lock
 from trainer.session import sample_lines
 from trainer.settings import parse_args
@@ -222,8 +222,8 @@ def test_a_step_of_every_method_counts_its_tokens(method, tmp_path, monkeypatch)
     if METHODS[method].settings.get("branches", 8) >= 8:                       # fewer are enough here
         flags += ["--group-size", "6", "--branches", "4"]
     run = train_gsm8k.prepare(parse_args([*flags, "--out", str(tmp_path / "run")]))
-    config, drawn, forwarded, learned, sample = run.policy.config, [], [], [], trainer.policy.sample
-    monkeypatch.setattr(trainer.policy, "sample", lambda *a, **more: drawn.append(sample(*a, **more)) or drawn[-1])
+    config, drawn, forwarded, learned = run.policy.config, [], [], []
+    run.policy.sampler = lambda *args, **more: drawn.append(sample(*args, **more)) or drawn[-1]
 
     def count(module, args, kwargs):
         if not kwargs["use_cache"]:                        # not of sampling

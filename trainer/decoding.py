@@ -1,0 +1,309 @@
+r"""Sampling on a GPU: a decoding loop that takes the place of resample.generate_rows.
+
+A token step of a small model is a thousand kernels, each shorter than its launch. Here
+
+    the cache       has a fixed size, and a token writes one column of it in place; a growing cache is copied for every
+                    token
+    attention       makes the query heads that share keys and values the rows of one matrix product, so that no key or
+                    value is repeated (attend)
+    the draw        is the argmax of logits / T - log E with E ~ Exp(1), in compiled kernels (draw)
+    the token step  is captured in a CUDA graph, once per BLOCK of tokens, over the rows that have not ended, and
+                    replayed. The host looks at the tokens once per block
+
+The model's own layers run, so a model that passes the check of trainer/check.py is served whatever its architecture.
+On a CPU, and for a sharded model, the same loop runs without graphs and without compilation.
+"""
+import sys
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import AttentionInterface, GenerationConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+import resample
+from packing import layer_masks
+from resample import Continuation, append_block, as_read, cut, left_padded, prefill
+from trainer.memory import USABLE, of_row
+
+BLOCK = 64                               # tokens between two looks at which rows have ended
+PREFILL_TOKENS = 65536                   # padded tokens of prefixes in one forward pass
+
+
+def sample(model, prefixes, k, **settings) -> list[list[Continuation]]:
+    """resample.sample, with the loop of this file: the same arguments, the same distribution, the same result."""
+    return resample.sample(model, prefixes, k, draw_rows=decode_rows, **settings)
+
+
+@torch.no_grad()
+def decode_rows(model, prefixes, rows, caps, settings) -> list[Continuation]:
+    """Continue as many of the first rows as memory holds. The arguments are those of resample.generate_rows."""
+    new = max(caps[n] for n in rows)
+    rows = rows[:rows_that_fit(model, max(len(prefixes[n]) for n in rows) + new)]
+    width, new = max(len(prefixes[n]) for n in rows), max(caps[n] for n in rows)
+    fixed = FixedCache(len(rows), width - 1 + new, model.device)
+    continued_by = defaultdict(list)                 # prefix -> the rows that continue it
+    for row, n in enumerate(rows):
+        continued_by[n].append(row)
+    for part in prefill_batches(prefixes, continued_by):
+        grown = prefill(model, [prefixes[n] for n in part], settings["pad_token_id"])[2]
+        if grown is not None:
+            fixed.fill(grown, [continued_by[n] for n in part], width - 1)
+    del grown
+    ids, mask = left_padded([prefixes[n] for n in rows], settings["pad_token_id"], model.device)
+    return model.generate(ids, attention_mask=mask, past_key_values=fixed, synced_gpus=False,
+                          generation_config=GenerationConfig(max_new_tokens=new, **settings),
+                          custom_generate=partial(decode, caps=[caps[n] for n in rows]))
+
+
+def rows_that_fit(model, tokens) -> int:
+    """How many rows of this many tokens the free memory of a GPU holds; at least 1."""
+    compute = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
+    return max(1, int(USABLE * free_memory(model.device) // sum(of_row(model, tokens, compute).values())))
+
+
+def free_memory(device) -> int:
+    """Bytes of a GPU that nobody uses, with those that torch holds in reserve. Those of the host are not counted."""
+    if device.type != "cuda":
+        return sys.maxsize
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def prefill_batches(prefixes, wanted) -> list[list[int]]:
+    """The wanted indices of prefixes in batches of at most PREFILL_TOKENS, by length: less padding."""
+    batches = [[]]
+    for n in sorted(wanted, key=lambda n: len(prefixes[n])):
+        if batches[-1] and len(prefixes[n]) * (len(batches[-1]) + 1) > PREFILL_TOKENS:
+            batches.append([])
+        batches[-1].append(n)
+    return batches
+
+
+# ---- the cache ----
+
+
+class FixedCache(Cache):
+    """Keys and values of all rows, in tensors of a fixed size.
+
+    rows: how many are alive, the first ones of the tensors. column: where the next token writes, an int64 tensor [1],
+    because a graph reads it anew at every replay. length: how many columns attention reads.
+    """
+
+    def __init__(self, rows, columns, device):
+        super().__init__(layer_class_to_replicate=lambda: FixedLayer(self))
+        self.rows, self.shape, self.device = rows, (rows, columns), device
+        self.begin_block(0, columns)
+
+    def begin_block(self, column, tokens):
+        """The next token goes to this column, and so many will come before the rows are looked at."""
+        self.length = column + tokens
+        self.column = torch.tensor([column], device=self.device)
+
+    def fill(self, grown, rows, end):
+        """Copy the cache of some prefixes to the columns before `end`. rows: those that continue each prefix."""
+        for i, layer in enumerate(grown.layers):
+            while len(self.layers) <= i:
+                self.layers.append(FixedLayer(self))
+            self.layers[i].fill(layer.keys, layer.values, rows, end)
+
+    def keep(self, rows, columns):
+        """Only these rows are left, as the first ones. columns: how many of them are in use."""
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                states[:len(rows), :, :columns] = states[rows, :, :columns]
+        self.rows = len(rows)
+
+
+class FixedLayer(CacheLayerMixin):
+    """The keys and values of one layer: [rows, heads, columns, head_dim], zeros where nothing was written."""
+    is_sliding = False                   # a window is a matter of the mask, as in packing.layer_masks
+
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states, value_states):
+        """Make the tensors. Zeros, because the probability 0 of a masked column times nan would be nan."""
+        rows, columns = self.cache.shape
+        self.keys, self.values = (as_read(states[:1, :, :1]).new_zeros(rows, states.shape[1], columns, states.shape[3])
+                                  for states in (key_states, value_states))
+        self.is_initialized = True
+
+    def fill(self, keys, values, rows, end):
+        """Copy prefixes to the columns before `end`. rows: those that continue each of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        source = torch.tensor([i for i, continued in enumerate(rows) for _ in continued], device=keys.device)
+        target = torch.tensor([row for continued in rows for row in continued], device=keys.device)
+        for mine, theirs in ((self.keys, keys), (self.values, values)):
+            mine[target, :, end - theirs.shape[2]:end] = theirs[source]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write one token of the rows that are alive, and return what attention reads."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for mine, states in ((self.keys, key_states), (self.values, value_states)):
+            mine[:self.cache.rows].index_copy_(2, self.cache.column, states.to(mine.dtype))
+        return tuple(mine[:self.cache.rows, :, :self.cache.length] for mine in (self.keys, self.values))
+
+    def get_seq_length(self):
+        """The base class asks for it. No mask is made from it here."""
+        return 0
+
+    def get_mask_sizes(self, query_length):
+        """The base class asks for it. No mask is made from it here."""
+        return self.cache.length, 0
+
+    def get_max_length(self):
+        """The number of columns."""
+        return self.cache.shape[1]
+
+
+# ---- the token step ----
+
+
+@cache
+def compiled(function):
+    """The function, compiled once for all shapes."""
+    return torch.compile(function, dynamic=True)
+
+
+def on(device, function):
+    """The function as it runs fastest on this device."""
+    return compiled(function) if device.type == "cuda" else function
+
+
+def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention of one token per row, as a function of transformers' registry.
+
+    query: [n, heads, 1, d]. key, value: [n, groups, length, d]. attention_mask: bool, [n, 1, 1, length]. Returns
+    [n, 1, heads, d]. The heads of a group, which share keys and values, are the rows of one matrix product. Raises
+    ValueError for what some models ask besides.
+    """
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise ValueError(f"attention with {unknown[0]} is not done here")
+    n, heads, _, d = query.shape
+    query = query.reshape(n, key.shape[1], -1, d).to(key.dtype)              # (n, groups, heads of a group, d)
+    scores = query @ key.transpose(-1, -2)                                   # (n, groups, heads of a group, length)
+    p = on(key.device, masked_softmax)(scores, attention_mask, d ** -0.5 if scaling is None else scaling)
+    return (p.to(value.dtype) @ value).reshape(n, 1, heads, d), None
+
+
+def masked_softmax(scores, mask, scaling):
+    """softmax(scores * scaling) over the columns that are seen, computed in fp32 at least."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+
+
+AttentionInterface.register("one_token", attend)
+
+
+def draw(logits, temperature):
+    """Tokens from softmax(logits / temperature), with their log-probabilities and the entropies: each [n], from [n, V].
+
+    E ~ Exp(1) is noise: the v with the largest logits_v / T - log E_v is a draw from the softmax. Uniform numbers u are
+    multiples of 2^-24, from 0 on. Half a step more is never 0 or 1, and E is exact where it is small, which is where
+    unlikely tokens win.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    E = -torch.log1p(-(torch.rand_like(logits, dtype=torch.float32) + 2**-25))
+    token = (logits - E.log()).argmax(-1)
+    logp = logits.log_softmax(-1)
+    return token, logp.gather(-1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, caps, **inputs):
+    """The loop that `generate` calls in the place of its own (`custom_generate`). Returns a Continuation for each row.
+
+    input_ids: [n, width]. caps: the most tokens of each row. inputs: the other inputs of the model, as generate()
+    prepared them; the FixedCache is among them.
+    """
+    fixed, mask, (n, width) = inputs["past_key_values"], inputs["attention_mask"], input_ids.shape
+    pick = partial(on(input_ids.device, draw), temperature=generation_config.temperature)
+    if not generation_config.do_sample:
+        pick = greedy
+    seen = torch.zeros(fixed.shape, dtype=torch.bool, device=input_ids.device)
+    seen[:, :width] = True if mask is None else mask.bool()
+    token, position = input_ids[:, -1:].clone(), inputs["position_ids"][:, -1:].clone()
+    stop, drawn = set(generation_config.eos_token_id), [([], [], []) for _ in range(n)]
+    alive, end = list(range(n)), width
+    with attention(model, "one_token"):
+        while alive:
+            block = min(BLOCK, max(caps[i] - len(drawn[i][0]) for i in alive))
+            fixed.begin_block(end - 1, block)
+            made = draw_block(model, fixed, seen[:len(alive)], token, position, pick, block)
+            end += block
+            index = append_block(drawn, alive, made, stop, caps)
+            if 0 < len(index) < len(alive):
+                kept = torch.tensor(index, device=token.device)
+                fixed.keep(kept, end - 1)
+                seen[:len(index)] = seen[kept]
+                token, position = token[kept], position[kept]
+            alive = [alive[j] for j in index]
+    return [cut(*lists, stop, cap) for lists, cap in zip(drawn, caps)]
+
+
+def draw_block(model, fixed, seen, token, position, pick, block) -> list[list]:
+    """Draw `block` tokens of every row. Returns tokens, log-probabilities and entropies (greedy: only tokens).
+
+    seen: [n, columns] bool, what each row attends to. token, position: [n, 1], the last token of each row. All three
+    change in place, as everything must that a replayed graph reads. pick: logits [n, V] -> what is returned, each [n].
+    """
+    index, columns = torch.zeros_like(fixed.column), torch.arange(fixed.length, device=token.device)
+    made = [torch.zeros(len(token), block, dtype=dtype, device=token.device)
+            for dtype in (torch.int64, torch.float32, torch.float32)]
+
+    def step():
+        seen.index_fill_(1, fixed.column, True)
+        masks = layer_masks(model.base_model.config, seen[:, None, None, :fixed.length], fixed.column[None],
+                            columns[None])
+        logits = model(input_ids=token, attention_mask=masks, position_ids=position, past_key_values=fixed,
+                       use_cache=True).logits[:, -1]
+        found = pick(logits)
+        for into, values in zip(made, found):
+            into.index_copy_(1, index, values[:, None].to(into.dtype))
+        token.copy_(found[0][:, None])
+        for count in (position, fixed.column, index):
+            count.add_(1)
+        return len(found)
+
+    kinds, replay = step(), step                     # the first token is drawn without a graph, to warm up
+    if block > 1 and token.device.type == "cuda" and not isinstance(model, FSDPModule):
+        replay = captured(step)                      # (a sharded model has hooks that a graph would not run)
+    for _ in range(block - 1):
+        replay()
+    if not all(torch.isfinite(values).all() for values in made[1:]):
+        raise FloatingPointError("the policy's logits are not finite; a smaller learning rate may help")
+    return [values.tolist() for values in made[:kinds]]
+
+
+def captured(step):
+    """A function that replays the kernels of step(), and step itself, with a warning, where they cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:                    # a layer that asks the host, as some experts do
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"no CUDA graph can be made of this model, so sampling is slower: {reason}", stacklevel=2)
+        return step
+    return graph.replay
+
+
+def greedy(logits):
+    """The likeliest token of each row, alone in a tuple."""
+    return logits.argmax(-1),
+
+
+@contextmanager
+def attention(model, name):
+    """The model attends by this function of transformers' registry until the end of the block."""
+    config = model.base_model.config
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -21,8 +21,9 @@ from functools import cache, partial
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import AttentionInterface, GenerationConfig
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import resample
 from packing import layer_masks
@@ -30,7 +31,7 @@ from resample import Continuation, append_block, as_read, cut, left_padded, pref
 from trainer.memory import USABLE, of_row
 
 BLOCK = 64                               # tokens between two looks at which rows have ended
-PREFILL_TOKENS = 65536                   # padded tokens of prefixes in one forward pass
+PREFILL_TOKENS = 16384                   # padded tokens of prefixes in one forward pass
 
 
 def sample(model, prefixes, k, **settings) -> list[list[Continuation]]:
@@ -177,7 +178,7 @@ def on(device, function):
 
 
 def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Attention of one token per row, as a function of transformers' registry.
+    """Attention of one token per row, in the form of the functions of transformers' registry.
 
     query: [n, heads, 1, d]. key, value: [n, groups, length, d]. attention_mask: bool, [n, 1, 1, length]. Returns
     [n, 1, heads, d]. The heads of a group, which share keys and values, are the rows of one matrix product. Raises
@@ -198,21 +199,24 @@ def masked_softmax(scores, mask, scaling):
     return scores.masked_fill(~mask, float("-inf")).softmax(-1)
 
 
-AttentionInterface.register("one_token", attend)
-
-
 def draw(logits, temperature):
     """Tokens from softmax(logits / temperature), with their log-probabilities and the entropies: each [n], from [n, V].
 
-    E ~ Exp(1) is noise: the v with the largest logits_v / T - log E_v is a draw from the softmax. Uniform numbers u are
-    multiples of 2^-24, from 0 on. Half a step more is never 0 or 1, and E is exact where it is small, which is where
-    unlikely tokens win.
+    The v with the largest logits_v / T - log E_v, where E ~ Exp(1) is noise, is a draw from the softmax.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    E = -torch.log1p(-(torch.rand_like(logits, dtype=torch.float32) + 2**-25))
-    token = (logits - E.log()).argmax(-1)
-    logp = logits.log_softmax(-1)
+    E = exponential(torch.rand_like(logits, dtype=torch.float32))
+    token, logp = (logits - E.log()).argmax(-1), logits.log_softmax(-1)
     return token, logp.gather(-1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def exponential(u):
+    """Exp(1) from uniform numbers of torch.rand in fp32: multiples of 2^-24, from 0 on.
+
+    Half a step more keeps E away from 0, which would win against every other token. Small E, with which unlikely tokens
+    win, come from small u, where log1p rounds least.
+    """
+    return -torch.log1p(-(u + 2**-25))
 
 
 def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, caps, **inputs):
@@ -230,7 +234,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     token, position = input_ids[:, -1:].clone(), inputs["position_ids"][:, -1:].clone()
     stop, drawn = set(generation_config.eos_token_id), [([], [], []) for _ in range(n)]
     alive, end = list(range(n)), width
-    with attention(model, "one_token"):
+    with attention(attend):
         while alive:
             block = min(BLOCK, max(caps[i] - len(drawn[i][0]) for i in alive))
             fixed.begin_block(end - 1, block)
@@ -271,13 +275,18 @@ def draw_block(model, fixed, seen, token, position, pick, block) -> list[list]:
         return len(found)
 
     kinds, replay = step(), step                     # the first token is drawn without a graph, to warm up
-    if block > 1 and token.device.type == "cuda" and not isinstance(model, FSDPModule):
-        replay = captured(step)                      # (a sharded model has hooks that a graph would not run)
+    if block > 1 and makes_graphs(model):
+        replay = captured(step)
     for _ in range(block - 1):
         replay()
     if not all(torch.isfinite(values).all() for values in made[1:]):
         raise FloatingPointError("the policy's logits are not finite; a smaller learning rate may help")
     return [values.tolist() for values in made[:kinds]]
+
+
+def makes_graphs(model) -> bool:
+    """Is the token step captured? Only on a GPU, and not of a sharded model: a graph would not run its hooks."""
+    return model.device.type == "cuda" and not isinstance(model, FSDPModule)
 
 
 def captured(step):
@@ -299,11 +308,11 @@ def greedy(logits):
 
 
 @contextmanager
-def attention(model, name):
-    """The model attends by this function of transformers' registry until the end of the block."""
-    config = model.base_model.config
-    before, config._attn_implementation = config._attn_implementation, name
+def attention(function):
+    """Models that attend by "sdpa" of transformers' registry attend by this function until the end of the block."""
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
     try:
         yield
     finally:
-        config._attn_implementation = before
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before

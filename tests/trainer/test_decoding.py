@@ -1,7 +1,15 @@
 """The decoding loop of GPUs, on a CPU without graphs: all tests of sampling once more, and what is its own."""
+import math
+
 import pytest
+import torch
+from conftest import EOS, argmax_step_by_step, make_model
+from test_check import WINDOWED, random_model
 from test_resample import (  # noqa: F401
+    RAGGED,
+    assert_drawn_from,
     draw,
+    drawn_by,
     test_a_cap_for_each_prefix,
     test_bad_arguments_are_named,
     test_ends_are_kept_and_nothing_follows_them,
@@ -19,11 +27,206 @@ from test_resample import (  # noqa: F401
     test_unlikely_tokens_come_up_as_often_as_they_should,
     test_what_the_policy_thought_of_every_token_is_kept,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import resample
+import train_gsm8k
 from trainer import decoding
+from trainer.check import choose_sampler, sampling_error
+from trainer.memory import of_row
+from trainer.settings import parse_args
 
 
 @pytest.fixture
 def path():
     """The imported tests sample with this module."""
     return decoding
+
+
+def greedy_of(model, k=1, **changes):
+    return drawn_by(decoding, model, k=k, **changes)
+
+
+# ---- the cache and the memory ----
+
+@pytest.mark.parametrize("kind", [*WINDOWED, "llama", "qwen3", "gemma", "mixtral", "phimoe", "gpt2", "opt", "gpt_neox",
+                                  "falcon", "persimmon", "gpt_bigcode"])
+def test_any_architecture_is_sampled_as_its_own_forward_pass_says(kind):
+    """24 tokens are more than the window of 4, and the prefixes have different lengths."""
+    dtype = torch.float32 if kind in ("mixtral", "phimoe") else torch.float64        # experts know no float64
+    model = random_model(kind, dtype, **{"sliding_window": 4} if kind in WINDOWED else {})
+    error = sampling_error(model, [[3, 4, 9, 5, 6, 7], [8, 10]], n=24, sampler=decoding.sample)
+    assert error < (1e-4 if dtype == torch.float32 else 1e-6)
+
+
+def test_prefixes_are_prefilled_in_batches_the_shortest_first(monkeypatch):
+    model, shapes = make_model(), []
+    expected = greedy_of(model, k=2)
+    model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+                                    with_kwargs=True)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 13)                  # of lengths 1, 2, 6 and 11
+    assert greedy_of(model, k=2) == expected
+    assert shapes[:4] == [(2, 1), (1, 5), (1, 10), (8, 1)]               # without the last token of each
+
+
+def test_what_does_not_fit_into_memory_is_not_tried(monkeypatch, recwarn):
+    model, sizes, draw_block = make_model(), [], decoding.draw_block
+    expected = greedy_of(model, k=3)
+    row = sum(of_row(model, 11 + 9, torch.float64).values())             # the longest prefix and its continuation
+
+    def watched(model, fixed, *args):
+        sizes.append(fixed.shape[0])
+        return draw_block(model, fixed, *args)
+
+    monkeypatch.setattr(decoding, "draw_block", watched)
+    for rows, parts in ((5.5, [4, 4, 4]), (100, [12]), (0.1, [1] * 12)):             # a tenth is left free
+        sizes.clear()
+        monkeypatch.setattr(decoding, "free_memory", lambda device, rows=rows: int(rows * row))
+        assert greedy_of(model, k=3) == expected and sizes == parts
+    assert not recwarn
+
+
+def test_attention_of_one_token_is_that_of_torch():
+    torch.manual_seed(0)
+    for heads, groups in ((14, 2), (4, 4), (3, 1)):
+        query = torch.randn(5, 1, heads, 8, dtype=torch.float64).transpose(1, 2)
+        key, value = torch.randn(2, 5, groups, 9, 8, dtype=torch.float64)
+        mask = torch.rand(5, 1, 1, 9) < 0.6
+        mask[..., 3] = True
+        for scaling in (None, 0.3):
+            found, _ = decoding.attend(None, query, key, value, mask, scaling=scaling, sliding_window=4)
+            right = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling,
+                                                                     enable_gqa=True)
+            torch.testing.assert_close(found, right.transpose(1, 2), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="softcap"):
+        decoding.attend(None, query, key, value, mask, softcap=30.0)
+
+
+# ---- the draw ----
+
+def test_the_noise_is_exponential_for_every_uniform_number():
+    """All 2^24 numbers that torch.rand gives. An unlikely token wins with an E of about its probability."""
+    E = decoding.exponential(torch.arange(2**24, dtype=torch.float32) / 2**24).double()
+    assert 0 < E.min() < 2**-24 and E.log().isfinite().sum() >= 2**24 - 1
+    for x in (1e-6, 1e-5, 1e-4, 0.01, 1.0, 10.0):
+        assert abs((E < x).double().mean() - (1 - math.exp(-x))) <= 2**-24
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_million_draws_of_unlikely_tokens(temperature):
+    """20 tokens of probability 1e-4, 10 of 1e-5 and one that is nearly always drawn."""
+    p = torch.tensor([1e-4] * 20 + [1e-5] * 10 + [1 - 2.1e-3], dtype=torch.float64)
+    torch.manual_seed(0)
+    logits, counts = (p.log() * temperature).float().expand(100_000, -1), torch.zeros(31)
+    for _ in range(10):
+        token, logp, entropy = decoding.draw(logits, temperature)
+        counts += torch.bincount(token, minlength=31)
+    assert_drawn_from(counts.tolist(), p.tolist(), 30)
+    torch.testing.assert_close(logp.double(), p.log()[token], rtol=0, atol=2e-6)
+    assert entropy[0].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_functions_give_the_same_and_are_compiled_once():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for n, length in ((40, 70), (33, 128), (7, 192)):
+        torch.manual_seed(0)
+        scores, mask = torch.randn(n, 2, 7, length), torch.rand(n, 1, 1, length) < 0.7
+        mask[..., 0] = True
+        torch.testing.assert_close(decoding.compiled(decoding.masked_softmax)(scores, mask, 0.125),
+                                   decoding.masked_softmax(scores, mask, 0.125), rtol=1e-5, atol=1e-7)
+        logits = torch.randn(n, 500) * 3
+        token, logp, entropy = decoding.compiled(decoding.draw)(logits, 0.7)
+        right = (logits / 0.7).log_softmax(-1)
+        torch.testing.assert_close(logp, right[range(n), token], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entropy, -(right.exp() * right).sum(-1), rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    logits, counts = torch.tensor([0.1, 0.2, 0.7]).log().expand(30_000, -1), torch.zeros(3)
+    counts += torch.bincount(decoding.compiled(decoding.draw)(logits, 1.0)[0], minlength=3)
+    assert_drawn_from(counts.tolist(), [0.1, 0.2, 0.7], 2)
+
+
+# ---- graphs ----
+
+def test_a_token_step_can_be_replayed(monkeypatch):
+    """A CUDA graph repeats the same kernels on the same tensors. So does a trace of the step, on a CPU."""
+    model, blocks = make_model(2), []
+    expected = drawn_by(decoding, model, k=2, max_new_tokens=40)
+    draw_block = decoding.draw_block
+
+    def traced(step):
+        state = [t for t in blocks[-1] if isinstance(t, torch.Tensor)]
+        fixed = blocks[-1][1]
+        state += [fixed.column, *(states for layer in fixed.layers for states in (layer.keys, layer.values))]
+        before = [t.clone() for t in state]
+        graph = make_fx(step, tracing_mode="real")()                     # this runs the step once ...
+        for now, then in zip(state, before):                             # ... which a capture does not
+            now.copy_(then)
+        step.__closure__[step.__code__.co_freevars.index("index")].cell_contents.fill_(1)
+        return graph
+
+    def watched(*args):
+        blocks.append(args)
+        return draw_block(*args)
+
+    monkeypatch.setattr(decoding, "draw_block", watched)
+    monkeypatch.setattr(decoding, "makes_graphs", lambda model: True)
+    monkeypatch.setattr(decoding, "captured", traced)
+    monkeypatch.setattr(decoding, "BLOCK", 8)
+    assert drawn_by(decoding, model, k=2, max_new_tokens=40) == expected
+    assert len(blocks) == 5 and len({len(args[3]) for args in blocks}) > 1           # rows have left
+
+
+def test_a_model_without_a_graph_is_sampled_step_by_step(monkeypatch):
+    class Refuses:
+        def __init__(self, *_):
+            self.replay = None
+
+        def __enter__(self):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        def __exit__(self, *_):
+            return False
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Refuses)
+    monkeypatch.setattr(torch.cuda, "graph", Refuses)
+    monkeypatch.setattr(decoding, "makes_graphs", lambda model: True)
+    model = make_model()
+    expected = [[argmax_step_by_step(model, p, 9, {EOS})] for p in RAGGED]
+    with pytest.warns(UserWarning, match="sampling is slower: operation not permitted when stream is capturing$"):
+        assert greedy_of(model) == expected
+
+
+# ---- which loop a run has ----
+
+def test_which_loop_samples_and_why(monkeypatch, capsys):
+    model = make_model(dtype=torch.float32)
+    assert choose_sampler(model) is resample.sample and "because there is no GPU" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_sampler(model) is decoding.sample and "trainer/decoding.py" in capsys.readouterr().out
+
+    def broken(*args, **settings):
+        raise KeyError("no keys\nhere")
+
+    for loop, reason in ((broken, "fails with KeyError: 'no keys"), (lambda *a, **k: [[[5] * 7] * 2] * 2, "differs by ")):
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "sample", loop)
+            assert choose_sampler(model) is resample.sample
+        line, = capsys.readouterr().out.splitlines()
+        assert "generate of transformers" in line and reason in line
+
+
+def test_a_step_and_an_evaluation_of_the_embedded_task_on_both_loops(tmp_path, monkeypatch):
+    """Greedy answers are the same, token for token. The sampler and the update are one policy, to rounding."""
+    answers = []
+    for loop in (resample, decoding):
+        monkeypatch.setattr(train_gsm8k, "choose_sampler", lambda model, loop=loop: loop.sample)
+        flags = ["--preset", "tiny", "--eval-rows", "40", "--max-new-tokens", "64", "--lr", "1e-3"]
+        run = train_gsm8k.prepare(parse_args([*flags, "--out", str(tmp_path / loop.__name__)]))
+        answers.append(run.policy.sample([q.prompt for q in run.eval_questions], 1, 64, temperature=0))
+        run.policy.rewards = lambda pairs: [float(i % 2) for i in range(len(pairs))]
+        for _ in range(2):                                               # the second one on changed weights
+            metrics = train_gsm8k.train_step(run)[0]
+            assert 0 < metrics["sampler_gap"] < metrics["sampler_gap_max"] < 1e-4 and 0 < metrics["entropy"] < 2
+    assert answers[0] == answers[1] and len({len(y) for (y,) in answers[0]}) > 2

@@ -284,8 +284,9 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
     """Line 8: config.updates clipped optimizer steps on -J, all on the same batch. options: those of objective().
 
     Returns the metrics of the last one, with loss, grad_norm (before clipping), optimizer_steps, all tokens that were
-    forwarded, and the sampler_gap of the first: later, the policy is another one. Where no sequence has a weight there is no gradient, and no step either. Raises FloatingPointError
-    when the loss or the gradient is not finite; the weights are then those of before that optimizer step.
+    forwarded, and the sampler_gap of the first: later, the policy is another one. Where no sequence has a weight there
+    is no gradient, and no step either. Raises FloatingPointError when the loss or the gradient is not finite; the
+    weights are then those of before that optimizer step.
     """
     old_logps, gaps, forwarded, steps = None, None, 0, 0     # with one step per batch pi_old is the current policy
     if config.updates > 1:

@@ -17,6 +17,7 @@ because gradient checkpointing drops the cache.
     python packing.py        # draws the tree mask of a small row
 """
 from bisect import bisect_left
+from functools import partial
 from itertools import chain, groupby, repeat
 from typing import NamedTuple
 
@@ -137,18 +138,29 @@ def tree_mask(segments: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
     return seen[:, None]
 
 
-def layer_masks(config, mask: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor):
+def layer_masks(config, make):
     """The mask of every kind of layer that a model has: one for all, or {kind: mask} where its layers differ.
 
     In a layer with a sliding window of n tokens, token q sees only tokens whose position is less than n before its own.
-    config: that of the backbone. mask: bool [B, 1, Q, L], which of L tokens each of Q sees. positions: [B, Q] and
-    key_positions: [B, L], where they stand.
+    config: that of the backbone. make(n): the mask of such a layer; n = None is a layer without a window.
     """
     window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
     if not window or kinds == {"full_attention"}:
-        return mask
-    near = positions[:, None, :, None] - key_positions[:, None, None, :] < window        # (B, 1, Q, L)
-    return {"full_attention": mask, "sliding_attention": mask & near} if kinds else mask & near
+        return make(None)
+    return {"full_attention": make(None), "sliding_attention": make(window)} if kinds else make(window)
+
+
+def tree_masks(config, segments, prefixes, positions):
+    """The layer_masks of a batch: tree_mask, and the windows. segments, prefixes, positions: [B, L]."""
+    seen = tree_mask(segments, prefixes)
+    distance = (positions[:, :, None] - positions[:, None, :])[:, None]                        # (B, 1, L, L)
+    return layer_masks(config, lambda window: seen if window is None else seen & (distance < window))
+
+
+def needed_masks(rows, *batch):
+    """tree_masks(*batch), or None where no row has branches: plainly causal attention is faster, and no token sees the
+    padding at the end."""
+    return tree_masks(*batch) if any(len(row.lengths) > 1 for row in rows) else None
 
 
 def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[list[int]]:
@@ -182,10 +194,10 @@ def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[l
     return batches
 
 
-def batch_tensors(rows: list[Row], device) -> tuple[torch.Tensor, ...]:
+def batch_tensors(rows: list[Row], device, multiple: int = 1) -> tuple[torch.Tensor, ...]:
     """A batch on the device: ids, positions, segments and prefixes, [B, L], and of its N loss tokens predictors (their
-    index in B * L) and targets."""
-    width = max(len(row.ids) for row in rows)
+    index in B * L) and targets. L is a multiple of `multiple`."""
+    width = -(-max(len(row.ids) for row in rows) // multiple) * multiple
     rectangles = np.zeros((4, len(rows), width), dtype=np.int64)
     rectangles[2] = -1                                               # the segment of padding
     for b, row in enumerate(rows):
@@ -195,15 +207,33 @@ def batch_tensors(rows: list[Row], device) -> tuple[torch.Tensor, ...]:
     return *torch.from_numpy(rectangles).to(device), *torch.from_numpy(np.stack([predictors, targets])).to(device)
 
 
-def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 4096, entropies: bool = True):
+def score_tokens(head, hidden, targets, temperature: float, entropies: bool):
+    """(log-probabilities, entropies or None), each [n], of the tokens `targets` [n] that follow the states [n, d]."""
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                       # (n, V)
+    logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    del logits                                       # frees 4 V bytes per token at the peak of memory
+    chosen = logp.gather(-1, targets[:, None])[:, 0]
+    if not entropies:
+        return chosen, None
+    with torch.no_grad():                            # last, so that the backward pass does not compute it again
+        entropy = -(logp.exp() * logp).sum(-1)       # (under autocast, vecdot would compute in bf16)
+    return chosen, entropy
+
+
+def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 4096, entropies: bool = True,
+               masks=needed_masks, score_tokens=score_tokens, multiple: int = 1):
     """Return (log-probabilities, entropies), each [loss tokens of all rows, in order], in nats, in fp32 at least.
 
     They are those of the policy softmax(logits / temperature), from which sample() draws. Entropies carry no gradient;
     with entropies=False there is None in their place. The backbone runs once. The head then sees loss tokens only,
     `chunk` at a time, and computes all chunks but the last again in the backward pass. The reason is memory: the logits
-    of all tokens would cost 2.4 MB per token with a vocabulary of 151,936. Without rows, one idle token is computed and the results are empty, because under FSDP every
-    process has to take part in every forward and backward pass. Raises ValueError when the attention of the model is
-    not sdpa, or when the model changes its logits after the head.
+    of all tokens would cost 2.4 MB per token with a vocabulary of 151,936. Without rows, one idle token is computed and
+    the results are empty, because under FSDP every process has to take part in every forward and backward pass.
+
+    masks, score_tokens, multiple: trainer/compiling.py replaces these two functions by faster ones for GPUs, which need
+    rows that are padded to a multiple of some tokens. Raises ValueError when the attention of the model is not sdpa, or
+    when the model changes its logits after the head.
     """
     rows = rows or [IDLE]
     if model.config._attn_implementation != "sdpa":
@@ -213,30 +243,14 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
         if getattr(model.config, name, None) not in (None, 1):
             raise ValueError(f"this model changes its logits after the head ({name}), which is not done here: it "
                              "would be scored as another policy than the one that is sampled")
-    ids, positions, segments, prefixes, predictors, targets = batch_tensors(rows, model.device)
-    mask = None
-    if any(len(row.lengths) > 1 for row in rows):
-        mask = layer_masks(model.base_model.config, tree_mask(segments, prefixes), positions, positions)
-    else:                                            # plainly causal attention, which is faster; no token sees the
-        positions = None                             # padding at the end
-    hidden = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask,
+    ids, positions, segments, prefixes, predictors, targets = batch_tensors(rows, model.device, multiple)
+    mask = masks(rows, model.base_model.config, segments, prefixes, positions)
+    hidden = model.base_model(input_ids=ids, position_ids=None if mask is None else positions, attention_mask=mask,
                               use_cache=False).last_hidden_state                               # (B, L, d)
     hidden = hidden.flatten(0, 1)[predictors]                                                  # (N, d)
-    head = model.get_output_embeddings()
-
-    def score(x, target):
-        logits = head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                   # (n, V)
-        logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        del logits                                   # frees 4 V bytes per token at the peak of memory
-        chosen = logp.gather(-1, target[:, None])[:, 0]
-        if not entropies:
-            return chosen, None
-        with torch.no_grad():                        # last, so that the backward pass does not compute it again
-            entropy = -(logp.exp() * logp).sum(-1)   # (under autocast, vecdot would compute in bf16)
-        return chosen, entropy
 
     # The last chunk is the first one of the backward pass, so keeping it takes no more memory than computing it again.
+    score = partial(score_tokens, model.get_output_embeddings(), temperature=temperature, entropies=entropies)
     chunks = list(zip(hidden.split(chunk), targets.split(chunk)))
     again = [torch.is_grad_enabled() and i < len(chunks) - 1 for i in range(len(chunks))]
     pairs = [checkpoint(score, *c, use_reentrant=False) if r else score(*c) for c, r in zip(chunks, again)]

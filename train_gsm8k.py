@@ -43,6 +43,7 @@ from recoverability import Recoverability
 from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
 from trainer.check import check_length, check_model, choose_sampler
 from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
+from trainer.compiling import compiled_layers, compiled_rows, plain_rows, stopwatch, warm_up
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
@@ -106,9 +107,17 @@ def prepare(args) -> Run:
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    score = plain_rows
+    if args.compile:
+        with tqdm(total=1, desc="compiling the update", disable=rank() > 0) as bar:
+            why = agree(warm_up(model, ref_model, config.temperature))
+            bar.update()
+        score = compiled_rows if why is None else plain_rows
+        print(f"the update is {'compiled' if why is None else f'not compiled: {why}'}; this took "
+              f"{stopwatch.seconds:.0f} s of compilation")
     policy = Policy(model, tokenizer, start["stop_ids"], config, args.micro_batch_tokens, sampler)
     run = Run(args, policy, ref_model, optimizer, Recoverability(), np.random.default_rng(args.seed),
-              questions, eval_questions, val_questions, skipped, date, start)
+              questions, eval_questions, val_questions, skipped, date, start, score)
     if args.resume is not None:
         last = load_run(run)
         print(f"going on after step {last}" if last else "there is no checkpoint yet: the run begins again")
@@ -174,7 +183,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     """One deep_grpo.step on the next batch of questions. Returns (metrics, timing, questions, groups)."""
     policy, method, asked = run.policy, METHODS[run.args.method], []
     policy.clock, policy.imbalance = Clock(), {}
-    generated, forwarded = policy.generated, policy.forwarded
+    generated, forwarded, compiled_before = policy.generated, policy.forwarded, stopwatch.seconds
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
@@ -191,10 +200,11 @@ def train_step(run) -> tuple[dict, dict, list, list]:
             return agree(method.choose_pivots(*args))
 
     def update(*args, **options):
-        with policy.clock.phase("update"):
+        models = [model for model in (policy.model, run.ref_model) if model is not None]
+        with policy.clock.phase("update"), compiled_layers(*models if run.score is compiled_rows else ()):
             return method.update(*args, **options)
 
-    options = {"micro_batch_tokens": run.args.micro_batch_tokens, "ranks": Ranks(), "weights": method.weights}
+    options = {"micro_batch_tokens": run.args.micro_batch_tokens, "ranks": Ranks(run.score), "weights": method.weights}
     if run.args.maspo:
         options["surrogate"] = soft_surrogate
     if run.args.stapo:
@@ -212,6 +222,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     metrics["forwarded_tokens"] += policy.forwarded - forwarded
     seconds = {phase: policy.clock.seconds[phase] for phase in ("rollout", "resample", "score", "update")}
     timing |= {f"seconds_{phase}": value for phase, value in seconds.items()}
+    timing["seconds_compile"] = stopwatch.seconds - compiled_before
     timing["tokens_per_second"] = metrics["generated_tokens"] / sum(seconds.values())
     peak = (torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available()
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

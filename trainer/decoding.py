@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import resample
 from packing import layer_masks
 from resample import Continuation, append_block, as_read, cut, left_padded, prefill
+from trainer.compiling import compiled
 from trainer.memory import USABLE, of_row
 
 BLOCK = 64                               # tokens between two looks at which rows have ended
@@ -166,12 +167,6 @@ class FixedLayer(CacheLayerMixin):
 # ---- the token step ----
 
 
-@cache
-def compiled(function):
-    """The function, compiled once for all shapes."""
-    return torch.compile(function, dynamic=True)
-
-
 def on(device, function):
     """The function as it runs fastest on this device."""
     return compiled(function) if device.type == "cuda" else function
@@ -256,14 +251,14 @@ def draw_block(model, fixed, seen, token, position, pick, block) -> list[list]:
     seen: [n, columns] bool, what each row attends to. token, position: [n, 1], the last token of each row. All three
     change in place, as everything must that a replayed graph reads. pick: logits [n, V] -> what is returned, each [n].
     """
-    index, columns = torch.zeros_like(fixed.column), torch.arange(fixed.length, device=token.device)
+    index, columns = torch.zeros_like(fixed.column), torch.arange(seen.shape[1], device=token.device)
     made = [torch.zeros(len(token), block, dtype=dtype, device=token.device)
             for dtype in (torch.int64, torch.float32, torch.float32)]
 
     def step():
         seen.index_fill_(1, fixed.column, True)
-        masks = layer_masks(model.base_model.config, seen[:, None, None, :fixed.length], fixed.column[None],
-                            columns[None])
+        masks = layer_masks(model.base_model.config, lambda window: (
+            seen if window is None else seen & (columns > fixed.column - window))[:, None, None, :fixed.length])
         logits = model(input_ids=token, attention_mask=masks, position_ids=position, past_key_values=fixed,
                        use_cache=True).logits[:, -1]
         found = pick(logits)

@@ -243,6 +243,9 @@ class Ranks:
     Scores are computed in bf16 on a GPU. A sharded model gathers its weights for them.
     """
 
+    def __init__(self, score_rows=None):
+        self.score_rows = score_rows                 # None: packing.score_rows
+
     @property
     def size(self) -> int:
         """The number of processes."""
@@ -263,6 +266,6 @@ class Ranks:
         return value if world_size() == 1 else torch.stack(gather(lambda: value.cpu())).amax(0)
 
     def score(self, model, rows, temperature, entropies=True):
-        """packing.score_rows, as a forward pass of the model."""
+        """packing.score_rows, or what takes its place, as a forward pass of the model."""
         with precision(model):
-            return as_forward(model, partial(score_rows, entropies=entropies))(rows, temperature)
+            return as_forward(model, partial(self.score_rows or score_rows, entropies=entropies))(rows, temperature)

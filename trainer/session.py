@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import transformers
 from recoverability import Recoverability
 from tasks import digests
 from trainer.checkpoint import append_lines, find_checkpoints, write_whole
+from trainer.compiling import plain_rows
 from trainer.policy import Policy
 from trainer.ranks import distributed, gather, rank, world_size
 
@@ -47,6 +49,7 @@ class Run:
     skipped: int
     date: str | None = None                          # in prompts, where the chat template asks for today's
     start: dict | None = None                        # stop ids and checksum of the starting model, the reference
+    score: Callable = plain_rows                     # that of the update: of compiling.py, compiled_rows or plain_rows
     step: int = 0
     rounds: int = 0                                  # batches of questions so far
     generated_total: int = 0

@@ -209,7 +209,8 @@ def test_which_loop_samples_and_why(monkeypatch, capsys):
     def broken(*args, **settings):
         raise KeyError("no keys\nhere")
 
-    for loop, reason in ((broken, "fails with KeyError: 'no keys"), (lambda *a, **k: [[[5] * 7] * 2] * 2, "differs by ")):
+    wrong = lambda *args, **settings: [[[5] * 7] * 2] * 2                # noqa: E731
+    for loop, reason in ((broken, "fails with KeyError: 'no keys"), (wrong, "differs by ")):
         with monkeypatch.context() as patch:
             patch.setattr(decoding, "sample", loop)
             assert choose_sampler(model) is resample.sample
@@ -222,11 +223,11 @@ def test_a_step_and_an_evaluation_of_the_embedded_task_on_both_loops(tmp_path, m
     answers = []
     for loop in (resample, decoding):
         monkeypatch.setattr(train_gsm8k, "choose_sampler", lambda model, loop=loop: loop.sample)
-        flags = ["--preset", "tiny", "--eval-rows", "40", "--max-new-tokens", "64", "--lr", "1e-3"]
+        flags = ["--preset", "tiny", "--eval-rows", "40", "--lr", "1e-3"]
         run = train_gsm8k.prepare(parse_args([*flags, "--out", str(tmp_path / loop.__name__)]))
-        answers.append(run.policy.sample([q.prompt for q in run.eval_questions], 1, 64, temperature=0))
+        answers.append(run.policy.sample([q.prompt for q in run.eval_questions], 1, 96, temperature=0))
         run.policy.rewards = lambda pairs: [float(i % 2) for i in range(len(pairs))]
         for _ in range(2):                                               # the second one on changed weights
             metrics = train_gsm8k.train_step(run)[0]
             assert 0 < metrics["sampler_gap"] < metrics["sampler_gap_max"] < 1e-4 and 0 < metrics["entropy"] < 2
-    assert answers[0] == answers[1] and len({len(y) for (y,) in answers[0]}) > 2
+    assert answers[0] == answers[1] and len({len(y) for (y,) in answers[0]}) > 1

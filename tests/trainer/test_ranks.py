@@ -451,6 +451,16 @@ def test_n_ranks_make_the_steps_of_one_process(on_ranks, n, flags):
             assert difference.square().mean().sqrt() < 1e-7
 
 
+@pytest.mark.slow
+def test_a_compiled_update_of_two_ranks_is_that_of_one_process(on_ranks):
+    (expected,) = on_ranks(0, "steps", 2, "--no-compile")
+    for got in on_ranks(2, "steps", 2, "--compile"):
+        for (metrics, forks), (own_metrics, own_forks) in zip(got["steps"], expected["steps"]):
+            assert forks == own_forks and metrics == pytest.approx(own_metrics, rel=1e-3, abs=1e-5)
+        for name, weights in expected["weights"].items():
+            assert (got["weights"][name] - weights).square().mean().sqrt() < 1e-6
+
+
 BRANCHED = [[2, "--method", "treerl", "--branches", "2"], [2, "--method", "attnrl", "--segment-tokens", "3"],
             [2, "--method", "fr3e"], [2, "--method", "rrpo"], [2, "--method", "srpo"]]
 

@@ -1,0 +1,173 @@
+r"""The update on a GPU, compiled: the same numbers as packing.score_rows to rounding, in half of the time.
+
+    layers      are compiled by torch, once for all shapes of rows
+    attention   of packed rows is FlexAttention. It is told which blocks of 128 x 128 tokens a row needs (block_masks),
+                and never makes the mask of L x L tokens that other kernels read in every layer
+    head        log-sum-exp, the chosen logit and the entropy in compiled kernels (fused_scores)
+
+What was measured on one H200 is in results/README.md. The backward pass of FlexAttention is there on GPUs only, so on
+a CPU --compile compiles layers and head.
+"""
+import time
+from contextlib import contextmanager
+from functools import cache
+from types import MethodType
+
+import torch
+from torch._dynamo.callback import callback_handler
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.utils import get_total_norm
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from packing import layer_masks, needed_masks, pack, score_rows, tree_masks
+from trainer.model import Ranks, layers_of
+
+BLOCK = 128                              # tokens; the sides of a block of FlexAttention
+
+
+@cache
+def compiled(function):
+    """The function, compiled once for all shapes."""
+    return torch.compile(function, dynamic=True)
+
+
+def dense_masks(rows, *batch):
+    """packing.tree_masks, also of plain rows: they would be another kind of rows to compile for."""
+    return tree_masks(*batch)
+
+
+def block_masks(rows, config, segments, prefixes, positions):
+    """packing.tree_masks for FlexAttention, also of plain rows. [B, L], where L is a multiple of BLOCK."""
+    def block_mask(window):
+        def seen(b, head, q, k):
+            mask = ((segments[b, q] == segments[b, k]) | (k < prefixes[b, q])) & (k <= q)
+            return mask if window is None else mask & (positions[b, q] - positions[b, k] < window)
+
+        B, L = segments.shape
+        return create_block_mask(seen, B, None, L, L, device=segments.device, BLOCK_SIZE=BLOCK)
+
+    return layer_masks(config, block_mask)
+
+
+def additive_masks(rows, config, segments, prefixes, positions):
+    """packing.needed_masks under autocast: 0 or -inf in its type, which every layer would otherwise make for itself."""
+    masks, kind = needed_masks(rows, config, segments, prefixes, positions), segments.device.type
+    if masks is None or not torch.is_autocast_enabled(kind):             # (the type of the layers is not known here)
+        return masks
+
+    def additive(mask):
+        zeros = torch.zeros(mask.shape, dtype=torch.get_autocast_dtype(kind), device=mask.device)
+        return zeros.masked_fill_(~mask, float("-inf"))
+
+    return {name: additive(mask) for name, mask in masks.items()} if isinstance(masks, dict) else additive(masks)
+
+
+def fused_scores(head, hidden, targets, temperature: float, entropies: bool):
+    """packing.score_tokens in a form that torch makes few kernels of: the logits are kept, their softmax is not."""
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logz = logits.logsumexp(-1)
+    chosen = logits.gather(-1, targets[:, None])[:, 0] - logz
+    if not entropies:
+        return chosen, None
+    with torch.no_grad():
+        p = (logits - logz[:, None]).exp()
+        return chosen, logz - (p * logits).sum(-1)
+
+
+def attend(module, query, key, value, attention_mask, **kwargs):
+    """FlexAttention where the mask is one of block_masks, else what "sdpa" of transformers does."""
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)      # under autocast, rotary positions make them fp32
+    return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@contextmanager
+def compiled_layers(*models):
+    """The layers of these models run compiled until the end of the block, in forward and backward passes."""
+    layers = [layer for model in models for layer in layers_of(model)]
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    for layer in layers:                             # below the hooks of FSDP
+        layer.forward = MethodType(compiled(type(layer).forward), layer)
+    try:
+        # One row or several, with or without gradients, of the policy or the reference: each is compiled once.
+        with torch._dynamo.config.patch(recompile_limit=16):
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+
+
+def compiled_rows(model, rows, temperature=1.0, entropies=True):
+    """packing.score_rows, within compiled_layers()."""
+    flex = model.device.type == "cuda"
+    return score_rows(model, rows, temperature, entropies=entropies, masks=block_masks if flex else dense_masks,
+                      score_tokens=compiled(fused_scores), multiple=BLOCK if flex else 1)
+
+
+def plain_rows(model, rows, temperature=1.0, entropies=True):
+    """packing.score_rows, with masks and lengths that suit a GPU."""
+    if model.device.type == "cpu":
+        return score_rows(model, rows, temperature, entropies=entropies)
+    return score_rows(model, rows, temperature, entropies=entropies, masks=additive_masks, multiple=8)
+
+
+def warm_up(model, ref_model, temperature) -> str | None:
+    """Compile all that an update needs, before the first step. Returns why a run has to go on without, or None.
+
+    Log-probabilities and gradients of several rows and of one are compared with those of plain_rows().
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (3, 200), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [pack(y[:20], y[20:n], [(30, y[n:150]), (9, y[150:])]) for y, n in zip(ids, (120, 90, 60))]
+
+    def learn(score, part):
+        logp, _ = Ranks(score).score(model, part, temperature, entropies=False)
+        logp.sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return logp.detach(), grads
+
+    exact = model.device.type == "cpu"
+    for part in (rows, rows[:1]):
+        right, right_grads = learn(plain_rows, part)
+        try:
+            with compiled_layers(model, *([] if ref_model is None else [ref_model])):
+                logp, grads = learn(compiled_rows, part)
+                if ref_model is not None:
+                    with torch.no_grad():
+                        Ranks(compiled_rows).score(ref_model, part, temperature, entropies=False)
+        except Exception as error:                   # any type: what a compiler does is not ours to say
+            return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        gap = (logp - right).abs().max().item()
+        difference = get_total_norm([a - b for a, b in zip(grads, right_grads)]) / get_total_norm(right_grads)
+        if not (gap <= (1e-3 if exact else 0.1) and difference <= (1e-3 if exact else 0.05)):
+            return f"log-probabilities differ by {gap:.2g} nats, gradients by {100 * difference:.1f} %"
+    return None
+
+
+# ---- how long it takes ----
+
+class Stopwatch:
+    """The seconds that torch has compiled since the start of the process."""
+
+    def __init__(self):
+        self.seconds, self.began = 0.0, 0.0
+        callback_handler.register_start_callback(self.start)
+        callback_handler.register_end_callback(self.stop)
+
+    def start(self, _):
+        """Compilation begins."""
+        self.began = time.perf_counter()
+
+    def stop(self, _):
+        """Compilation ends."""
+        self.seconds += time.perf_counter() - self.began
+
+
+stopwatch = Stopwatch()

@@ -153,8 +153,13 @@ def layer_masks(config, make):
 def tree_masks(config, segments, prefixes, positions):
     """The layer_masks of a batch: tree_mask, and the windows. segments, prefixes, positions: [B, L]."""
     seen = tree_mask(segments, prefixes)
-    distance = (positions[:, :, None] - positions[:, None, :])[:, None]                        # (B, 1, L, L)
-    return layer_masks(config, lambda window: seen if window is None else seen & (distance < window))
+
+    def make(window):
+        if window is None:
+            return seen
+        return seen & (positions[:, None, :, None] - positions[:, None, None, :] < window)     # (B, 1, L, L)
+
+    return layer_masks(config, make)
 
 
 def needed_masks(rows, *batch):

@@ -41,9 +41,10 @@ import tasks.lock
 from deep_grpo import Config, step
 from recoverability import Recoverability
 from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
+from trainer import compiling, decoding
 from trainer.check import check_length, check_model, choose_sampler
 from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
-from trainer.compiling import compiled_layers, compiled_rows, plain_rows, stopwatch, warm_up
+from trainer.compiling import compiled_layers, compiled_rows, plain_rows, stopwatch
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
@@ -67,8 +68,6 @@ from trainer.settings import parse_args
 from variants import METHODS
 from variants.maspo import soft_surrogate
 from variants.stapo import silence_spurious
-
-HEALTHY_GAP = 0.03                                   # nats; trainer/README.md says what was measured
 
 
 def prepare(args) -> Run:
@@ -109,12 +108,10 @@ def prepare(args) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     score = plain_rows
     if args.compile:
-        with tqdm(total=1, desc="compiling the update", disable=rank() > 0) as bar:
-            why = agree(warm_up(model, ref_model, config.temperature))
-            bar.update()
-        score = compiled_rows if why is None else plain_rows
-        print(f"the update is {'compiled' if why is None else f'not compiled: {why}'}; this took "
-              f"{stopwatch.seconds:.0f} s of compilation")
+        if compiles("the update", lambda: compiling.warm_up(model, ref_model, config.temperature)):
+            score = compiled_rows
+        if sampler is decoding.sample and compiles("sampling", lambda: decoding.warm_up(model)):
+            sampler = partial(decoding.sample, compile_layers=True)
     policy = Policy(model, tokenizer, start["stop_ids"], config, args.micro_batch_tokens, sampler)
     run = Run(args, policy, ref_model, optimizer, Recoverability(), np.random.default_rng(args.seed),
               questions, eval_questions, val_questions, skipped, date, start, score)
@@ -123,6 +120,14 @@ def prepare(args) -> Run:
         print(f"going on after step {last}" if last else "there is no checkpoint yet: the run begins again")
         first(lambda: cut_logs(args.out, last if last else -1))
     return run
+
+
+def compiles(what, warm_up) -> bool:
+    """Compile the layers for the update, or for sampling: does it work? warm_up() says why it does not, or None."""
+    before = stopwatch.seconds
+    why = next((why for why in gather(warm_up) if why is not None), None)
+    print(f"{what}: " + (f"compiled in {stopwatch.seconds - before:.0f} s" if why is None else f"not compiled: {why}"))
+    return why is None
 
 
 def encode_questions(args, rows, tokenizer):
@@ -289,10 +294,10 @@ def train(run) -> int:
                 metrics, timing = metrics | accuracy, timing | seconds
                 samples = sample_lines(run, batch, groups)
                 shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
-            if not warned and (metrics["sampler_gap"] or 0) > HEALTHY_GAP:
+            if not warned and (metrics["sampler_gap"] or 0) > decoding.HEALTHY_GAP:
                 warned = True
                 bar.write(f"warning: what is sampled is not what is trained: their log-probabilities differ by "
-                          f"{metrics['sampler_gap']:.3f} on average (sampler_gap), and {HEALTHY_GAP} is healthy")
+                          f"{metrics['sampler_gap']:.3f} nats on average (sampler_gap in trainer/README.md)")
             first(partial(log, run, metrics, timing, samples))
             bar.set_postfix(shown)
             bar.update()

@@ -86,21 +86,35 @@ def attend(module, query, key, value, attention_mask, **kwargs):
 
 
 @contextmanager
-def compiled_layers(*models):
-    """The layers of these models run compiled until the end of the block, in forward and backward passes."""
-    layers = [layer for model in models for layer in layers_of(model)]
+def attention(function):
+    """Models that attend by "sdpa" of transformers' registry attend by this function until the end of the block."""
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+
+
+@contextmanager
+def compiled_layers(*models, attend=attend):
+    """The layers of these models run compiled until the end of the block, with this function for attention.
+
+    In an update, the backward pass is a part of the block.
+    """
+    layers = [layer for model in models for layer in layers_of(model)]
     for layer in layers:                             # below the hooks of FSDP
         layer.forward = MethodType(compiled(type(layer).forward), layer)
     try:
-        # One row or several, with or without gradients, of the policy or the reference: each is compiled once.
-        with torch._dynamo.config.patch(recompile_limit=16):
+        # One compilation serves all layers, which differ in a number (layer_idx), and all shapes: two sizes that are
+        # equal by chance are not taken for the same one. There are some kinds of passes: with and without gradients,
+        # of one row and of several, of the policy and the reference, of the update and of sampling.
+        with (attention(attend), torch.fx.experimental._config.patch(use_duck_shape=False),
+              torch._dynamo.config.patch(recompile_limit=32, allow_unspec_int_on_nn_module=True)):
             yield
     finally:
         for layer in layers:
             del layer.forward
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
 def compiled_rows(model, rows, temperature=1.0, entropies=True):

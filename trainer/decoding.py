@@ -16,37 +16,43 @@ On a CPU, and for a sharded model, the same loop runs without graphs and without
 import sys
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import resample
-from packing import layer_masks
+from packing import layer_masks, pack
 from resample import Continuation, append_block, as_read, cut, left_padded, prefill
-from trainer.compiling import compiled
+from trainer.compiling import attention, compiled, compiled_layers
 from trainer.memory import USABLE, of_row
+from trainer.model import Ranks, gathered, precision
 
+HEALTHY_GAP = 0.03                       # nats; trainer/README.md (sampler_gap) says what was measured
 BLOCK = 64                               # tokens between two looks at which rows have ended
 PREFILL_TOKENS = 16384                   # padded tokens of prefixes in one forward pass
 
 
-def sample(model, prefixes, k, **settings) -> list[list[Continuation]]:
-    """resample.sample, with the loop of this file: the same arguments, the same distribution, the same result."""
-    return resample.sample(model, prefixes, k, draw_rows=decode_rows, **settings)
+def sample(model, prefixes, k, *, compile_layers=False, **settings) -> list[list[Continuation]]:
+    """resample.sample, with the loop of this file: the same arguments, the same distribution.
+
+    compile_layers: compile the layers for it (trainer/compiling.py).
+    """
+    return resample.sample(model, prefixes, k, **settings,
+                           draw_rows=partial(decode_rows, compile_layers=compile_layers))
 
 
 @torch.no_grad()
-def decode_rows(model, prefixes, rows, caps, settings) -> list[Continuation]:
+def decode_rows(model, prefixes, rows, caps, settings, compile_layers=False) -> list[Continuation]:
     """Continue as many of the first rows as memory holds. The arguments are those of resample.generate_rows."""
     new = max(caps[n] for n in rows)
     rows = rows[:rows_that_fit(model, max(len(prefixes[n]) for n in rows) + new)]
     width, new = max(len(prefixes[n]) for n in rows), max(caps[n] for n in rows)
-    fixed = FixedCache(len(rows), width - 1 + new, model.device)
+    # One column is never used. Otherwise attention would at times read the whole tensor, a case of its own to torch.
+    fixed = FixedCache(len(rows), width - 1 + new + 1, model.device)
     continued_by = defaultdict(list)                 # prefix -> the rows that continue it
     for row, n in enumerate(rows):
         continued_by[n].append(row)
@@ -58,7 +64,7 @@ def decode_rows(model, prefixes, rows, caps, settings) -> list[Continuation]:
     ids, mask = left_padded([prefixes[n] for n in rows], settings["pad_token_id"], model.device)
     return model.generate(ids, attention_mask=mask, past_key_values=fixed, synced_gpus=False,
                           generation_config=GenerationConfig(max_new_tokens=new, **settings),
-                          custom_generate=partial(decode, caps=[caps[n] for n in rows]))
+                          custom_generate=partial(decode, caps=[caps[n] for n in rows], compile_layers=compile_layers))
 
 
 def rows_that_fit(model, tokens) -> int:
@@ -103,6 +109,14 @@ class FixedCache(Cache):
         """The next token goes to this column, and so many will come before the rows are looked at."""
         self.length = column + tokens
         self.column = torch.tensor([column], device=self.device)
+
+    @torch.compiler.disable
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Write one token of a layer, and return what attention reads.
+
+        A layer is compiled in two parts, before and after this: otherwise each would be compiled for its own number.
+        """
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def fill(self, grown, rows, end):
         """Copy the cache of some prefixes to the columns before `end`. rows: those that continue each prefix."""
@@ -214,7 +228,7 @@ def exponential(u):
     return -torch.log1p(-(u + 2**-25))
 
 
-def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, caps, **inputs):
+def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, caps, compile_layers, **inputs):
     """The loop that `generate` calls in the place of its own (`custom_generate`). Returns a Continuation for each row.
 
     input_ids: [n, width]. caps: the most tokens of each row. inputs: the other inputs of the model, as generate()
@@ -226,10 +240,12 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
         pick = greedy
     seen = torch.zeros(fixed.shape, dtype=torch.bool, device=input_ids.device)
     seen[:, :width] = True if mask is None else mask.bool()
-    token, position = input_ids[:, -1:].clone(), inputs["position_ids"][:, -1:].clone()
+    # (A copy of one row would keep the strides, and they would be a case of their own to torch.)
+    token, position = (x[:, -1:].clone(memory_format=torch.contiguous_format)
+                       for x in (input_ids, inputs["position_ids"]))
     stop, drawn = set(generation_config.eos_token_id), [([], [], []) for _ in range(n)]
     alive, end = list(range(n)), width
-    with attention(attend):
+    with compiled_layers(model, attend=attend) if compile_layers else attention(attend):
         while alive:
             block = min(BLOCK, max(caps[i] - len(drawn[i][0]) for i in alive))
             fixed.begin_block(end - 1, block)
@@ -302,12 +318,26 @@ def greedy(logits):
     return logits.argmax(-1),
 
 
-@contextmanager
-def attention(function):
-    """Models that attend by "sdpa" of transformers' registry attend by this function until the end of the block."""
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+# ---- before the first step ----
+
+def warm_up(model) -> str | None:
+    """Compile all that sampling needs. Returns why a run has to go on with layers that are not compiled, or None.
+
+    What is drawn from several rows, and from one, is scored by packing.score_rows: both must be one policy.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    for prefixes in ([ids[0], ids[1][:7]], ids[:1]):
+        try:
+            with precision(model), gathered(model):
+                drawn = sample(model, prefixes, 1, max_new_tokens=BLOCK + 2, eos_token_id=vocabulary, pad_token_id=0,
+                               compile_layers=True)
+        except Exception as error:                   # any type: what a compiler does is not ours to say
+            return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        with torch.no_grad(), gathered(model):
+            rows = [pack(prefix, y) for prefix, (y,) in zip(prefixes, drawn)]
+            logps, _ = Ranks().score(model, rows, 1.0, entropies=False)
+        gap = (logps.cpu() - torch.from_numpy(np.concatenate([y.logps for (y,) in drawn]))).abs().mean().item()
+        if not gap <= HEALTHY_GAP:
+            return f"the log-probabilities of what it draws differ by {gap:.2g} nats from those of the update"
+    return None

@@ -240,11 +240,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(draw, path, monkeypatch):
     name = "generate_rows" if path is resample else "decode_rows"
     model, sizes, generate = make_model(), [], getattr(path, name)
 
-    def small_memory(model, prefixes, rows, caps, settings):
+    def small_memory(model, prefixes, rows, *others, **options):
         sizes.append(len(rows))
         if len(rows) > 4:
             raise torch.OutOfMemoryError("no room")
-        return generate(model, prefixes, rows, caps, settings)
+        return generate(model, prefixes, rows, *others, **options)
 
     expected = draw(model, k=3)
     monkeypatch.setattr(path, name, small_memory)
@@ -252,7 +252,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(draw, path, monkeypatch):
         assert draw(model, k=3) == expected
     assert sizes == [12, 6, 3, 3, 3, 3]                 # what did not fit is not tried again
 
-    def no_memory(*_):
+    def no_memory(*_, **options):
         raise torch.OutOfMemoryError("never any room")
 
     monkeypatch.setattr(path, name, no_memory)

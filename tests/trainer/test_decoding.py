@@ -33,6 +33,7 @@ import resample
 import train_gsm8k
 from trainer import decoding
 from trainer.check import choose_sampler, sampling_error
+from trainer.compiling import stopwatch
 from trainer.memory import of_row
 from trainer.settings import parse_args
 
@@ -128,7 +129,7 @@ def test_a_million_draws_of_unlikely_tokens(temperature):
 
 @pytest.mark.slow
 def test_compiled_functions_give_the_same_and_are_compiled_once():
-    torch._dynamo.reset()
+    torch._dynamo.reset_code_caches()
     torch._dynamo.utils.counters.clear()
     for n, length in ((40, 70), (33, 128), (7, 192)):
         torch.manual_seed(0)
@@ -231,3 +232,43 @@ def test_a_step_and_an_evaluation_of_the_embedded_task_on_both_loops(tmp_path, m
             metrics = train_gsm8k.train_step(run)[0]
             assert 0 < metrics["sampler_gap"] < metrics["sampler_gap_max"] < 1e-4 and 0 < metrics["entropy"] < 2
     assert answers[0] == answers[1] and len({len(y) for (y,) in answers[0]}) > 1
+
+
+# ---- compiled layers ----
+
+@pytest.mark.slow
+def test_compiled_layers_draw_the_same_and_nothing_is_compiled_after_the_warm_up():
+    torch._dynamo.reset_code_caches()
+    model, before = make_model(2, torch.float32), stopwatch.seconds
+    assert decoding.warm_up(model) is None and stopwatch.seconds > before
+    before = stopwatch.seconds
+    for prefixes, k in ((RAGGED, 9), (RAGGED[:2], 2), (RAGGED[:1], 1), ([[3]], 2)):      # at times one row is left
+        plain, compiled = (drawn_by(decoding, model, prefixes, k, max_new_tokens=70, compile_layers=compile_layers)
+                           for compile_layers in (False, True))
+        assert plain == compiled
+        drawn = drawn_by(decoding, model, prefixes, k, max_new_tokens=70, temperature=1.0, compile_layers=True)
+        for prefix, tails in zip(prefixes, drawn):
+            for tail in tails:
+                logp = model(input_ids=torch.tensor([prefix + tail])).logits[0, len(prefix) - 1:-1].log_softmax(-1)
+                torch.testing.assert_close(torch.tensor(tail.logps), logp[range(len(tail)), tail], rtol=0, atol=1e-4)
+    assert stopwatch.seconds == before
+    assert "forward" not in model.model.layers[0].__dict__
+
+
+def test_sampling_goes_on_without_what_cannot_be_compiled(monkeypatch):
+    model, sample = make_model(), decoding.sample
+
+    def fails(*args, **settings):
+        raise RuntimeError("no compiler here\nand more")
+
+    def wrong(*args, compile_layers, **settings):
+        drawn = sample(*args, **settings)
+        drawn[0][0].logps += 0.1
+        return drawn
+
+    monkeypatch.setattr(decoding, "sample", fails)
+    assert decoding.warm_up(model) == "RuntimeError: no compiler here"
+    monkeypatch.setattr(decoding, "sample", wrong)
+    assert "differ by 0.05 nats" in decoding.warm_up(model)              # of one of two rows
+    monkeypatch.setattr(decoding, "sample", lambda *args, compile_layers, **settings: sample(*args, **settings))
+    assert decoding.warm_up(model) is None

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -351,12 +352,16 @@ FLAGS = ["--preset", "tiny", "--questions", "3", "--group-size", "4", "--branche
          "--max-new-tokens", "40"]
 
 
+SAMPLERS = {"resample": resample.sample, "decoding": decoding.sample,
+            "compiled": partial(decoding.sample, compile_layers=True)}
+
+
 def draws(path):
     """Greedy and random draws on this rank, and the collectives that they took."""
     ranks.start()
     run = train_gsm8k.prepare(train_gsm8k.parse_args([*FLAGS, "--out", "/none"]))
     policy, prompts = run.policy, [q.prompt for q in run.questions[:5]]
-    got, counts, sample = {}, [], {"resample": resample, "decoding": decoding}[path].sample
+    got, counts, sample = {}, [], SAMPLERS[path]
 
     def counted(model, *args, **kwargs):
         with Collectives() as collectives:
@@ -379,7 +384,8 @@ def draws(path):
     return got
 
 
-@pytest.mark.parametrize("n, path", [(2, "resample"), (3, "resample"), (2, "decoding")])
+@pytest.mark.parametrize("n, path", [(2, "resample"), (3, "resample"), (2, "decoding"),
+                                     pytest.param(2, "compiled", marks=pytest.mark.slow)])
 def test_sampling_gathers_each_layer_once_per_call_and_not_per_token(on_ranks, n, path):
     expected, = on_ranks.once(0, "draws", [["resample"]], ["resample"])
     for got in on_ranks(n, "draws", path):

@@ -19,9 +19,10 @@ Each row is a comparison. The first list is for any device:
 
 The second list has the shapes of Qwen2.5-0.5B and the step of the paper:
 
-    decode        milliseconds per decoding step
-    paper_update  the update of the paper's step, by layout and by micro-batch
-    paper_whole   the whole step of the paper, as it is and in 24 GB of memory
+    decode        milliseconds per token step, by loop, and the share of the memory's bandwidth
+    paper_update  the update of the paper's step, compiled and not, by micro-batch
+    paper_whole   the whole step of the paper with both objectives, with and without branches; the first step of a real
+                  run, in which more rollouts fail; and the whole step in 24 GB of memory
     sharded       one GPU as it is and under fully_shard, with the estimate of trainer/memory.py beside it
     trl           as above
 
@@ -41,6 +42,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -49,14 +51,16 @@ import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import deep_grpo
 import resample
 from deep_grpo import Config, Fork, Group, Trajectory, objective, score_groups
 from loss import authors_weights, clipped_surrogate, k3_kl, loss_table, paper_weights
 from packing import attention_length, batch_tensors, micro_batches, pack, pack_groups, score_rows
-from trainer.memory import estimate
+from trainer import decoding
+from trainer.compiling import compiled_layers, compiled_rows, plain_rows
+from trainer.memory import estimate, of_row
 from trainer.model import Ranks, checkpoint_activations, gathered, precision, shard
 from trainer.settings import OneLineParser, command_line, count
 
@@ -66,6 +70,7 @@ SIZES = {"test": (1, 32, 4, 1, 96, 64), "5m": (3, 256, 4, 1, 1392, 8192), "12m":
          "18m": (8, 320, 5, 1, 1736, 8192), "0.5b": (24, 896, 14, 2, 4864, 151936),
          "1.5b": (28, 1536, 12, 2, 8960, 151936)}
 PEAK = 790e12                            # bf16 operations per second, as measured on one H200
+BANDWIDTH = 4.3e12                       # bytes per second of its memory, as measured, too
 
 
 def make_model(size, layers=None):
@@ -76,8 +81,8 @@ def make_model(size, layers=None):
                          num_hidden_layers=layers or depth, num_attention_heads=heads, num_key_value_heads=kv_heads,
                          max_position_embeddings=16384, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
                          bos_token_id=None, eos_token_id=1, pad_token_id=0)
-    model = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").float()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").float()
 
 
 class Work:
@@ -125,11 +130,15 @@ class Work:
 
 # ---- the code of this repository, and the same work without its tricks ----
 
+SAMPLERS = {"generate": resample.sample, "decoding loop": decoding.sample,
+            "decoding loop, compiled layers": partial(decoding.sample, compile_layers=True)}
+
+
 def sample_ours(model, prefixes, k, caps):
-    """resample.sample. The stop id is one that no model samples, so the caps give the lengths."""
+    """As a run samples. The stop id is one that no model samples, so the caps give the lengths."""
+    sampler = SAMPLERS["decoding loop, compiled layers" if torch.cuda.is_available() else "generate"]
     with precision(model):
-        return resample.sample(model, prefixes, k, max_new_tokens=caps, eos_token_id=model.config.vocab_size,
-                               pad_token_id=0)
+        return sampler(model, prefixes, k, max_new_tokens=caps, eos_token_id=model.config.vocab_size, pad_token_id=0)
 
 
 def sample_plainly(model, prefixes, k, caps):
@@ -145,9 +154,21 @@ def sample_plainly(model, prefixes, k, caps):
     return [[out[n * k + j][:cap] for j in range(k)] for n, cap in enumerate(caps)]
 
 
-def update_ours(model, groups, config, ref_model=None, tokens=4096):
+def compiled_models(*models):
+    """Those of the models whose layers a run compiles: all with a GPU, none without."""
+    return [model for model in models if model is not None and torch.cuda.is_available()]
+
+
+def our_ranks(compile=True):
+    """How a run scores rows: compiled, with a GPU."""
+    return Ranks(compiled_rows if compile and torch.cuda.is_available() else plain_rows)
+
+
+def update_ours(model, groups, config, ref_model=None, tokens=4096, compile=True):
     """The forward and backward pass of deep_grpo.objective, as a run computes it; returns the loss."""
-    return objective(model, groups, config, ref_model, None, tokens, backward=True, ranks=Ranks())[0].item()
+    with compiled_layers(*compiled_models(model, ref_model) if compile else ()):
+        return objective(model, groups, config, ref_model, None, tokens, backward=True,
+                         ranks=our_ranks(compile))[0].item()
 
 
 def update_plainly(model, groups, config, ref_model=None, tokens=4096):
@@ -466,17 +487,19 @@ def time_trl(args):
     ids = Work(model, 1, 8, 8).ids
     prompts = [ids(prompt) for _ in range(n)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    config = Config(branches=0, max_new_tokens=cap)
+    config, sample = Config(branches=0, max_new_tokens=cap), SAMPLERS["decoding loop" if torch.cuda.is_available()
+                                                                        else "generate"]
     clock = {name: {"generation": [], "update": []} for name in ("this repository", "TRL")}
 
     def our_step():
         ours, start = clock["this repository"], time.perf_counter()
         with precision(model):
-            tails = resample.sample(model, prompts, 8, max_new_tokens=cap, eos_token_id=1, pad_token_id=0)
+            tails = sample(model, prompts, 8, max_new_tokens=cap, eos_token_id=1, pad_token_id=0)
         synchronize()
         ours["generation"].append(time.perf_counter() - start)
         groups = [Group(p, [Trajectory(y, float(j % 2)) for j, y in enumerate(ys)]) for p, ys in zip(prompts, tails)]
-        deep_grpo.update(model, optimizer, groups, config, ref_model, rows * (prompt + cap), Ranks())
+        with compiled_layers(*compiled_models(model, ref_model)):
+            deep_grpo.update(model, optimizer, groups, config, ref_model, rows * (prompt + cap), our_ranks())
         synchronize()
         ours["update"].append(time.perf_counter() - start - ours["generation"][-1])
         args.bar.update()
@@ -534,126 +557,93 @@ def train_with_trl(model, prompts, config, rows, steps, times, between):
         trainer.train()
 
 
-def decode_static(model, ids, n):
-    """n sampled tokens after ids [B, L] from a static cache. On a GPU one step is a CUDA graph, replayed n times.
-
-    This is the fastest way to decode that needs no other library. resample.py does not use it; it is here to show what
-    could be gained. Returns [B, n], on a GPU after three tokens of warm-up.
-    """
-    batch, width = ids.shape
-    cache = StaticCache(config=model.config, max_cache_len=width + n + 4)
-    token, position = ids[:, -1:].clone(), torch.tensor([[width - 1]], device=ids.device)
-    slots, out = torch.arange(width + n + 4, device=ids.device), []
-
-    def one():
-        logits = model(input_ids=token, position_ids=position.expand(batch, 1), past_key_values=cache, use_cache=True,
-                       attention_mask=(slots <= position)[None, None]).logits[:, -1].float()
-        noise = torch.empty_like(logits).exponential_()        # argmax p / noise is a sample from p, without a sync
-        token.copy_((logits.softmax(-1) / noise).argmax(-1, keepdim=True))
-        position.add_(1)
-
-    with torch.no_grad():
-        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        replay = one
-        if ids.is_cuda:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    one()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                one()
-            replay = graph.replay
-        for _ in range(n):
-            replay()
-            out.append(token.clone())
-    return torch.cat(out, 1)
-
-
 def time_decoding(args):
-    """Milliseconds per decoding step after a prompt of 110 tokens, in bf16."""
-    n, sizes = (4, (2, 3)) if args.size == "test" else (128, (64, 512, 1840))
-    model = make_model(args.size).to(torch.bfloat16 if torch.cuda.is_available() else torch.float32).eval()
+    """Milliseconds per token step after prompts of 110 tokens, by each of SAMPLERS."""
+    n, sizes = (4, (2, 3)) if args.size == "test" else (128, (64, 512, 1688))
+    model, prompt = make_model(args.size), 110
+    config, compute = model.config, 2 if torch.cuda.is_available() else 4
+    token = of_row(model, 1, torch.bfloat16 if torch.cuda.is_available() else torch.float32)["KV cache"]
+    weights = compute * sum(p.numel() for p in model.parameters())
 
-    def generate(ids, **extra):
-        settings = GenerationConfig(max_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0, **extra)
-        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    def run(sampler, prompts):
+        with precision(model):
+            sampler(model, prompts, 1, max_new_tokens=n, eos_token_id=config.vocab_size, pad_token_id=0)
 
     for batch in sizes:
-        ids = torch.randint(2, model.config.vocab_size, (batch, 110), device=model.device)
+        prompts = torch.randint(2, config.vocab_size, (batch, prompt)).tolist()
+        read = weights + batch * (prompt + n / 2) * token
         for record in side_by_side(args, f"decode, batch {batch}", {
-                "generate": lambda ids=ids: generate(ids),
-                "generate, static cache": lambda ids=ids: generate(ids, cache_implementation="static"),
-                "static cache, CUDA graph": lambda ids=ids: decode_static(model, ids, n)}):
-            yield record | {"work": f"{1000 * record['seconds'] / n:.2f} ms per step"}
-    if torch.cuda.is_available():                              # graphs keep their memory otherwise
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+                name: lambda sampler=sampler, prompts=prompts: run(sampler, prompts)
+                for name, sampler in SAMPLERS.items()}):
+            step = record["seconds"] / n
+            yield record | {"work": f"{1000 * step:.2f} ms per token step, {100 * read / step / BANDWIDTH:.0f} % of "
+                                    f"{BANDWIDTH / 1e12:.1f} TB/s"}
 
 
 def time_paper_update(args):
-    """The update of the paper's step: packed and separate, DEEP-GRPO and GRPO, by micro-batch, and checkpointed."""
+    """The update of the paper's step: compiled and not, DEEP-GRPO and GRPO, by micro-batch, and checkpointed."""
     model, config = make_model(args.size), Config(beta=0.0)
     head_size = model.get_output_embeddings().weight.numel()
     layers_size = sum(p.numel() for p in model.parameters()) - head_size               # tied: counted once
 
-    def measured(title, k, tokens, lengths):
+    def measured(title, k, tokens):
         groups = Work(model, **paper_step(args), branches=k).groups()
-        scored = loss_tokens(groups)
+        scored, through = loss_tokens(groups), tokens_through(groups, attention_length(model))
 
-        def run(a):
-            with_length(a, lambda: update_ours(model, groups, config, None, tokens))
+        def run(compile):
+            update_ours(model, groups, config, None, tokens, compile)
             model.zero_grad()
 
-        variants = {name: lambda a=a: run(a) for name, a in lengths.items()}
-        for record in side_by_side(args, f"{title}, micro-batches of {tokens}", variants):
-            through = tokens_through(groups, lengths[record["variant"]])
+        for record in side_by_side(args, f"{title}, micro-batches of {tokens}", {
+                "compiled": lambda: run(True), "not compiled": lambda: run(False)}):
             rate = 6 * (layers_size * through + head_size * scored) / record["seconds"]
             yield record | {"work": f"{scored / record['seconds']:.0f} loss tokens/s, {through} tokens, "
                                     f"{100 * rate / PEAK:.1f} % of {PEAK / 1e12:.0f} TFLOP/s (without attention)"}
 
-    packed, both = {"packed": ALWAYS}, {"packed": ALWAYS, "separate": NEVER}
-    yield from measured("update, K=8", 8, 16384, both)
-    yield from measured("update, K=0 (GRPO)", 0, 16384, both)
-    for tokens in (8192, 32768):
-        yield from measured("update, K=8", 8, tokens, packed)
+    yield from measured("update, K=8", 8, 16384)
+    yield from measured("update, K=0 (GRPO)", 0, 16384)
+    yield from measured("update, K=8", 8, 32768)
     checkpoint_activations(model)
-    for tokens in (8192, 16384, 32768):
-        yield from measured("update, K=8, gradient checkpointing", 8, tokens, packed)
+    yield from measured("update, K=8, gradient checkpointing", 8, 16384)
 
 
 def time_paper_step(args):
-    """64 x 8 rollouts, 45 % of them branched at 70 % depth, AdamW and a reference; as it is, and in 24 GB."""
+    """64 x 8 rollouts, 45 % of them branched at 70 % depth, AdamW and, for the paper's objective, a reference.
+
+    Then the same with 68 % of failures, as in the first steps of a real run, and with the memory of a 24 GB card.
+    """
     model, ref_model = make_model(args.size), make_model(args.size)
     optimizer, times = torch.optim.AdamW(model.parameters(), lr=1e-6), []
 
-    def run(tokens):
-        work, start = Work(model, **paper_step(args)), time.perf_counter()
+    def run(tokens, form, **shape):
+        config = Config(objective=form, beta=1e-4 if form == "paper" else 0.0)
+        work, start = Work(model, **paper_step(args) | shape), time.perf_counter()
         groups = work.rollouts(sample_ours)
         rolled = time.perf_counter()
         groups = work.branch(sample_ours, groups)
         branched = time.perf_counter()
-        deep_grpo.update(model, optimizer, groups, Config(), ref_model, tokens, Ranks())
+        with compiled_layers(*compiled_models(model, ref_model)):
+            deep_grpo.update(model, optimizer, groups, config, ref_model if config.beta else None, tokens, our_ranks())
         synchronize()
         times.append((rolled - start, branched - rolled, time.perf_counter() - branched))
 
-    def measured(title, tokens):
+    def measured(title, tokens, form, **shape):
         times.clear()
-        for record in side_by_side(args, title, {"as shipped": lambda: run(tokens)}):
+        for record in side_by_side(args, title, {f"{form} objective": lambda: run(tokens, form, **shape)}):
             yield record | {"work": "rollouts {:.2f} s, branches {:.2f} s, update {:.2f} s".format(
                 *(statistics.median(column) for column in zip(*times[1:args.repeats + 1])))}
 
-    yield from measured("whole step", 16384)
+    for form in ("paper", "authors"):
+        yield from measured("whole step, K=8", 16384, form)
+        yield from measured("whole step, K=0 (GRPO)", 16384, form, branches=0)
+    yield from measured("first real step, 68 % fail", 16384, "paper", failed=0.68)
     checkpoint_activations(model)
     cuda = torch.cuda.is_available()
     try:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(24 * 2**30 / torch.cuda.mem_get_info()[1])
-        yield from measured("whole step in 24 GB, gradient checkpointing", 8192)
+        yield from measured("whole step in 24 GB, gradient checkpointing", 8192, "paper")
     finally:
         if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)

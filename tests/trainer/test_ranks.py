@@ -36,6 +36,7 @@ from deep_grpo import ALONE, Config, Fork, Group, Trajectory, objective, score_g
 from packing import batch_costs, pack
 from resample import Continuation
 from trainer import decoding, ranks
+from trainer.compiling import compiled_rows
 from trainer.model import Ranks, checkpoint_activations, fsdp_modules, shard
 from trainer.ranks import deal, distributed, rank, world_size
 from trainer.session import owned
@@ -426,7 +427,7 @@ def steps(n, *flags):
     for _ in range(n):
         metrics, _, _, groups = train_gsm8k.train_step(run)
         got.append((metrics, [[t.forks for t in g.trajectories] for g in groups]))
-    return {"steps": got, "fit": run.recoverability.state_dict(),
+    return {"steps": got, "compiled": run.score is compiled_rows, "fit": run.recoverability.state_dict(),
             "weights": {name: whole(p.detach()) for name, p in run.policy.model.named_parameters()}}
 
 
@@ -461,6 +462,7 @@ def test_n_ranks_make_the_steps_of_one_process(on_ranks, n, flags):
 def test_a_compiled_update_of_two_ranks_is_that_of_one_process(on_ranks):
     (expected,) = on_ranks(0, "steps", 2, "--no-compile")
     for got in on_ranks(2, "steps", 2, "--compile"):
+        assert got["compiled"] and not expected["compiled"]
         for (metrics, forks), (own_metrics, own_forks) in zip(got["steps"], expected["steps"]):
             assert forks == own_forks and metrics == pytest.approx(own_metrics, rel=1e-3, abs=1e-5)
         for name, weights in expected["weights"].items():

@@ -36,12 +36,15 @@ BLOCK = 64                               # tokens between two looks at which row
 PREFILL_TOKENS = 16384                   # padded tokens of prefixes in one forward pass
 
 
-def sample(model, prefixes, k, *, compile_layers=False, **settings) -> list[list[Continuation]]:
-    """resample.sample, with the loop of this file: the same arguments, the same distribution.
+def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_tokens: int | list[int],
+           eos_token_id: int | list[int], pad_token_id: int, temperature: float = 1.0,
+           compile_layers: bool = False) -> list[list[Continuation]]:
+    """resample.sample, with the loop of this file: the same arguments, and draws from the same distribution.
 
     compile_layers: compile the layers for it (trainer/compiling.py).
     """
-    return resample.sample(model, prefixes, k, **settings,
+    return resample.sample(model, prefixes, k, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id,
+                           pad_token_id=pad_token_id, temperature=temperature,
                            draw_rows=partial(decode_rows, compile_layers=compile_layers))
 
 

@@ -9,9 +9,9 @@ r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with c
 
 The protocol is that of the MATH table of the paper, which is that of Dr. GRPO. Decoding is greedy, with at most 3,000
 new tokens, and at most 4,096 with the prompt. The last \boxed{} counts, and unfinished answers are graded like all
-others. On GSM8K an unfinished answer is incorrect, as in training. Two further columns stand beside the accuracy on
-GSM8K: `strict` is the plain `#### n` rule, and `last number` takes the last number anywhere in the answer. The latter
-is for models that were not told the format.
+others. On GSM8K an unfinished answer is incorrect, as in training, and the number after `####` counts, unless --answer
+says otherwise. Two further columns stand beside the accuracy on GSM8K: `strict` is the plain `#### n` rule, and `last
+number` takes the last number anywhere in the answer. The latter is for models that were not told the format.
 
 accuracy   The share of correct answers. With k samples it is the mean over questions and samples.
 interval   Wilson's 95 % interval with n = number of questions. With k samples, which are not independent, it is
@@ -45,7 +45,7 @@ import transformers
 from tqdm import tqdm
 
 import tasks.lock
-from grading import grade_gsm8k, grade_last_number, grade_math
+from grading import GRADERS, grade_gsm8k, grade_last_number
 from tasks import SETS, TEMPLATES, digests, fix_date, load_set, make_questions, stop_ids
 from trainer.check import check_length, check_model, choose_sampler, context_of
 from trainer.checkpoint import append_lines, write_whole
@@ -82,6 +82,9 @@ def parse_args(argv=None):
                         "default: 0, the one greedy answer")
     parser.add_argument("--template", choices=TEMPLATES, default="chat", help="the prompt around a question, of which "
                         "all but chat are for base models; default: chat, the model's own chat template")
+    parser.add_argument("--answer", choices=GRADERS, help="how an answer is asked for and read: hash, the number after "
+                        "####; last, that or else the last number; boxed, the last \\boxed{}; default: hash for GSM8K, "
+                        "boxed for MATH")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the samples; default: 0")
     sizes = ", ".join(f"{preset['max_new_tokens']} for {name}" for name, preset in PRESETS.items())
     parser.add_argument("--max-new-tokens", type=count, default=3000, help="the cap of an answer, in tokens; the "
@@ -106,12 +109,14 @@ def parse_args(argv=None):
 def describe(args, model, stop, questions, date=None):
     """Everything that an answer depends on, for config.json. Weights and questions are checksums.
 
-    date: the one in the prompts, where the chat template asks for today's.
+    date: the one in the prompts, where the chat template asks for today's. It and --answer are left out where they are
+    not given, as in the files of older versions.
     """
     flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
     return {name: getattr(args, name) for name in flags} | {
         "stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": checksum(model),
-        "questions": {name: digests(asked) for name, asked in questions.items()}} | ({"date": date} if date else {})
+        "questions": {name: digests(asked) for name, asked in questions.items()}} | {
+        name: value for name, value in (("date", date), ("answer", args.answer)) if value}
 
 
 def read_folder(out):
@@ -166,11 +171,13 @@ def grade(question, text, finished, template):
     """Return {column: is it correct?} of an answer: only `correct` for MATH, also strict and last_number for GSM8K."""
     if template == "r1":
         text, closed = r1_answer(text)
-        if question.math and "\\boxed" not in text and (closed or closed is False and finished):  # 1 may be cut from 18
+        stated = closed or closed is False and finished                  # 1 may be cut from 18
+        if question.answer == "boxed" and "\\boxed" not in text and stated:
             text = f"\\boxed{{{text}}}"
-    if question.math:
-        return {"correct": grade_math(text, question.gold)}
-    return {"correct": finished and grade_gsm8k(text, question.gold),
+    right = GRADERS[question.answer](text, question.gold)
+    if question.answer == "boxed":
+        return {"correct": right}
+    return {"correct": finished and right,
             "strict": finished and grade_gsm8k(text, question.gold, strict=True),
             "last_number": finished and grade_last_number(text, question.gold)}
 
@@ -190,10 +197,12 @@ def answer_batch(args, model, sampler, tokenizer, stop, name, questions, batch):
             ids = ids[:space]                        # each has its own cap, so answers do not depend on the batch
             text = tokenizer.decode(ids, skip_special_tokens=True)
             finished = bool(ids) and ids[-1] in stop or args.template == "r1" and bool(r1_answer(text)[1])
+            graded = grade(questions[i], text, finished, args.template)
+            if name.startswith("gsm8k"):             # also with --answer boxed
+                graded["correct"] = finished and graded["correct"]
             yield {"set": name, "row": i, "sample": j,
                    "question": questions[i].text, "gold": questions[i].gold,
-                   "response": text, "tokens": len(ids), "finished": finished,
-                   **grade(questions[i], text, finished, args.template)}
+                   "response": text, "tokens": len(ids), "finished": finished, **graded}
 
 
 def read_answers(path, keys):
@@ -317,7 +326,7 @@ def prepare(args, today):
     check_model(model.to(device()).eval(), args.model, training=False)
     stop = stop_ids(tokenizer, model)
     date = fix_date(tokenizer, there.get("date") or today)
-    questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template)[0]
+    questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template, args.answer)[0]
                  for name in args.sets}
     check_length(model, args.model, max(len(q.prompt) for asked in questions.values() for q in asked), 1)
     if context_of(model) < TOTAL_TOKENS:

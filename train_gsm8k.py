@@ -14,6 +14,7 @@ The run directory holds
     metrics.jsonl          a line per step
     timing.jsonl           a line per step: what it cost
     samples.jsonl          rollouts and branches as text
+    pivots.csv             a line per pivot: where it was, and how many of its branches were correct
     checkpoints/step_N     the newest and the best: a Hugging Face model folder plus trainer.pt, and optimizer/ if the
                            run was started by torchrun
     run.png                the figure of the run
@@ -39,6 +40,7 @@ from tqdm import tqdm
 
 import tasks.lock
 from deep_grpo import Config, step
+from grading import GRADERS, is_number, states_gold
 from recoverability import Recoverability
 from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
 from trainer import compiling, decoding
@@ -48,7 +50,7 @@ from trainer.compiling import compiled_layers, compiled_rows, plain_rows, stopwa
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
-from trainer.plot import plot_run
+from trainer.plot import plot_run, read_metrics
 from trainer.policy import Clock, Policy
 from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, start, world_size
 from trainer.session import (
@@ -135,7 +137,7 @@ def encode_questions(args, rows, tokenizer):
 
     rows: (training rows, evaluation rows, validation rows). Raises ValueError when no question is left.
     """
-    made = [make_questions(r, tokenizer, args.max_prompt_tokens, args.template) for r in rows]
+    made = [make_questions(r, tokenizer, args.max_prompt_tokens, args.template, args.answer) for r in rows]
     (questions, skipped), (eval_questions, eval_skipped), (val_questions, val_skipped) = made
     eval_skipped += val_skipped
     for row in (skipped + eval_skipped)[:5]:
@@ -273,7 +275,7 @@ def train(run) -> int:
     """Run the loop: step, log, evaluate, save. Returns the exit code."""
     args, start, longest = run.args, time.perf_counter(), 0.0
     received = stop_after_this_step(run, (signal.SIGINT, signal.SIGTERM))
-    shown, warned = {}, False
+    shown, warned, unread = {}, False, []
     if run.step == 0 and args.eval_every:
         metrics, timing = evaluate(run)
         first(lambda: log(run, {"generated_total": 0, **metrics}, timing))
@@ -288,23 +290,45 @@ def train(run) -> int:
                 bar.close()
                 return blown_up(run, before, updates, error)
             shown |= {"reward": f"{metrics['reward']:.2f}", "tokens/s": f"{timing['tokens_per_second']:.0f}"}
-            samples = ()
             if args.eval_every and (run.step % args.eval_every == 0 or run.finished):
                 accuracy, seconds = evaluate(run)
                 metrics, timing = metrics | accuracy, timing | seconds
-                samples = sample_lines(run, batch, groups)
                 shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
+            read = run.step == 1 or run.step % (args.eval_every or 25) == 0 or run.finished
+            samples = sample_lines(run, batch, groups) if read else ()
+            if run.step <= 2:
+                unread += zip(batch, groups)
+            if run.step == 2 and not any(t.reward for _, g in unread for t in g.trajectories):
+                bar.write(first(partial(why_nothing_is_right, run, unread)))
             if not warned and (metrics["sampler_gap"] or 0) > decoding.HEALTHY_GAP:
                 warned = True
                 bar.write(f"warning: what is sampled is not what is trained: their log-probabilities differ by "
                           f"{metrics['sampler_gap']:.3f} nats on average (sampler_gap in trainer/README.md)")
-            first(partial(log, run, metrics, timing, samples))
+            first(partial(log, run, metrics, timing, samples, groups))
             bar.set_postfix(shown)
             bar.update()
             if run.best_step == run.step or args.save_every and run.step % args.save_every == 0 or run.finished:
                 save_run(run, moving_parts(run))
             longest = max(longest, time.perf_counter() - began)
     return conclude(run, why)
+
+
+def why_nothing_is_right(run, asked) -> str:
+    """One line on the form of the responses of the first steps, of which none is right. asked: (question, group)s."""
+    texts = [(q, run.policy.text(t.response)) for q, g in asked for t in g.trajectories]
+    numbers = [(q, text) for q, text in texts if isinstance(q.gold, str) and is_number(q.gold)]
+
+    def share(count, of=texts):
+        return f"{100 * sum(count) / max(1, len(of)):.0f} %"
+
+    def read_as(how):
+        return share([GRADERS[how](text, q.gold) for q, text in numbers], numbers)
+
+    marked, boxed = share("####" in text for _, text in texts), share("\\boxed" in text for _, text in texts)
+    stated = share([states_gold(text, q.gold) for q, text in numbers], numbers)
+    return (f"no response of the first two steps is right. {marked} of them contain ####, {boxed} a box, and in "
+            f"{stated} some number equals the gold answer. Read otherwise, finished or not, these would be right: "
+            + ", ".join(f"{read_as(how)} with --answer {how}" for how in GRADERS))
 
 
 def updates_of(optimizer) -> int:
@@ -337,6 +361,10 @@ def conclude(run, why) -> int:
               f"go on with: {program} train_gsm8k.py --resume {args.out}")
         return 0 if why.startswith("--") else 1
     first(lambda: plot_run(args.out))
+    if accuracies := read_metrics(args.out).get("eval_accuracy"):
+        late = accuracies[1][-max(1, len(accuracies[1]) // 4):]
+        print(f"the mean accuracy on the evaluation questions over the last {len(late)} of {len(accuracies[1])} "
+              f"evaluations is {late.mean():.3f}: a number that is not a maximum")
     print(f"done after {run.step} steps and {run.generated_total} generated tokens; the model is in "
           f"{args.out / 'checkpoints' / f'step_{run.step}'}, the figure in {args.out / 'run.png'}")
     if run.best_step is not None:

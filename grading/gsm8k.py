@@ -34,10 +34,11 @@ MATH-style answers have a grader of their own in latex.py (rules 6 to 12). grade
 import re
 from collections import deque
 from fractions import Fraction
+from itertools import islice
 
 from grading.latex import DECOR, HIGH, OTHER_VALUE, PLAIN, Characters, L, grade_math, plain, substitute
 
-__all__ = ["grade_gsm8k", "grade_last_number", "grade_math", "gsm8k_gold"]
+__all__ = ["grade_gsm8k", "grade_last_number", "grade_math", "grade_stated", "gsm8k_gold", "is_number", "states_gold"]
 LONGEST = 2000
 SIGNS = Characters(PLAIN | {ord("℃"): "°C"})
 NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,20})"
@@ -145,8 +146,8 @@ def grade_gsm8k(response: str, gold: str, strict: bool = False) -> bool:
 def grade_last_number(response: str, gold: str) -> bool:
     """Is the last number of `response`, wherever it stands, equal to the number `gold`?
 
-    This is for the evaluation of models that were not told to write ####. It is reported beside grade_gsm8k, and is too
-    lenient for a reward. Raises ValueError when gold is not a number.
+    This is for models that were not told to write ####. It is reported beside grade_gsm8k. As a reward it is lenient: a
+    response is right whose last number is, whatever it says of it. Raises ValueError when gold is not a number.
     """
     value, text = _gold_value(gold), response if response.isascii() else response.translate(SIGNS)
     numbers = deque(NUMBER.finditer(text), maxlen=1)
@@ -160,12 +161,31 @@ def grade_last_number(response: str, gold: str) -> bool:
     return value == Fraction(re.sub(",|:00", "", last[0])) * (-1 if negative else 1)
 
 
-def _gold_value(gold):
+def is_number(gold: str) -> bool:
+    """Is this gold answer a number that grade_gsm8k can read?"""
     match = SIGNED.fullmatch(gold.strip())
-    value = match and _fraction(match)
-    if value is None:
+    return bool(match) and _fraction(match) is not None
+
+
+def grade_stated(response: str, gold: str) -> bool:
+    """grade_gsm8k if `response` has a marker `####`, else grade_last_number: for models that forget the marker.
+
+    Raises ValueError when gold is not a number.
+    """
+    return (grade_gsm8k if "####" in response else grade_last_number)(response, gold)
+
+
+def states_gold(response: str, gold: str) -> bool:
+    """Does any number of `response` equal the number `gold`, but for its sign? A reward of 0 may be one of format."""
+    value = _gold_value(gold)
+    numbers = islice(NUMBER.finditer(response if response.isascii() else response.translate(SIGNS)), 10_000)
+    return any(Fraction(re.sub(",|:00", "", number[0])) == abs(value) for number in numbers)
+
+
+def _gold_value(gold):
+    if not is_number(gold):
         raise ValueError(f"the gold answer must be a number, got {gold!r}")
-    return value
+    return _fraction(SIGNED.fullmatch(gold.strip()))
 
 
 def _clean(text):

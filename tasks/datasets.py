@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grading import grade_math, gsm8k_gold
+from grading import GRADERS, grade_math, gsm8k_gold
 
 GSM8K_INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'
 MATH_INSTRUCTION = r" Let's think step by step and output the final answer within \boxed{}."
+INSTRUCTIONS = {"hash": GSM8K_INSTRUCTION, "last": GSM8K_INSTRUCTION, "boxed": MATH_INSTRUCTION}     # by --answer
 TEMPLATES = {                                        # the text before and after the question
     "chat": None,
     "qwen_math": ("<|im_start|>system\n"
@@ -72,13 +73,13 @@ SETS = {
 class Question(NamedTuple):
     """A question as the policy sees it. Text and gold answer are for people, the prompt (token ids) is for the model.
 
-    math: if True, the answer is the last \\boxed{}, and gold may be a list of alternatives. Otherwise the answer is the
-    number after `####`.
+    answer: how a response states its answer, one of grading.GRADERS. Only with "boxed" may gold be a list of
+    alternatives.
     """
     text: str
     gold: str | list[str]
     prompt: list[int]
-    math: bool = False
+    answer: str = "hash"
 
 
 def fix_date(tokenizer, date: str) -> str | None:
@@ -106,7 +107,9 @@ def fix_date(tokenizer, date: str) -> str | None:
 
 def digests(questions) -> dict[str, str]:
     """Checksums of what is asked and what counts as right (rows), and of the prompts as token ids (prompts)."""
-    parts = {"rows": [[q.text, q.gold, q.math] for q in questions], "prompts": [q.prompt for q in questions]}
+    kinds = {"hash": False, "boxed": True}               # as in the checksums of older versions
+    parts = {"rows": [[q.text, q.gold, kinds.get(q.answer, q.answer)] for q in questions],
+             "prompts": [q.prompt for q in questions]}
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}
 
 
@@ -128,11 +131,15 @@ def plain_prompt(tokenizer, text):
     raise ValueError("the tokenizer writes a prompt differently with and without special tokens: use --template chat")
 
 
-def make_questions(rows, tokenizer, max_prompt_tokens, template="chat"):
+def make_questions(rows, tokenizer, max_prompt_tokens, template="chat", answer=None):
     """Return (questions, skipped): a Question per row, and the rows whose prompt is longer than max_prompt_tokens.
 
-    template: one of TEMPLATES. Raises ValueError for any other, and for "chat" if the tokenizer has no chat template.
+    template: one of TEMPLATES. answer: one of grading.GRADERS, or None for what the rows come with: "hash" for those of
+    GSM8K, "boxed" for those of MATH. Raises ValueError for any other template or answer, for "chat" if the tokenizer
+    has no chat template, and for a gold answer that a response cannot state in this way.
     """
+    if answer is not None and answer not in GRADERS:
+        raise ValueError(f"answer must be one of {', '.join(GRADERS)}, got {answer!r}")
     if template not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
     if template == "chat" and tokenizer.chat_template is None:
@@ -142,16 +149,28 @@ def make_questions(rows, tokenizer, max_prompt_tokens, template="chat"):
     for row in rows:
         math = "problem" in row
         text, gold = (row["problem"], row["answer"]) if math else (row["question"], gsm8k_gold(row["answer"]))
+        how = answer or ("boxed" if math else "hash")
+        if math and how != "boxed":
+            gold = number_of(gold, text, how)
         if template == "chat":
-            prompt = chat_prompt(tokenizer, text + (MATH_INSTRUCTION if math else GSM8K_INSTRUCTION))
+            prompt = chat_prompt(tokenizer, text + INSTRUCTIONS[how])
         else:
             before, after = TEMPLATES[template]
             prompt = plain_prompt(tokenizer, before + text + after)
         if len(prompt) > max_prompt_tokens:
             skipped.append(row)
         else:
-            questions.append(Question(text, gold, prompt, math))
+            questions.append(Question(text, gold, prompt, how))
     return questions, skipped
+
+
+def number_of(gold, text, how) -> str:
+    """The gold answer of a MATH row, for --answer `how`. Raises ValueError if it is not one number."""
+    try:
+        return gsm8k_gold(f"#### {gold}")
+    except ValueError:
+        raise ValueError(f"the question {text[:40]!r} has the answer {str(gold)[:40]!r}, which is not a number: with "
+                         f"answer {how!r} only numbers can be read, so use 'boxed'") from None
 
 
 def stop_ids(tokenizer, model):

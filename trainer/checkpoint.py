@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from trainer.model import load_model
 from trainer.ranks import distributed, first, gather, rank, seed_rank
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "timing.jsonl", "pivots.csv")
 
 
 def append_lines(path, lines) -> None:
@@ -54,10 +54,17 @@ def cut_logs(run_dir, step) -> None:
         if path.exists():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                if not line.endswith("\n") or step_of(line) > step:
                     break
                 kept.append(line)
             write_whole(path, "".join(kept))
+
+
+def step_of(line) -> int:
+    """The step that a line of a log belongs to: -1 for the header of pivots.csv, whose first column is the step."""
+    if line.startswith("{"):
+        return json.loads(line)["step"]
+    return -1 if line.startswith("step,") else int(line.split(",")[0])
 
 
 def find_checkpoints(run_dir) -> list[tuple[int, Path]]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 
 from deep_grpo import score_groups
-from grading import grade_gsm8k, grade_math
+from grading import GRADERS
 from resample import sample
 from tasks import chat_prompt, plain_prompt
 from trainer.model import Ranks, as_forward, gathered, precision
@@ -88,7 +88,7 @@ class Policy:
 
     def reward(self, question, response) -> float:
         """1.0 if the response (token ids) ended within the cap and its final answer is right, else 0.0."""
-        grade = grade_math if question.math else grade_gsm8k
+        grade = GRADERS[question.answer]
         return float(response[-1] in self.stop and grade(self.text(response), question.gold))
 
     def rewards(self, pairs) -> list[float]:

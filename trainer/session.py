@@ -4,6 +4,7 @@ r"""A run: what it holds, what it writes into its directory, and how it is told 
     metrics.jsonl     a line per step: what was learned. The same seed on the same CPU gives the same bytes
     timing.jsonl      a line per step: seconds, tokens per second, memory
     samples.jsonl     some rollouts and branches as text
+    pivots.csv        a line per pivot, or other state that was branched, with its outcome
 
 checkpoint.py has the files of a checkpoint, and how all of these survive a process that is killed.
 """
@@ -31,6 +32,7 @@ from trainer.policy import Policy
 from trainer.ranks import distributed, gather, rank, world_size
 
 ROOT = Path(__file__).parents[1]
+PIVOT_COLUMNS = "step,response_tokens,pivot,depth,right_branches,branches,question_rate\n"
 LISTS = ("training", "evaluation", "validation")     # of questions
 
 
@@ -156,11 +158,24 @@ def write_config(run) -> None:
           f"{parameters / 1e6:.1f} M parameters, {world_size()} x {hardware}; writing to {run.args.out}")
 
 
-def log(run, metrics, timing, samples=()) -> None:
-    """A line to metrics.jsonl and to timing.jsonl, and the samples."""
+def log(run, metrics, timing, samples=(), groups=()) -> None:
+    """A line to metrics.jsonl and to timing.jsonl, the samples, and a line to pivots.csv for every fork."""
     append_lines(run.args.out / "samples.jsonl", samples)
+    path = run.args.out / "pivots.csv"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(PIVOT_COLUMNS * (path.stat().st_size == 0) + "".join(pivot_lines(run.step, groups)))
     append_lines(run.args.out / "metrics.jsonl", [{"step": run.step, **metrics}])
     append_lines(run.args.out / "timing.jsonl", [{"step": run.step, **timing}])
+
+
+def pivot_lines(step, groups):
+    """For pivots.csv: PIVOT_COLUMNS of every fork. question_rate: the share of correct rollouts of its question."""
+    for g in groups:
+        rate = sum(t.reward for t in g.trajectories) / len(g.trajectories)
+        for t in g.trajectories:
+            for fork in t.forks:
+                yield (f"{step},{len(t.response)},{fork.pivot},{fork.ratio:.4f},{sum(fork.rewards):g},"
+                       f"{len(fork.rewards)},{rate:.4f}\n")
 
 
 def sample_lines(run, questions, groups):

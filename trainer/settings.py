@@ -11,6 +11,7 @@ import torch
 
 import tasks.lock
 from deep_grpo import Config
+from grading import GRADERS
 from tasks import SETS, TEMPLATES
 from trainer.ranks import distributed
 from trainer.session import read_config
@@ -18,18 +19,20 @@ from variants import METHODS
 
 EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64,
                 micro_batch_tokens=1024)
-# The authors' scripts: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4; prompts of at most 512 (MATH:
-# 1024) tokens, and with the response 1024 (4096). Here a response has what the longest prompt would leave, 256 of GSM8K
-# (MATH: 1024). Ours, too: 256 rows to choose the best checkpoint on; theirs is --select-on-test.
-AUTHORS = dict(questions=64, lr=1e-6, eval_every=5, val_rows=256, micro_batch_tokens=16384, save_every=50)
-MATH = dict(AUTHORS, steps=1000, max_prompt_tokens=1024, max_new_tokens=3072, data="math_train",
-            eval_data="math500", eval_rows=500, gradient_checkpointing=True)
+# The authors' scripts: 64 questions, G = K = 8, gamma 2, lambda 1, lr 1e-6, beta 1e-4, their form of J; prompts of at
+# most 512 (MATH: 1024) tokens, and with the response 1024 (4096). Here a response has what the longest prompt would
+# leave, 256 of GSM8K (MATH: 1024). Ours, too: 256 rows to choose the best checkpoint on; theirs is --select-on-test.
+AUTHORS = dict(questions=64, lr=1e-6, val_rows=256, micro_batch_tokens=16384, save_every=50)
+GSM8K = dict(AUTHORS, steps=2000, eval_every=25, max_prompt_tokens=512, max_new_tokens=768, data="gsm8k_train",
+             eval_data="gsm8k", eval_rows=1319, model="Qwen/Qwen2.5-0.5B-Instruct")
+MATH = dict(AUTHORS, objective="authors", steps=1000, eval_every=25, max_prompt_tokens=1024, max_new_tokens=3072,
+            data="math_train", eval_data="math500", eval_rows=500, gradient_checkpointing=True)
 PRESETS = {
     "tiny": dict(EMBEDDED, model=str(tasks.lock.ASSETS / "tiny"), data="tiny", max_new_tokens=96),
     "tiny-deep": dict(EMBEDDED, model=str(tasks.lock.ASSETS / "tiny-deep"), data="tiny-deep", max_new_tokens=160,
                       questions=1, lr=4e-5),
-    "gsm8k": dict(AUTHORS, steps=1000, max_prompt_tokens=512, max_new_tokens=768, data="gsm8k_train",
-                  eval_data="gsm8k", eval_rows=1319, model="Qwen/Qwen2.5-0.5B-Instruct"),
+    "gsm8k": dict(GSM8K, objective="authors", answer="last"),        # the run behind the published number
+    "gsm8k-paper": dict(GSM8K, objective="paper", answer="hash"),    # the paper's equations, and the strict rule
     "math-1.5b": dict(MATH, model="Qwen/Qwen2.5-Math-1.5B"),
     "math-7b": dict(MATH, model="Qwen/Qwen2.5-Math-7B"),
 }
@@ -139,6 +142,9 @@ def add_data_flags(group):
                        "the authors do; default: on the held-out rows")
     group.add_argument("--template", choices=TEMPLATES, help="the prompt around a question; default: chat, the model's "
                        "own chat template")
+    group.add_argument("--answer", choices=GRADERS, help="how an answer is asked for and read, in training and "
+                       "evaluation: hash, the number after ####; last, that or else the last number; boxed, the last "
+                       "\\boxed{}; default: the preset's, or hash for GSM8K rows and boxed for MATH rows")
     group.add_argument("--max-prompt-tokens", type=count, help="name and skip the questions whose prompt is longer; "
                        "default: the preset's")
 
@@ -201,11 +207,15 @@ def fill_settings(parser, args):
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"argument {flag}: has no part in --method {args.method}, only in {known}")
     preset = PRESETS[args.preset]
+    if args.data not in (None, preset["data"]):                          # other rows have a way of their own
+        preset = preset | dict(answer=None)
+    if "objective" not in METHODS[args.method].flags:                    # such a method has an objective of its own
+        preset = {name: value for name, value in preset.items() if name != "objective"}
     if args.eval_data is None and args.data not in (None, preset["data"]):       # others than it has a test set for
         preset = preset | dict(eval_data=None, val_rows=0, eval_rows=preset.get("val_rows", preset["eval_rows"]))
     defaults = {f.name: f.default for f in fields(Config)}
     defaults |= dict(seed=0, template="chat", stapo=False, maspo=False, budget_tokens=None, step_tokens=None,
-                     compile=gpu, save_every=0, eval_data=None, val_rows=0, gradient_checkpointing=False)
+                     answer=None, compile=gpu, save_every=0, eval_data=None, val_rows=0, gradient_checkpointing=False)
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -58,8 +58,10 @@ def graders(monkeypatch):
         return lambda response, gold, **strict: (
             zlib.crc32(f"{name} {response} {gold} {strict}".encode()) % 3 == 0)
 
-    for name in ("grade_gsm8k", "grade_math", "grade_last_number"):
+    for name in ("grade_gsm8k", "grade_last_number"):
         monkeypatch.setattr(eval_math, name, third(name))
+    for answer, name in (("hash", "grade_gsm8k"), ("last", "grade_stated"), ("boxed", "grade_math")):
+        monkeypatch.setitem(eval_math.GRADERS, answer, third(name))
 
 
 def run(checkpoint, data, out, sets="gsm8k,amc", **flags):
@@ -267,7 +269,7 @@ def test_prompt_and_answer_share_the_cap(checkpoint, data, tmp_path, monkeypatch
 
 
 def test_unfinished_answers_count_for_math_only():
-    gsm8k, math = Question("", "18", [], False), Question("", ["18", "19"], [], True)
+    gsm8k, math = Question("", "18", [], "hash"), Question("", ["18", "19"], [], "boxed")
     for text, finished, expected in [
             ("#### 18", True, (True, True, True)), ("#### 18", False, (False, False, False)),
             ("#### $18.00", True, (True, False, None)), ("It is 18", True, (False, False, True))]:
@@ -284,7 +286,7 @@ def test_unfinished_answers_count_for_math_only():
     ("<answer>18</answer> User: and now? <answer>7</answer>", True),
     ("<answer>7</answer> \\boxed{18}", False), ("no tags \\boxed{18}", True), ("18", False)])
 def test_r1_answers_stand_between_tags(text, right):
-    assert grade(Question("", "18", [], True), text, True, "r1") == {"correct": right}
+    assert grade(Question("", "18", [], "boxed"), text, True, "r1") == {"correct": right}
 
 
 def test_r1_number_stands_between_tags():

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from grading import grade_gsm8k, grade_last_number, grade_math, gsm8k_gold
+from grading import (
+    grade_gsm8k,
+    grade_last_number,
+    grade_math,
+    grade_stated,
+    gsm8k_gold,
+    is_number,
+    states_gold,
+)
 from grading import latex as grading_math
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -457,3 +465,20 @@ def test_the_other_process_is_replaced_when_it_dies_and_not_shared_with_forks():
         os._exit(0 if fine else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert grade_math(boxed(r"\sqrt{64}"), "8") and grading_math._algebra.process.pid == used
+
+
+# ---- --answer last, and what tells a reward of 0 from one of format ----
+
+@pytest.mark.parametrize("response, right", [
+    ("It is 18.", "18"), ("It is 18. #### 20", "20"), ("18 and #### none", None), ("#### 18 for 3 friends", None),
+    ("so 18 for 3", "3"), ("", None)])
+def test_the_marker_counts_before_the_last_number(response, right):
+    for gold in ("3", "18", "20"):
+        assert grade_stated(response, gold) == (gold == right)
+
+
+def test_any_number_that_is_the_gold_answer_is_found():
+    for response in ("first 1,234 then 7", r"\boxed{1234.00}", "7 １２３４ 8"):
+        assert states_gold(response, "1234") and not states_gold(response, "123")
+    assert states_gold("minus 5", "-5") and not states_gold("", "5") and not states_gold("x" * 10**6, "5")
+    assert [is_number(gold) for gold in ("5", "1,234", "-1/2", "x", "1/0", "(1, 2)")] == [True] * 3 + [False] * 3

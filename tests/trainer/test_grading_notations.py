@@ -262,8 +262,8 @@ def test_the_number_of_a_heading_is_no_answer():
     "x </think> <answer>18</answer>\nUser: And now? Assistant: <think> y </think> <answer>7</answer>"])
 def test_the_last_tag_after_the_reasoning_counts(text):
     """The first tag counted, even when the reasoning only named it. Then the answer was lost, or a guess was graded."""
-    assert grade(Question("", "18", [], True), text, True, "r1") == {"correct": True}
-    assert grade(Question("", "7", [], True), text, True, "r1") == {"correct": False}
+    assert grade(Question("", "18", [], "boxed"), text, True, "r1") == {"correct": True}
+    assert grade(Question("", "7", [], "boxed"), text, True, "r1") == {"correct": False}
 
 
 @pytest.mark.parametrize("text", [
@@ -272,13 +272,13 @@ def test_the_last_tag_after_the_reasoning_counts(text):
     "x </think> <answer>18</answer> No: <answer>7</answer>", r"x </think> \boxed{18} <answer></answer>",
     "x </think> <answer>18 or 7</answer>"])
 def test_an_answer_in_the_reasoning_does_not_count(text):
-    assert grade(Question("", "18", [], True), text, True, "r1") == {"correct": False}
+    assert grade(Question("", "18", [], "boxed"), text, True, "r1") == {"correct": False}
 
 
 def test_an_answer_that_is_cut_off_has_no_value():
     """<answer> 1 may be the beginning of 18. A box shows where it ends."""
     def correct(text, gold, finished):
-        return grade(Question("", gold, [], True), text, finished, "r1")["correct"]
+        return grade(Question("", gold, [], "boxed"), text, finished, "r1")["correct"]
 
     assert correct("x </think> <answer> 1", "1", True) and not correct("x </think> <answer> 1", "1", False)
     assert not correct("x </think> <answer>18</answer> No: <answer> 1", "1", False)

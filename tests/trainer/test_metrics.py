@@ -16,6 +16,7 @@ def test_summary_by_hand():
                                                     Trajectory(Continuation([EOS], [-1.0], [10.0]), 1.0)])]
     assert summarize(groups, [EOS]) == pytest.approx({
         "reward": 2 / 4, "branch_reward": 1 / 4, "dead_groups": 2 / 2, "dead_branch_groups": 1 / 2, "pivots": 2,
+        "live_branches": 2,
         "pivot_depth": 0.6, "recovered": 1 / 2, "entropy": 20 / 5, "response_length": 10 / 4, "branch_length": 8 / 4,
         "truncated": 1 / 4, "sequences": 8, "generated_tokens": 18})
 

@@ -95,11 +95,18 @@ def test_an_unfinished_response_earns_nothing(make):
     assert policy.rewards([(question, right), (question, [*right, eos])]) == [0.0, 1.0]
 
 
-def test_a_math_question_is_graded_by_its_box(make, monkeypatch):
+@pytest.mark.parametrize("text, right", [
+    (r"So \boxed{42}. #### 43", {"hash": "43", "last": "43", "boxed": "42"}),
+    (r"So \boxed{42}, or 44.", {"hash": None, "last": "44", "boxed": "42"}), ("#### 41", {"hash": "41", "last": "41"})])
+def test_a_question_is_graded_by_its_way_to_state_an_answer(text, right, make, monkeypatch):
     policy = make()
-    monkeypatch.setattr(policy, "text", lambda ids: r"So \boxed{42}. #### 43")
-    for math, gold, reward in ((True, "42", 1.0), (True, ["41", "42"], 1.0), (True, "43", 0.0), (False, "43", 1.0)):
-        assert policy.reward(Question("", gold, [], math), [3, policy.stop[0]]) == reward
+    monkeypatch.setattr(policy, "text", lambda ids: text)
+    for answer in ("hash", "last", "boxed"):
+        for gold in ("41", "42", "43", "44"):
+            question = Question("", gold, [], answer)
+            assert policy.reward(question, [3, policy.stop[0]]) == (right.get(answer) == gold)
+            assert policy.reward(question, [3]) == 0.0                               # unfinished
+    assert policy.reward(Question("", ["41", "42"], [], "boxed"), [3, policy.stop[0]]) == (right.get("boxed") == "42")
 
 
 class Odd(Policy):

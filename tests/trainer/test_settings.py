@@ -27,12 +27,14 @@ def test_without_flags_the_machine_decides_and_the_first_line_says_so(gpu, prese
     assert args.method == "deep_grpo" and args.out == Path("runs") / f"{preset}-deep_grpo-0"
 
 
-def test_the_gsm8k_preset_is_the_authors_script():
-    args = parse_args(["--preset", "gsm8k"])
+@pytest.mark.parametrize("preset, own", [("gsm8k", dict(objective="authors", answer="last")),
+                                         ("gsm8k-paper", dict(objective="paper", answer="hash"))])
+def test_the_gsm8k_preset_is_the_authors_script(preset, own):
+    args = parse_args(["--preset", preset])
     expected = dict(questions=64, group_size=8, branches=8, gamma=2.0, lam=1.0, lr=1e-6, beta=1e-4, clip_low=0.2,
-                    clip_high=0.2, temperature=1.0, max_prompt_tokens=512, max_new_tokens=768, eval_every=5, updates=1,
+                    clip_high=0.2, temperature=1.0, max_prompt_tokens=512, max_new_tokens=768, eval_every=25, updates=1,
                     max_grad_norm=1.0, model="Qwen/Qwen2.5-0.5B-Instruct", data="gsm8k_train", eval_data="gsm8k",
-                    eval_rows=1319, val_rows=256)
+                    eval_rows=1319, val_rows=256, steps=2000, **own)
     assert {name: getattr(args, name) for name in expected} == expected
 
 
@@ -52,6 +54,16 @@ def test_a_flag_wins_over_the_method_this_over_the_preset_and_this_over_config(m
 def test_data_of_your_own_is_not_evaluated_on_gsm8k(flags, expected):
     args = parse_args(["--preset", "gsm8k", *flags.split()])
     assert (args.eval_data, args.val_rows, args.eval_rows) == expected
+
+
+@pytest.mark.parametrize("flags, answer, objective", [
+    ("", "last", "authors"), ("--answer boxed", "boxed", "authors"), ("--data my.jsonl", None, "authors"),
+    ("--data my.jsonl --answer hash", "hash", "authors"), ("--method treerl", "last", "paper"),
+    ("--method grpo", "last", "authors"), ("--objective paper", "last", "paper")])
+def test_what_of_the_gsm8k_preset_goes_with_what(flags, answer, objective):
+    """Other rows are asked in their own way, and another method has an objective of its own."""
+    args = parse_args(["--preset", "gsm8k", *flags.split()])
+    assert (args.answer, args.objective) == (answer, objective)
 
 
 # ---- a resumed run ----

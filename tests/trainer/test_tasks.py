@@ -1,5 +1,6 @@
 """Prompts character by character, stop ids, and every set from local files and through `datasets`."""
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -74,8 +75,8 @@ def test_real_prompts_character_by_character(qwen):
     (gsm8k, math), skipped = make_questions([GSM8K_ROW, MATH_ROW], tokenizer, 512)
     assert tokenizer.decode(gsm8k.prompt) == chat.replace("USER", user["gsm8k"])
     assert tokenizer.decode(math.prompt) == chat.replace("USER", user["math"])
-    assert (gsm8k.text, gsm8k.gold, gsm8k.math) == ("What is 1 + 1?", "2", False) and skipped == []
-    assert (math.text, math.gold, math.math) == ("What is $1 + 1$?", "2", True)
+    assert (gsm8k.text, gsm8k.gold, gsm8k.answer) == ("What is 1 + 1?", "2", "hash") and skipped == []
+    assert (math.text, math.gold, math.answer) == ("What is $1 + 1$?", "2", "boxed")
     assert gsm8k.prompt[0] == 151644 and gsm8k.prompt.count(151645) == 2            # control tokens, not text
     for template, text in TYPED.items():
         (question,), _ = make_questions([MATH_ROW], tokenizer, 512, template)
@@ -142,7 +143,7 @@ def test_real_files(name, rows, capsys):
     gold = {"gsm8k_train": "72", "gsm8k": "18", "minerva": ["9.6"], "olympiadbench": ["2"], "aime24": "204",
             "amc": "142"}
     assert questions[0].gold == gold.get(name, questions[0].gold)
-    assert questions[0].math == (not name.startswith("gsm8k"))
+    assert questions[0].answer == ("hash" if name.startswith("gsm8k") else "boxed")
 
 
 def test_a_different_count_is_a_warning(tmp_path, capsys):
@@ -466,11 +467,11 @@ def test_what_is_no_date_is_named(given):
 
 
 def test_checksums_tell_questions_from_prompts():
-    one = [Question("a", "1", [3, 4]), Question("b", ["1", "2"], [5], True)]
+    one = [Question("a", "1", [3, 4]), Question("b", ["1", "2"], [5], "boxed")]
     base = digests(one)
     assert digests(list(one)) == base
     for i, changed in ((0, one[0]._replace(gold="2")), (0, one[0]._replace(text="A")),
-                       (1, one[1]._replace(math=False))):
+                       (1, one[1]._replace(answer="last"))):
         other = digests([changed if j == i else q for j, q in enumerate(one)])
         assert other["rows"] != base["rows"] and other["prompts"] == base["prompts"]
     other = digests([one[0]._replace(prompt=[3, 5]), one[1]])
@@ -491,3 +492,49 @@ def test_validation_is_drawn_and_always_the_same():
     for n in (0, 1000, -1):
         with pytest.raises(ValueError, match=f"n must .* 1 to 999 of 1000 rows, got {n}"):
             split_validation(rows, n)
+
+
+# ---- --answer ----
+
+class Characters:
+    """A tokenizer whose tokens are characters, with the plainest of chat templates."""
+    chat_template = "{{ content }}"
+
+    def apply_chat_template(self, turns, **_):
+        return [ord(c) for c in turns[0]["content"]]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+CHARACTERS = Characters()
+
+def test_each_way_to_answer_has_its_instruction():
+    for row, golds in ((GSM8K_ROW, {"hash": "2", "last": "2", "boxed": "2", None: "2"}),
+                       (MATH_ROW, {"hash": "2", "last": "2", "boxed": "2", None: "2"})):
+        for answer, gold in golds.items():
+            (question,), _ = make_questions([row], CHARACTERS, 512, answer=answer)
+            how = answer or ("hash" if row is GSM8K_ROW else "boxed")
+            assert (question.answer, question.gold) == (how, gold)
+            text = CHARACTERS.decode(question.prompt)
+            assert ("boxed{}" in text) == (how == "boxed") and ('after "####"' in text) == (how != "boxed")
+
+
+@pytest.mark.parametrize("gold", [r"\frac{1}{2}x", ["2", "3"], "(1, 2)"])
+def test_an_answer_that_is_no_number_can_only_be_boxed(gold):
+    row = MATH_ROW | {"answer": gold}
+    (question,), _ = make_questions([row], CHARACTERS, 512, answer="boxed")
+    assert question.gold == gold
+    for answer in ("hash", "last"):
+        with pytest.raises(ValueError, match="is not a number: with answer .* so use 'boxed'"):
+            make_questions([row], CHARACTERS, 512, answer=answer)
+    with pytest.raises(ValueError, match="answer must be one of hash, last, boxed, got 'box'"):
+        make_questions([row], CHARACTERS, 512, answer="box")
+
+
+def test_checksums_of_older_versions_are_kept():
+    """Their rows had a bool: is the answer boxed? A third way to answer is another question."""
+    old = json.dumps([["a", "1", False], ["b", ["2"], True]])
+    questions = [Question("a", "1", [3]), Question("b", ["2"], [4], "boxed")]
+    assert digests(questions)["rows"] == hashlib.sha256(old.encode()).hexdigest()[:16]
+    assert digests([questions[0]._replace(answer="last"), questions[1]])["rows"] != digests(questions)["rows"]

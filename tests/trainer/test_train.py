@@ -1,5 +1,6 @@
 """The training command: it learns, repeats itself, says what is wrong; and GSM8K's own rows go through it."""
 import argparse
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from recoverability import Recoverability
 from resample import sample
 from tasks import GSM8K_INSTRUCTION, chat_prompt, split_validation
 from trainer.model import load_model
+from trainer.policy import Policy
 from trainer.session import owned
 from trainer.settings import parse_args
 
@@ -113,7 +115,8 @@ def short_run(tmp_path_factory):
 
 def test_a_run_leaves_its_settings_logs_checkpoints_and_figure(short_run):
     assert {path.name for path in short_run.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "checkpoints", "run.png", ".lock"}
+        "config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "pivots.csv", "checkpoints", "run.png",
+        ".lock"}
     saved = json.loads((short_run / "config.json").read_text())
     assert saved["settings"]["gamma"] == 2.0 and saved["versions"]["torch"] == torch.__version__
     assert saved["training_questions"] == 4096 and [row["step"] for row in read(short_run)] == [0, 1, 2, 3]
@@ -217,7 +220,7 @@ def test_the_seconds_of_a_step_are_counted_once(tmp_path, monkeypatch):
 def test_samples_hold_text_pivots_and_branches(short_run):
     samples = read(short_run, "samples.jsonl")
     failed = [s for s in samples if s["reward"] == 0]
-    assert failed and {s["step"] for s in samples} == {3}
+    assert failed and {s["step"] for s in samples} == {1, 3}
     for s in failed:
         assert s["response"].startswith(s["prefix"]) and s["prefix"] != s["response"] and len(s["branches"]) == 4
         assert s["prefix"] == "" or s["prefix"].endswith(".\n")
@@ -675,3 +678,48 @@ def test_a_policy_that_blew_up_is_named_before_it_is_sampled(tmp_path, capsys):
     assert train(*flags, "--out", tmp_path / "run") == 1
     err = capsys.readouterr().err
     assert re.search(r"error: stopped at step \d", err) and "smaller --lr" in err and "Traceback" not in err
+
+
+# ---- reading a run ----
+
+def test_every_pivot_of_a_run_is_in_pivots_csv(short_run):
+    """One line per fork, whatever the evaluations: together they give the metrics of each step."""
+    header, *lines = (short_run / "pivots.csv").read_text().splitlines()
+    assert header == "step,response_tokens,pivot,depth,right_branches,branches,question_rate"
+    rows = [[float(x) for x in line.split(",")] for line in lines]
+    for metrics in read(short_run)[1:]:
+        mine = [row[1:] for row in rows if row[0] == metrics["step"]]
+        assert len(mine) == metrics["pivots"]
+        assert sum(depth for *_, depth, _, _, _ in mine) / len(mine) == pytest.approx(metrics["pivot_depth"], abs=1e-4)
+        assert sum(right > 0 for *_, right, _, _ in mine) / len(mine) == pytest.approx(metrics["recovered"])
+        assert all(pivot < tokens and k == 4 and 0 <= rate < 1 for tokens, pivot, _, _, k, rate in mine)
+
+
+def test_when_nothing_is_right_a_run_says_what_the_responses_look_like(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Policy, "reward", lambda self, question, response: 0.0)
+    texts = itertools.cycle([r"so \boxed{4}", "#### 18", "it is 4 then 5", "nothing"])
+    monkeypatch.setattr(Policy, "text", lambda self, ids: next(texts) if len(ids) > 2 else "")
+    rows = [{"question": f"2 + 2? {i}", "answer": "#### 4"} for i in range(8)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*FAST, "--data", data, "--eval-every", 0, "--steps", 3, "--out", tmp_path / "run"]
+    assert train(*flags) == 0
+    line, = [line for line in capsys.readouterr().err.splitlines() if "no response of the first two steps" in line]
+    for said in ("25 % of them contain ####", "25 % a box", "in 50 % some number", "0 % with --answer hash",
+                 "25 % with --answer last", "25 % with --answer boxed"):
+        assert said in line
+    samples = read(tmp_path / "run", "samples.jsonl")
+    assert {line["step"] for line in samples} == {1, 3}                  # although nothing is evaluated
+
+
+def test_the_end_of_a_run_reports_a_mean_that_is_no_maximum(tmp_path, monkeypatch, capsys):
+    accuracies = iter([0.5, 0.9, 0.1, 0.2, 0.4])
+    evaluate = train_gsm8k.evaluate
+
+    def fixed(run):
+        metrics, timing = evaluate(run)
+        return metrics | {"eval_accuracy": next(accuracies)}, timing
+
+    monkeypatch.setattr(train_gsm8k, "evaluate", fixed)
+    assert train(*FAST, "--steps", 4, "--eval-every", 1, "--eval-rows", 4, "--out", tmp_path / "run") == 0
+    assert "over the last 1 of 5 evaluations is 0.400" in capsys.readouterr().out

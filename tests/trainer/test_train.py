@@ -704,7 +704,7 @@ def test_when_nothing_is_right_a_run_says_what_the_responses_look_like(tmp_path,
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [*FAST, "--data", data, "--eval-every", 0, "--steps", 3, "--out", tmp_path / "run"]
     assert train(*flags) == 0
-    line, = [line for line in capsys.readouterr().err.splitlines() if "no response of the first two steps" in line]
+    line, = [line for line in capsys.readouterr().out.splitlines() if "no response of the first two steps" in line]
     for said in ("25 % of them contain ####", "25 % a box", "in 50 % some number", "0 % with --answer hash",
                  "25 % with --answer last", "25 % with --answer boxed"):
         assert said in line

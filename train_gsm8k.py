@@ -50,7 +50,7 @@ from trainer.compiling import compiled_layers, compiled_rows, plain_rows, stopwa
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
-from trainer.plot import plot_run, read_metrics
+from trainer.plot import on_course, plot_run, read_metrics
 from trainer.policy import Clock, Policy
 from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, start, world_size
 from trainer.session import (
@@ -365,6 +365,8 @@ def conclude(run, why) -> int:
         late = accuracies[1][-max(1, len(accuracies[1]) // 4):]
         print(f"the mean accuracy on the evaluation questions over the last {len(late)} of {len(accuracies[1])} "
               f"evaluations is {late.mean():.3f}: a number that is not a maximum")
+    if line := first(lambda: on_course(args.out)):
+        print(line)
     print(f"done after {run.step} steps and {run.generated_total} generated tokens; the model is in "
           f"{args.out / 'checkpoints' / f'step_{run.step}'}, the figure in {args.out / 'run.png'}")
     if run.best_step is not None:

@@ -1,7 +1,11 @@
-r"""The figure of a run. A run on GSM8K is drawn beside the numbers of the paper.
+r"""The figure of a run. A run on GSM8K is drawn over two runs of the authors, and compared with them in one line.
 
     python -m trainer.plot RUN_DIR [RUN_DIR ...]        # writes run.png into each
+
+Accuracies are smoothed: each is the mean of the evaluations of the 50 steps before it, in the authors' runs at the same
+steps as in this one.
 """
+import csv
 import json
 import os
 import sys
@@ -14,7 +18,9 @@ import numpy as np
 os.environ["MPLBACKEND"] = "agg"
 import matplotlib.pyplot as plt  # noqa: E402
 
-PAPER_GSM8K = {"paper: GRPO, N = 8": 0.641, "paper: DEEP-GRPO": 0.677}       # Qwen2.5-0.5B-Instruct, test set
+AUTHORS_CURVES = Path(__file__).parents[1] / "results" / "gsm8k" / "authors_curves.csv"
+THEIRS = {"deep_grpo": "CRPO-sp-p1-b8-gamma2.0-lam1.0", "grpo": "crpo-no-branch"}    # DEEP-GRPO and GRPO with N = 8
+WINDOW = 50                              # steps
 
 
 def read_metrics(run_dir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -30,6 +36,41 @@ def read_metrics(run_dir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 if value is not None:
                     columns.setdefault(name, []).append((row["step"], value))
     return {name: tuple(np.array(column).T) for name, column in columns.items()}
+
+
+def authors_curves() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{column: (steps, values)} of the authors' exported logs: accuracies from 0 to 1, and hours."""
+    with open(AUTHORS_CURVES, encoding="utf-8") as file:
+        names, *rows = csv.reader(line for line in file if not line.startswith("#"))
+    columns = {name: [(float(row[0]), float(row[i])) for row in rows if row[i]] for i, name in enumerate(names)}
+    return {name: tuple(np.array(pairs).T) for name, pairs in columns.items()}
+
+
+def smooth(steps, values) -> np.ndarray:
+    """The mean of the values of the last WINDOW steps, at each step."""
+    return np.array([values[(steps > step - WINDOW) & (steps <= step)].mean() for step in steps])
+
+
+def on_course(run_dir) -> str | None:
+    """One line: where a run on GSM8K is, and where the authors' runs were at that step. None for another run.
+
+    Before the first step there is nothing to compare. The interval of a run is that of its test questions, and that of
+    an authors' run the spread of its evaluations in the window; neither knows how much seeds differ.
+    """
+    about = json.loads((Path(run_dir) / "config.json").read_text())
+    steps, values = read_metrics(run_dir).get("eval_accuracy", (np.zeros(1), np.zeros(1)))
+    if not about["settings"]["preset"].startswith("gsm8k") or steps[-1] == 0:
+        return None
+    n, curves = about["evaluation_questions"], authors_curves()
+    mine = smooth(steps, values)[-1]
+    said = f"at step {steps[-1]:.0f} this run is at {mine:.3f} +- {1.96 * np.sqrt(mine * (1 - mine) / n):.3f}"
+    for name, column in THEIRS.items():
+        if steps[-1] > curves[column][0][-1]:
+            return f"{said}; the authors' runs are shorter"
+        theirs = np.interp(steps, *curves[column])
+        late = curves[column][1][(curves[column][0] > steps[-1] - WINDOW) & (curves[column][0] <= steps[-1])]
+        said += f"; the authors' {name} was at {smooth(steps, theirs)[-1]:.3f} +- {1.96 * late.std():.3f}"
+    return said
 
 
 def plot_run(run_dir) -> Path:
@@ -52,9 +93,13 @@ def plot_run(run_dir) -> Path:
         if axis.has_data():
             axis.legend(fontsize=8)
     settings = json.loads((Path(run_dir) / "config.json").read_text())["settings"]
-    if settings["preset"] == "gsm8k":
-        for (name, accuracy), style in zip(PAPER_GSM8K.items(), (":", "--")):
-            axes.flat[0].axhline(accuracy, color="black", linewidth=1, linestyle=style, label=name)
+    if settings["preset"].startswith("gsm8k"):
+        last, curves = max((steps[-1] for steps, _ in metrics.values()), default=0), authors_curves()
+        for (name, column), style in zip(THEIRS.items(), ("-", "--")):
+            steps, values = curves[column]
+            shown = steps <= max(last, 25)
+            axes.flat[0].plot(steps[shown], smooth(steps, values)[shown], color="0.6", linestyle=style, zorder=0,
+                              label=f"authors: {name}, smoothed")
         axes.flat[0].legend(fontsize=8)
     path = Path(run_dir) / "run.png"
     figure.savefig(path, dpi=100)
@@ -67,3 +112,5 @@ if __name__ == "__main__":
         sys.exit("usage: python -m trainer.plot RUN_DIR [RUN_DIR ...]")
     for directory in sys.argv[1:]:
         print(plot_run(directory))
+        if line := on_course(directory):
+            print(line)

@@ -127,7 +127,8 @@ def prepare(args) -> Run:
 def compiles(what, warm_up) -> bool:
     """Compile the layers for the update, or for sampling: does it work? warm_up() says why it does not, or None."""
     before = stopwatch.seconds
-    why = next((why for why in gather(warm_up) if why is not None), None)
+    with torch.random.fork_rng():                        # the run draws what it draws without compilation
+        why = next((why for why in gather(warm_up) if why is not None), None)
     print(f"{what}: " + (f"compiled in {stopwatch.seconds - before:.0f} s" if why is None else f"not compiled: {why}"))
     return why is None
 

@@ -74,7 +74,8 @@ def choose_sampler(model):
                 error = sampling_error(model, [list(range(3, 9)), list(range(10, 19))], sampler=decoding.sample)
             why = None if error <= TOLERANCE.get(model.dtype, 0.1) else f"the other loop differs by {error:.2g} nats"
         except Exception as failure:                     # any type, as in check_model
-            why = f"the other loop fails with {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+            reason = (str(failure).strip() or repr(failure)).splitlines()[0]
+            why = f"the other loop fails with {type(failure).__name__}: {reason}"
     print("sampling: " + ("the decoding loop of trainer/decoding.py" if why is None else
                           f"generate of transformers (resample.py), because {why}"))
     return decoding.sample if why is None else sample
@@ -112,13 +113,13 @@ def sampling_error(model, prefixes, n=7, sampler=None) -> float:
     never = model.get_input_embeddings().weight.shape[0]                 # no stop id: every continuation has n tokens
     drawn = (sampler or sample)(model, prefixes, 2, max_new_tokens=n, eos_token_id=never, pad_token_id=0,
                                 temperature=0.0)
-    worst = 0.0
+    worst = [torch.zeros(())]
     for prefix, (y, again) in zip(prefixes, drawn):
         ids = torch.tensor([prefix + y], device=model.device)
         logp = model(input_ids=ids, use_cache=False).logits[0, len(prefix) - 1:-1].float().log_softmax(-1)
         chosen = logp.gather(-1, ids[0, len(prefix):, None])[:, 0]
-        worst = max(worst, largest(logp.amax(-1) - chosen), 0.0 if y == again else float("inf"))
-    return worst
+        worst += [(logp.amax(-1) - chosen).abs().max(), torch.tensor(0.0 if y == again else float("inf"))]
+    return torch.stack([error.cpu() for error in worst]).max().item()                # nan where there is one
 
 
 def largest(difference: torch.Tensor) -> float:

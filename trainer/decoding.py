@@ -253,6 +253,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
             block = min(BLOCK, max(caps[i] - len(drawn[i][0]) for i in alive))
             fixed.begin_block(end - 1, block)
             made = draw_block(model, fixed, seen[:len(alive)], token, position, pick, block)
+            made = made if generation_config.do_sample else made[:1]
             end += block
             index = append_block(drawn, alive, made, stop, caps)
             if 0 < len(index) < len(alive):
@@ -265,10 +266,10 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
 
 
 def draw_block(model, fixed, seen, token, position, pick, block) -> list[list]:
-    """Draw `block` tokens of every row. Returns tokens, log-probabilities and entropies (greedy: only tokens).
+    """Draw `block` tokens of every row. Returns what `pick` gives of them, [n][block] each.
 
     seen: [n, columns] bool, what each row attends to. token, position: [n, 1], the last token of each row. All three
-    change in place, as everything must that a replayed graph reads. pick: logits [n, V] -> what is returned, each [n].
+    change in place, as everything must that a replayed graph reads. pick: logits [n, V] -> tokens and more, each [n].
     """
     index, columns = torch.zeros_like(fixed.column), torch.arange(seen.shape[1], device=token.device)
     made = [torch.zeros(len(token), block, dtype=dtype, device=token.device)
@@ -317,8 +318,8 @@ def captured(step):
 
 
 def greedy(logits):
-    """The likeliest token of each row, alone in a tuple."""
-    return logits.argmax(-1),
+    """The likeliest token of each row, and its logit, which tells whether logits are finite."""
+    return logits.max(-1)[::-1]
 
 
 # ---- before the first step ----

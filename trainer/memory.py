@@ -86,7 +86,8 @@ def of_row(model, tokens, compute) -> dict:
     """{part: bytes} of one row of so many tokens while it is sampled. compute: that of estimate()."""
     config, s = model.config, compute.itemsize
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {"KV cache": tokens * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * s,
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return {"KV cache": tokens * 2 * config.num_hidden_layers * kv_heads * head_dim * s,
             "logits": config.vocab_size * (s + 12)}
 
 

@@ -398,6 +398,18 @@ def test_how_far_the_sampler_is_from_the_update_by_hand(model, ref_model):
     assert metrics["sampler_gap"] == pytest.approx(sum(trained) / len(trained), abs=1e-6)
 
 
+def test_the_gap_of_branches_without_a_weight_is_not_counted(model, ref_model):
+    groups = example()[:1]
+    logps = iter(score_groups(model, groups, Config())[0])
+    for t in groups[0].trajectories:
+        parts = iter(next(logps).split([len(t.response), *(len(y) for _, y in t.branches)]))
+        t.response = Continuation(t.response, (next(parts) + 0.5).numpy())
+        for fork in t.forks:
+            fork.branches = [Continuation(y, (next(parts) + 2.0).numpy()) for y in fork.branches]
+    _, metrics = objective(model, groups, Config(beta=BETA, objective="authors", lam=0.0), ref_model)
+    assert [metrics["sampler_gap"], metrics["sampler_gap_max"]] == pytest.approx([0.5, 0.5], abs=1e-6)
+
+
 def test_metrics_of_the_objective_by_hand(model, ref_model):
     groups = example()
     _, metrics = objective(model, groups, Config(beta=BETA), ref_model, micro_batch_tokens=25)

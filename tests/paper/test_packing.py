@@ -15,6 +15,7 @@ from packing import (
     attention_length,
     batch_costs,
     batch_tensors,
+    layer_masks,
     micro_batches,
     pack,
     pack_groups,
@@ -320,3 +321,16 @@ def test_the_drawing_is_the_mask(capsys):
     assert ["".join(line) for line in drawn] == [
         "#........", "##.......", "###......", "####.....", "#####....", "######...",
         "####..#..", "####..##.", "####....#"]
+
+
+def test_layers_that_are_all_full_have_one_mask_whatever_the_window():
+    config = make_model(use_sliding_window=True, sliding_window=4, max_window_layers=2).config
+    assert set(config.layer_types) == {"full_attention"}
+    config.sliding_window = 4
+    assert layer_masks(config, lambda window: ("mask", window)) == ("mask", None)
+
+
+def test_a_plain_row_may_come_before_one_with_branches():
+    model, rows = make_model(), [pack([3], [4] * 9 + [5]), pack([3, 4], [5, 6, 7], [(1, [8, 9]), (2, [9])])]
+    apart = torch.cat([score_rows(model, [row])[0] for row in rows])
+    torch.testing.assert_close(score_rows(model, rows)[0], apart, rtol=0, atol=1e-10)

@@ -288,3 +288,11 @@ def test_bad_arguments_are_named(draw, name, changes):
 
 def test_no_prefixes_no_samples(draw):
     assert draw(make_model(), []) == []
+
+
+def test_what_is_cut_by_hand():
+    for cap, n in ((2, 2), (3, 3), (9, 3)):                  # the stop id is after the cap, at it, before it
+        y = resample.cut([5, 6, 1, 7, 1], [-1., -2., -3., -4., -5.], [1., 2., 3., 4., 5.], {1}, cap)
+        assert y == [5, 6, 1][:n] and y.logps.tolist() == [-1, -2, -3][:n] and y.entropies.tolist() == [1, 2, 3][:n]
+    assert resample.Continuation([5], logps=[-1.0]).entropies is None
+    assert resample.Continuation([5], entropies=[1.0]).logps is None

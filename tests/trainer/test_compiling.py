@@ -74,6 +74,7 @@ def test_a_model_with_two_kinds_of_layers_has_two_block_masks():
         assert torch.equal(create_mask(mask.mask_mod, *mask.shape[:1], None, *mask.shape[2:]), dense[kind])
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", ["qwen2 of 3 heads a group", "llama", *WINDOWED])
 def test_flex_attention_gives_the_values_of_the_dense_mask(kind, monkeypatch):
     settings = {"num_attention_heads": 6, "hidden_size": 48} if "3 heads" in kind else {}
@@ -195,3 +196,27 @@ def test_a_compiled_run_makes_the_steps_of_a_plain_one(tmp_path, capsys):
         assert [step["seconds_compile"] for step in timing[1:]] == [0.0] * 3
     for ours, plain in zip(*lines):
         assert ours["reward"] == plain["reward"] and ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+
+
+def test_masks_and_queries_have_the_type_of_the_computation(monkeypatch):
+    rows, seen = random_rows(2), []
+    _, positions, segments, prefixes, *_ = batch_tensors(rows, "cpu", BLOCK)
+    batch = make_model().config, segments, prefixes, positions
+    assert additive_masks(rows, *batch).dtype == torch.bool                          # without autocast
+    monkeypatch.setattr(compiling, "flex_attention_forward", lambda module, *parts, **_: seen.extend(parts[:3]))
+    q, k = torch.zeros(2, 4, 8, 8), torch.zeros(2, 2, 8, 8)
+    attend(None, q, k, k.bfloat16(), block_masks(rows, *batch))
+    assert len(seen) == 3 and {x.dtype for x in seen} == {torch.bfloat16}
+
+
+def test_the_warm_up_has_every_kind_of_pass(monkeypatch):
+    model, calls = make_model(0, torch.float32), []
+
+    def watched(model, rows, temperature=1.0, **options):
+        calls.append((len(rows), temperature, torch.is_grad_enabled()))
+        return plain_rows(model, rows, temperature, **options)
+
+    monkeypatch.setattr(compiling, "compiled", lambda function: function)
+    monkeypatch.setattr(compiling, "compiled_rows", watched)
+    assert warm_up(model, make_model(1, torch.float32), 0.7) is None
+    assert calls == [(3, 0.7, True), (3, 0.7, False), (1, 0.7, True), (1, 0.7, False)]

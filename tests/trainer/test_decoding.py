@@ -103,6 +103,76 @@ def test_attention_of_one_token_is_that_of_torch():
         decoding.attend(None, query, key, value, mask, softcap=30.0)
 
 
+def test_rows_are_counted_in_the_type_of_the_computation(monkeypatch):
+    model = make_model(dtype=torch.float32)
+    monkeypatch.setattr(decoding, "free_memory", lambda device: 10**7)
+    assert decoding.rows_that_fit(model, 20) == int(0.9 * 10**7 // sum(of_row(model, 20, torch.float32).values()))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    assert decoding.rows_that_fit(model, 20) == int(0.9 * 10**7 // sum(of_row(model, 20, torch.bfloat16).values()))
+
+
+def test_free_memory_is_what_the_driver_has_and_what_torch_holds_in_reserve(monkeypatch):
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert decoding.free_memory(torch.device("cuda")) == 100 + 70 - 30
+
+
+def test_a_batch_of_prefixes_may_have_all_of_its_tokens(monkeypatch):
+    for tokens, batches in ((18, [[1, 2, 0], [3]]), (17, [[1, 2], [0], [3]])):       # of lengths 6, 1, 2 and 11
+        monkeypatch.setattr(decoding, "PREFILL_TOKENS", tokens)
+        assert decoding.prefill_batches(RAGGED, range(4)) == batches
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_under_autocast_the_loop_has_a_cache_in_half_precision(temperature, monkeypatch):
+    model, types, update = make_model(dtype=torch.float32), set(), decoding.FixedLayer.update
+
+    def watched(*args, **kwargs):
+        found = update(*args, **kwargs)
+        types.update(states.dtype for states in found)
+        return found
+
+    monkeypatch.setattr(decoding.FixedLayer, "update", watched)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        drawn = drawn_by(decoding, model, k=20, temperature=temperature)
+    assert types == {torch.bfloat16}
+    for prefix, tails in zip(RAGGED, drawn):
+        for tail in tails:
+            logits = model(input_ids=torch.tensor([prefix + tail])).logits[0, len(prefix) - 1:-1]
+            logp = (logits / temperature).log_softmax(-1)[range(len(tail)), tail]
+            assert (torch.tensor(tail.logps) - logp).abs().mean() < 0.2
+
+
+def test_scores_and_draws_are_computed_in_fp32():
+    torch.manual_seed(0)
+    scores = (torch.randn(4, 2, 3, 50) * 5).bfloat16()
+    p = decoding.masked_softmax(scores, torch.ones(4, 1, 1, 50, dtype=torch.bool), 0.3)
+    torch.testing.assert_close(p, (scores.float() * 0.3).softmax(-1), rtol=0, atol=1e-6)
+    logits = (torch.randn(64, 50) * 5).bfloat16()
+    token, logp, entropy = decoding.draw(logits, 0.7)
+    right = (logits.float() / 0.7).log_softmax(-1)
+    assert entropy.dtype == torch.float32
+    torch.testing.assert_close(logp, right[range(64), token], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_what_attend_cannot_do_it_refuses(name):
+    x, mask = torch.zeros(1, 2, 1, 4), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    decoding.attend(None, x, x, x, mask, **{name: None})
+    with pytest.raises(ValueError, match=name):
+        decoding.attend(None, x, x, x, mask, **{name: 3.0})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_named_without_a_prefill(temperature):
+    model = make_model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        drawn_by(decoding, model, [[3]], temperature=temperature)
+
+
 # ---- the draw ----
 
 def test_the_noise_is_exponential_for_every_uniform_number():
@@ -219,6 +289,33 @@ def test_which_loop_samples_and_why(monkeypatch, capsys):
         assert "generate of transformers" in line and reason in line
 
 
+def test_the_loop_is_not_chosen_for_an_error_without_words(monkeypatch, capsys):
+    def broken(*args, **settings):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(decoding, "sample", broken)
+    assert choose_sampler(make_model(dtype=torch.float32)) is resample.sample
+    assert "NotImplementedError" in capsys.readouterr().out
+
+
+def test_windows_are_short_when_the_loop_is_chosen(monkeypatch):
+    model, seen, sample = random_model("mistral", torch.float32, sliding_window=100), [], decoding.sample
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(decoding, "sample",
+                        lambda *a, **k: seen.append(model.config.sliding_window) or sample(*a, **k))
+    choose_sampler(model)
+    assert seen == [4] and model.config.sliding_window == 100
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "falcon", "persimmon", "gpt_bigcode"])
+def test_a_model_that_names_no_key_heads_has_a_size(kind):
+    model = random_model(kind)
+    if hasattr(model.config, "num_key_value_heads"):
+        del model.config.num_key_value_heads
+    assert of_row(model, 5, torch.float32)["KV cache"] >= 5 * 2 * 2 * 8 * 4
+
+
 def test_a_step_and_an_evaluation_of_the_embedded_task_on_both_loops(tmp_path, monkeypatch):
     """Greedy answers are the same, token for token. The sampler and the update are one policy, to rounding."""
     answers = []
@@ -272,3 +369,26 @@ def test_sampling_goes_on_without_what_cannot_be_compiled(monkeypatch):
     assert "differ by 0.05 nats" in decoding.warm_up(model)              # of one of two rows
     monkeypatch.setattr(decoding, "sample", lambda *args, compile_layers, **settings: sample(*args, **settings))
     assert decoding.warm_up(model) is None
+
+
+def test_nan_is_not_a_healthy_gap(monkeypatch):
+    model, sample = make_model(), decoding.sample
+
+    def broken(*args, compile_layers, **settings):
+        drawn = sample(*args, **settings)
+        drawn[0][0].logps[3] = float("nan")
+        return drawn
+
+    monkeypatch.setattr(decoding, "sample", broken)
+    assert "differ by nan nats" in decoding.warm_up(model)
+
+
+def test_the_warm_up_draws_two_blocks_of_several_rows_and_of_one(monkeypatch):
+    model, calls, sample = make_model(0, torch.float32), [], decoding.sample
+
+    def watched(model, prefixes, k, *, compile_layers, **settings):
+        calls.append((len(prefixes), compile_layers, settings["max_new_tokens"] > decoding.BLOCK))
+        return sample(model, prefixes, k, **settings)
+
+    monkeypatch.setattr(decoding, "sample", watched)
+    assert decoding.warm_up(model) is None and calls == [(2, True, True), (1, True, True)]

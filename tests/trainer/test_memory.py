@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import make_model
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -17,7 +18,7 @@ from loss import loss_table, sequence_weights
 from packing import attention_length, pack_groups
 from resample import sample
 from trainer import memory
-from trainer.memory import GB, KNOWN, estimate, largest, load_geometry
+from trainer.memory import GB, KNOWN, estimate, largest, load_geometry, of_row
 from trainer.model import Ranks, checkpoint_activations, fsdp_modules, gathered, shard
 
 
@@ -246,3 +247,9 @@ def test_a_model_without_a_geometry_is_one_line(tmp_path, capsys, monkeypatch):
 def test_a_local_model_needs_no_table(capsys):
     assert train_gsm8k.main(["--preset", "tiny", "--dry-run"]) == 0
     assert "assets/tiny: 0.00 G parameters on 1 GPU;" in capsys.readouterr().out
+
+
+def test_memory_of_a_row_by_hand():
+    """2 layers, 2 heads of keys and values, and a head_dim that is not 32 / 4; then the logits."""
+    model = make_model(head_dim=16)
+    assert of_row(model, 5, torch.bfloat16) == {"KV cache": 5 * 2 * 2 * 2 * 16 * 2, "logits": 23 * (2 + 12)}

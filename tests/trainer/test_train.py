@@ -26,6 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import resample
 import tasks.lock
 import train_gsm8k
 from deep_grpo import Group, Trajectory, update
@@ -34,6 +35,8 @@ from packing import pack, score_rows
 from recoverability import Recoverability
 from resample import sample
 from tasks import GSM8K_INSTRUCTION, chat_prompt, split_validation
+from trainer import compiling, decoding
+from trainer.compiling import compiled_rows, plain_rows, stopwatch
 from trainer.model import load_model
 from trainer.policy import Policy
 from trainer.session import owned
@@ -723,3 +726,65 @@ def test_the_end_of_a_run_reports_a_mean_that_is_no_maximum(tmp_path, monkeypatc
     monkeypatch.setattr(train_gsm8k, "evaluate", fixed)
     assert train(*FAST, "--steps", 4, "--eval-every", 1, "--eval-rows", 4, "--out", tmp_path / "run") == 0
     assert "over the last 1 of 5 evaluations is 0.400" in capsys.readouterr().out
+
+
+# ---- the sampler and the update ----
+
+def test_a_sampler_that_is_not_the_policy_is_named_once(tmp_path, capsys, monkeypatch):
+    step, gaps = train_gsm8k.train_step, iter([None, 0.02, 0.04, 0.05])
+
+    def with_gap(run):
+        metrics, *others = step(run)
+        return metrics | {"sampler_gap": next(gaps)}, *others
+
+    monkeypatch.setattr(train_gsm8k, "train_step", with_gap)
+    assert train(*SHORT, "--steps", 4, "--out", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert out.count("what is sampled is not what is trained") == 1 and "by 0.040 nats" in out
+
+
+def test_the_seconds_of_compilation_are_those_of_the_step(tmp_path, monkeypatch):
+    run, method = prepared(tmp_path), train_gsm8k.METHODS["deep_grpo"]
+
+    def update(*args, **options):
+        stopwatch.seconds += 5.0
+        return method.update(*args, **options)
+
+    monkeypatch.setattr(stopwatch, "seconds", 100.0)
+    monkeypatch.setitem(train_gsm8k.METHODS, "deep_grpo", replace(method, update=update))
+    assert [train_gsm8k.train_step(run)[1]["seconds_compile"] for _ in range(2)] == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("flag", ["--compile", "--no-compile"])
+@pytest.mark.parametrize("loop", [resample, decoding])
+def test_what_is_compiled_of_a_run(tmp_path, monkeypatch, capsys, flag, loop):
+    monkeypatch.setattr(compiling, "compiled", lambda function: function)
+    monkeypatch.setattr(train_gsm8k, "choose_sampler", lambda model: loop.sample)
+    run, method, seen = prepared(tmp_path, "--beta", "0.1", flag), train_gsm8k.METHODS["deep_grpo"], []
+
+    def update(*args, **options):
+        seen.extend("forward" in model.model.layers[-1].__dict__ for model in (run.policy.model, run.ref_model))
+        return method.update(*args, **options)
+
+    monkeypatch.setitem(train_gsm8k.METHODS, "deep_grpo", replace(method, update=update))
+    before = torch.get_rng_state()
+    train_gsm8k.train_step(run)
+    on, out, sampler = flag == "--compile", capsys.readouterr().out, run.policy.sampler
+    assert seen == [on, on] and run.score is (compiled_rows if on else plain_rows)
+    assert "forward" not in run.policy.model.model.layers[-1].__dict__
+    assert ("the update: compiled in" in out) == on and ("sampling: compiled in" in out) == (on and loop is decoding)
+    if on and loop is decoding:
+        assert sampler.func is decoding.sample and sampler.keywords == {"compile_layers": True}
+    else:
+        assert sampler is loop.sample
+    torch.manual_seed(run.args.seed)
+    assert torch.equal(before, torch.get_rng_state())                    # compilation has drawn nothing of the run's
+
+
+def test_what_cannot_be_compiled_is_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_gsm8k, "choose_sampler", lambda model: decoding.sample)
+    monkeypatch.setattr(compiling, "warm_up", lambda *args: "no compiler")
+    monkeypatch.setattr(decoding, "warm_up", lambda *args: "none either")
+    run, out = prepared(tmp_path, "--compile"), capsys.readouterr().out
+    assert run.score is plain_rows and run.policy.sampler is decoding.sample
+    assert "the update: not compiled: no compiler" in out and "sampling: not compiled: none either" in out

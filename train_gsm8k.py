@@ -42,6 +42,7 @@ import tasks.lock
 from deep_grpo import Config, step
 from grading import GRADERS, is_number, states_gold
 from recoverability import Recoverability
+from resample import sample
 from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
 from trainer import compiling, decoding
 from trainer.check import check_length, check_model, choose_sampler
@@ -112,8 +113,11 @@ def prepare(args) -> Run:
     if args.compile:
         if compiles("the update", lambda: compiling.warm_up(model, ref_model, config.temperature)):
             score = compiled_rows
-        if sampler is decoding.sample and compiles("sampling", lambda: decoding.warm_up(model)):
+    if sampler is decoding.sample:
+        if args.compile and compiles("sampling", lambda: decoding.warm_up(model, True)):
             sampler = partial(decoding.sample, compile_layers=True)
+        elif not compiles("the draw", lambda: decoding.warm_up(model, False)):
+            sampler = sample
     policy = Policy(model, tokenizer, start["stop_ids"], config, args.micro_batch_tokens, sampler)
     run = Run(args, policy, ref_model, optimizer, Recoverability(), np.random.default_rng(args.seed),
               questions, eval_questions, val_questions, skipped, date, start, score)
@@ -125,7 +129,7 @@ def prepare(args) -> Run:
 
 
 def compiles(what, warm_up) -> bool:
-    """Compile the layers for the update, or for sampling: does it work? warm_up() says why it does not, or None."""
+    """Compile for the update, or for sampling, and try it: does it work? warm_up() says why it does not, or None."""
     before = stopwatch.seconds
     with torch.random.fork_rng():                        # the run draws what it draws without compilation
         why = next((why for why in gather(warm_up) if why is not None), None)

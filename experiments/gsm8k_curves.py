@@ -6,7 +6,7 @@ The logs have the test accuracy of 17 runs, every 5 steps, one seed each (result
 line names the source). Their names say which run is which; that they are the runs of the paper follows from these names
 and from agreeing digits.
 
-best      the largest of the evaluations up to step 2,000, or of all: what the paper reports
+best      the largest of the evaluations up to step 2,000 (what the paper reports of GRPO), or of all (of DEEP-GRPO)
 late      the mean of the evaluations of steps 1,500 to 2,000: no maximum, and far less noise
 noise     how much one evaluation differs from the next: the standard deviation of their difference over sqrt(2)
 """
@@ -86,22 +86,25 @@ def tables(runs, noise, hours) -> str:
         lines.append(f"| {name} | {run['start']:.1f} | {spans} | {run['best to 2,000']:.2f} | "
                      f"{run['best']:.2f} ({run['best step']:,}, of {run['evaluations']:,}) |")
     lines += ["", "All numbers are percent of the test questions. After ± stands the standard deviation of the "
-              "evaluations in the window.", "", "| how much one number is worth, in points | |", "|---|---|",
+              "evaluations in the window. \"Late\" is the mean of steps 1,500 to 2,000. The run with every rollout "
+              "branched ends at step 1,820.", "", "| how much one number is worth, in points | |", "|---|---|",
               f"| standard error of an accuracy of {runs[DEEP]['late'][0]:.0f} % on {QUESTIONS:,} questions | "
               f"{noise['test set']:.1f} |",
-              f"| one evaluation against the next, late (median of the runs) | {noise['evaluation']:.2f} |",
+              f"| noise of one evaluation, late (median of the runs; the next one differs by √2 of it) | "
+              f"{noise['evaluation']:.2f} |",
               f"| the same untrained model, over {len(runs)} runs | {noise['start']:.2f} |",
               f"| the late means of {len(TWINS)} runs whose settings hardly differ: {', '.join(TWINS)} | "
               f"{noise['run']:.2f} |",
               "| the best up to step 2,000 above the late mean (median of the runs) | "
               f"{noise['maximum over late']:.1f} |", "",
-              f"| DEEP-GRPO over | as published | late means | the mean of the {len(TWINS)} similar runs instead |",
-              "|---|---|---|---|"]
+              "| DEEP-GRPO over | as published | best to step 2,000 of both | best of all of both | late means | "
+              f"the mean of the {len(TWINS)} similar runs instead |", "|---|---|---|---|---|---|"]
     published = {GRPO: 67.7 - 64.1, LARGE: 67.7 - 66.2}
     twins = np.mean([runs[name]["late"][0] for name in TWINS])
     for other in (GRPO, "GRPO, N = 16", "GRPO, N = 32", LARGE):
         late = runs[other]["late"][0]
-        lines.append(f"| {other} | {f'{published[other]:.1f}' if other in published else ''} | "
+        like = " | ".join(f"{runs[DEEP][best] - runs[other][best]:.1f}" for best in ("best to 2,000", "best"))
+        lines.append(f"| {other} | {f'{published[other]:.1f}' if other in published else ''} | {like} | "
                      f"{runs[DEEP]['late'][0] - late:.1f} | {twins - late:.1f} |")
     lines += ["", "| hours until the smoothed accuracy reaches | 60 % | 62 % | 64 % |", "|---|---|---|---|"]
     for name, values in hours.items():

@@ -324,8 +324,8 @@ def greedy(logits):
 
 # ---- before the first step ----
 
-def warm_up(model) -> str | None:
-    """Compile all that sampling needs. Returns why a run has to go on with layers that are not compiled, or None.
+def warm_up(model, compile_layers: bool) -> str | None:
+    """Try the loop on the model's device, and compile what it needs. Returns why it cannot be used so, or None.
 
     What is drawn from several rows, and from one, is scored by packing.score_rows: both must be one policy.
     """
@@ -335,7 +335,7 @@ def warm_up(model) -> str | None:
         try:
             with precision(model), gathered(model):
                 drawn = sample(model, prefixes, 1, max_new_tokens=BLOCK + 2, eos_token_id=vocabulary, pad_token_id=0,
-                               compile_layers=True)
+                               compile_layers=compile_layers)
         except Exception as error:                   # any type: what a compiler does is not ours to say
             return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
         with torch.no_grad(), gathered(model):

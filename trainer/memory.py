@@ -23,9 +23,13 @@ has T tokens. A chunk of the head has C = min(T, 4096) loss tokens (packing.scor
                                     2 norms: fp32 input, normalised, and a bf16 copy for each product that reads it
                                     q, k, v (k and v repeated for all heads), output twice: 5 q * 2
                                     MLP: gate, silu(gate), up, product: 4 I * 2
-                                    mask: 2 per token of the longest row (T is an upper bound)
+                                    mask: 2 per token of the longest row (T is an upper bound); none with compiled
+                                    layers, whose attention needs none
                                     All L layers keep this. With gradient checkpointing there are L inputs, and one
                                     layer at a time.
+
+Compiled layers also keep less of the rest, by an amount that only a measurement tells. For the two real runs on an
+H200 (results/gsm8k) the formulas give 55 and 70 GB. Measured were 46 and 52, the second with compiled layers.
 
 The peak of the update is either at the head, with logits and all that the layers keep, or in the backward pass of the
 last layer. A tenth of a GPU's memory is left free for fragments, for CUDA and for NCCL.
@@ -42,7 +46,7 @@ USABLE = 0.9
 
 
 def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, reference=True, checkpointing=False,
-             offload=False, compute=torch.bfloat16) -> dict:
+             offload=False, compute=torch.bfloat16, compiled=False) -> dict:
     """Return {"sampling": {part: bytes}, "update": {part: bytes}} of each GPU, by the formulas at the top of the file.
 
     model: may be on the meta device. rows: number of sequences that are sampled at a time on a GPU, of row_tokens each.
@@ -70,7 +74,8 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     sampling = {"gradients": 0, "gathered": 0 if s == 4 else 2 * P,
                 **{name: rows * n for name, n in of_row(model, row_tokens, compute).items()}, "activations": 0}
 
-    layer = T * (2 * (4 + residual) * h + (5 if autocast else 2) * s * h + 5 * q * s + 4 * inner * s + T * s)
+    mask = 0 if compiled else T * s
+    layer = T * (2 * (4 + residual) * h + (5 if autocast else 2) * s * h + 5 * q * s + 4 * inner * s + mask)
     kept = depth * (T * residual * h if checkpointing else layer)
     moments = {                                      # points in time of the update, not Adam's moments
         "at the head": {"activations": kept + T * (4 + 3 * residual) * h,
@@ -116,6 +121,26 @@ def load_geometry(name):
         return AutoModelForCausalLM.from_config(config)
 
 
+def seconds_line(args, parameters, gpus) -> str:
+    """A rough estimate of the seconds of a step on H200 GPUs. The line says that it is one.
+
+    It assumes responses of 40 % of the cap, failures of half of the rollouts, and branches of a third of a response.
+    The rates are about those of the second real run (results/gsm8k/second-run.md), of prototypes with 0.494 G
+    parameters: 2.1 ms for each token step, in which the weights are read once at 4.3 TB/s, 11.8 us for each sampled
+    token, 2.4 us for grading it, and 70,000 tokens of the update a second with the reference pass. Of the authors'
+    objective 40 % of the tokens have a weight. Rates of sampling and update are scaled by the number of parameters.
+    """
+    response, rollouts, size = 0.4 * args.max_new_tokens, args.questions * args.group_size, parameters / 0.494e9
+    sampled = {"rollouts": rollouts * response, "branches": rollouts / 2 * args.branches * response / 3}
+    token_step = 2.1e-3 + 2 * parameters / 4.3e12
+    seconds = {name: token_step * args.max_new_tokens + size * 11.8e-6 * n / gpus for name, n in sampled.items() if n}
+    tokens, share = sum(sampled.values()) / gpus, 0.4 if args.objective == "authors" else 1.0
+    passes = (3 + (args.beta > 0) + args.gradient_checkpointing) / 4
+    seconds |= {"grading": 2.4e-6 * tokens, "update": size * passes * share * tokens / 70_000}
+    return (f"a step: about {sum(seconds.values()):.0f} s on {gpus} H200, a rough estimate from a run of prototypes ("
+            + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()) + ")")
+
+
 def largest(cost, limit) -> int:
     """The largest n with cost(n) <= limit, found by bisection. It is 0 if there is none."""
     return bisect_left(range(1, 2**24), True, key=lambda n: cost(n) > limit)
@@ -136,7 +161,7 @@ def report(args, gpus) -> str:
 
     def parts(phase, rows=0, tokens=0):
         return estimate(model, gpus, rows, width, tokens, args.beta > 0, args.gradient_checkpointing,
-                        args.offload_optimizer)[phase]
+                        args.offload_optimizer, compiled=args.compile)[phase]
 
     phases = {phase: parts("sampling", n) for phase, n in rows.items()}
     phases["update"] = parts("update", tokens=args.micro_batch_tokens)
@@ -157,6 +182,7 @@ def report(args, gpus) -> str:
                + ", if all rollouts fail" * (phase == "branches") for phase, n in rows.items()),
              f"update: micro-batches of {args.micro_batch_tokens} tokens",
              f"host memory: {4 * parameters / GB:.1f} on rank 0 to load the model{host}",
+              seconds_line(args, parameters, gpus),
               "", f"the largest sizes that fit, with {100 * (1 - USABLE):.0f} % of the memory left free:"]
     for card in (24, 40, 80):
         limit = USABLE * card * GB

@@ -215,7 +215,8 @@ def fill_settings(parser, args):
         preset = preset | dict(eval_data=None, val_rows=0, eval_rows=preset.get("val_rows", preset["eval_rows"]))
     defaults = {f.name: f.default for f in fields(Config)}
     defaults |= dict(seed=0, template="chat", stapo=False, maspo=False, budget_tokens=None, step_tokens=None,
-                     answer=None, compile=gpu, save_every=0, eval_data=None, val_rows=0, gradient_checkpointing=False)
+                     answer=None, compile=gpu or args.dry_run, save_every=0, eval_data=None, val_rows=0,
+                     gradient_checkpointing=False)
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

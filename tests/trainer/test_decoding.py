@@ -337,7 +337,7 @@ def test_a_step_and_an_evaluation_of_the_embedded_task_on_both_loops(tmp_path, m
 def test_compiled_layers_draw_the_same_and_nothing_is_compiled_after_the_warm_up():
     torch._dynamo.reset_code_caches()
     model, before = make_model(2, torch.float32), stopwatch.seconds
-    assert decoding.warm_up(model) is None and stopwatch.seconds > before
+    assert decoding.warm_up(model, True) is None and stopwatch.seconds > before
     before = stopwatch.seconds
     for prefixes, k in ((RAGGED, 9), (RAGGED[:2], 2), (RAGGED[:1], 1), ([[3]], 2)):      # at times one row is left
         plain, compiled = (drawn_by(decoding, model, prefixes, k, max_new_tokens=70, compile_layers=compile_layers)
@@ -364,11 +364,11 @@ def test_sampling_goes_on_without_what_cannot_be_compiled(monkeypatch):
         return drawn
 
     monkeypatch.setattr(decoding, "sample", fails)
-    assert decoding.warm_up(model) == "RuntimeError: no compiler here"
+    assert decoding.warm_up(model, True) == "RuntimeError: no compiler here"
     monkeypatch.setattr(decoding, "sample", wrong)
-    assert "differ by 0.05 nats" in decoding.warm_up(model)              # of one of two rows
+    assert "differ by 0.05 nats" in decoding.warm_up(model, True)              # of one of two rows
     monkeypatch.setattr(decoding, "sample", lambda *args, compile_layers, **settings: sample(*args, **settings))
-    assert decoding.warm_up(model) is None
+    assert decoding.warm_up(model, True) is None
 
 
 def test_nan_is_not_a_healthy_gap(monkeypatch):
@@ -380,7 +380,7 @@ def test_nan_is_not_a_healthy_gap(monkeypatch):
         return drawn
 
     monkeypatch.setattr(decoding, "sample", broken)
-    assert "differ by nan nats" in decoding.warm_up(model)
+    assert "differ by nan nats" in decoding.warm_up(model, True)
 
 
 def test_the_warm_up_draws_two_blocks_of_several_rows_and_of_one(monkeypatch):
@@ -391,4 +391,6 @@ def test_the_warm_up_draws_two_blocks_of_several_rows_and_of_one(monkeypatch):
         return sample(model, prefixes, k, **settings)
 
     monkeypatch.setattr(decoding, "sample", watched)
-    assert decoding.warm_up(model) is None and calls == [(2, True, True), (1, True, True)]
+    for compile_layers in (True, False):
+        assert decoding.warm_up(model, compile_layers) is None
+    assert calls == [(2, True, True), (1, True, True), (2, False, True), (1, False, True)]

@@ -1,4 +1,5 @@
 """The estimate against real allocations: those of this process, on the CPU, as the profiler sees them."""
+import argparse
 import gc
 import re
 from unittest.mock import patch
@@ -247,6 +248,31 @@ def test_a_model_without_a_geometry_is_one_line(tmp_path, capsys, monkeypatch):
 def test_a_local_model_needs_no_table(capsys):
     assert train_gsm8k.main(["--preset", "tiny", "--dry-run"]) == 0
     assert "assets/tiny: 0.00 G parameters on 1 GPU;" in capsys.readouterr().out
+
+
+def test_compiled_layers_need_no_mask():
+    model, T = make(depth=3), 512
+    for checkpointing in (False, True):                              # of checkpointed layers one keeps it at a time
+        dense, none = (estimate(model, micro_batch_tokens=T, checkpointing=checkpointing, compiled=compiled)["update"]
+                       for compiled in (False, True))
+        assert dense["activations"] - none["activations"] == (3 if not checkpointing else 1) * T * T * 2
+
+
+def test_the_estimate_of_seconds_by_hand():
+    args = argparse.Namespace(questions=32, group_size=8, branches=8, max_new_tokens=400, objective="authors",
+                              beta=1e-4, gradient_checkpointing=False)
+    rollouts, branches = 256 * 160, 128 * 8 * 160 / 3
+    steps = 400 * (2.1e-3 + 2 * 0.494e9 / 4.3e12)
+    expected = [steps + 11.8e-6 * rollouts, steps + 11.8e-6 * branches, 2.4e-6 * (rollouts + branches),
+                0.4 * (rollouts + branches) / 70_000]
+    line = memory.seconds_line(args, 0.494e9, 1)
+    assert f"about {sum(expected):.0f} s on 1 H200, a rough estimate" in line
+    for name, value in zip(("rollouts", "branches", "grading", "update"), expected):
+        assert f"{name} {value:.1f}" in line
+    args.branches, args.objective, args.beta = 0, "paper", 0.0
+    line = memory.seconds_line(args, 0.988e9, 4)
+    assert "branches" not in line and f"update {2 * 0.75 * rollouts / 4 / 70_000:.1f}" in line
+    assert f"rollouts {400 * (2.1e-3 + 4 * 0.494e9 / 4.3e12) + 2 * 11.8e-6 * rollouts / 4:.1f}" in line
 
 
 def test_memory_of_a_row_by_hand():

@@ -786,5 +786,9 @@ def test_what_cannot_be_compiled_is_not(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compiling, "warm_up", lambda *args: "no compiler")
     monkeypatch.setattr(decoding, "warm_up", lambda *args: "none either")
     run, out = prepared(tmp_path, "--compile"), capsys.readouterr().out
-    assert run.score is plain_rows and run.policy.sampler is decoding.sample
+    assert run.score is plain_rows and run.policy.sampler is resample.sample         # not even the draw
     assert "the update: not compiled: no compiler" in out and "sampling: not compiled: none either" in out
+    assert "the draw: not compiled: none either" in out
+    monkeypatch.setattr(decoding, "warm_up", lambda model, layers: "no layers" if layers else None)
+    for flag in ("--compile", "--no-compile"):
+        assert prepared(tmp_path, flag).policy.sampler is decoding.sample

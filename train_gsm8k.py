@@ -131,7 +131,8 @@ def prepare(args) -> Run:
 def compiles(what, warm_up) -> bool:
     """Compile for the update, or for sampling, and try it: does it work? warm_up() says why it does not, or None."""
     before = stopwatch.seconds
-    with torch.random.fork_rng():                        # the run draws what it draws without compilation
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):                 # the run draws what it draws without compilation
         why = next((why for why in gather(warm_up) if why is not None), None)
     print(f"{what}: " + (f"compiled in {stopwatch.seconds - before:.0f} s" if why is None else f"not compiled: {why}"))
     return why is None

@@ -106,11 +106,9 @@ def compiled_layers(*models, attend=attend):
     for layer in layers:                             # below the hooks of FSDP
         layer.forward = MethodType(compiled(type(layer).forward), layer)
     try:
-        # One compilation serves all layers, which differ in a number (layer_idx), and all shapes: two sizes that are
-        # equal by chance are not taken for the same one. There are some kinds of passes: with and without gradients,
-        # of one row and of several, of the policy and the reference, of the update and of sampling.
-        with (attention(attend), torch.fx.experimental._config.patch(use_duck_shape=False),
-              torch._dynamo.config.patch(recompile_limit=32, allow_unspec_int_on_nn_module=True)):
+        # There are some kinds of passes, each of which is compiled once: with and without gradients, of one row and of
+        # several, of the policy and the reference, of the update and of sampling.
+        with attention(attend), torch._dynamo.config.patch(recompile_limit=32):
             yield
     finally:
         for layer in layers:

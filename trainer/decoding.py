@@ -16,10 +16,12 @@ On a CPU, and for a sharded model, the same loop runs without graphs and without
 import sys
 import warnings
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -29,7 +31,7 @@ from packing import layer_masks, pack
 from resample import Continuation, append_block, as_read, cut, left_padded, prefill
 from trainer.compiling import attention, compiled, compiled_layers
 from trainer.memory import USABLE, of_row
-from trainer.model import Ranks, gathered, precision
+from trainer.model import Ranks, gathered, layers_of, precision
 
 HEALTHY_GAP = 0.03                       # nats; trainer/README.md (sampler_gap) says what was measured
 BLOCK = 64                               # tokens between two looks at which rows have ended
@@ -248,7 +250,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
                        for x in (input_ids, inputs["position_ids"]))
     stop, drawn = set(generation_config.eos_token_id), [([], [], []) for _ in range(n)]
     alive, end = list(range(n)), width
-    with compiled_layers(model, attend=attend) if compile_layers else attention(attend):
+    with compiled_for_one_token(model) if compile_layers else attention(attend):
         while alive:
             block = min(BLOCK, max(caps[i] - len(drawn[i][0]) for i in alive))
             fixed.begin_block(end - 1, block)
@@ -297,6 +299,29 @@ def draw_block(model, fixed, seen, token, position, pick, block) -> list[list]:
     if not all(torch.isfinite(values).all() for values in made[1:]):
         raise FloatingPointError("the policy's logits are not finite; a smaller learning rate may help")
     return [values.tolist() for values in made[:kinds]]
+
+
+@contextmanager
+def compiled_for_one_token(model):
+    """The layers run compiled until the end of the block, for one token of each row.
+
+    One compilation serves all layers, although they differ in a number (layer_idx), and all sizes: two that are equal
+    by chance are not taken for the same one. Under autocast, compiled code would cast the weights anew for every token.
+    So those of the linear layers are in its type until the end of the block.
+    """
+    kind, kept = model.device.type, []
+    if torch.is_autocast_enabled(kind) and not isinstance(model, FSDPModule):
+        linear = [module for layer in layers_of(model) for module in layer.modules() if isinstance(module, nn.Linear)]
+        kept = [(p, p.data) for module in linear for p in module.parameters(recurse=False)]
+    try:
+        for p, _ in kept:
+            p.data = p.data.to(torch.get_autocast_dtype(kind))
+        with (compiled_layers(model, attend=attend), torch.fx.experimental._config.patch(use_duck_shape=False),
+              torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)):
+            yield
+    finally:
+        for p, data in kept:
+            p.data = data
 
 
 def makes_graphs(model) -> bool:

@@ -352,6 +352,30 @@ def test_compiled_layers_draw_the_same_and_nothing_is_compiled_after_the_warm_up
     assert "forward" not in model.model.layers[0].__dict__
 
 
+def test_under_autocast_the_weights_are_cast_once_and_come_back(monkeypatch):
+    """Those of the linear layers of a layer, as autocast casts them, and no others: norms and embeddings stay."""
+    monkeypatch.setattr("trainer.compiling.compiled", lambda function: function)
+    model, seen = make_model(dtype=torch.float32), []
+    before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+    draw_block = decoding.draw_block
+    monkeypatch.setattr(decoding, "draw_block", lambda model, *args: seen.append(
+        {name: p.dtype for name, p in model.named_parameters()}) or draw_block(model, *args))
+    drawn = []
+    for compile_layers in (True, False):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            drawn.append(drawn_by(decoding, model, k=20, temperature=1.0, compile_layers=compile_layers))
+        for name, p in model.named_parameters():
+            assert p.data_ptr() == before[name][0] and torch.equal(p, before[name][1]) and p.requires_grad
+    assert drawn[0] == drawn[1]
+    assert {name for name, dtype in seen[0].items() if dtype == torch.bfloat16} == {
+        name for name in before if "_proj." in name}
+    with pytest.raises(RuntimeError, match="broken"), torch.autocast("cpu", dtype=torch.bfloat16):
+        with decoding.compiled_for_one_token(model):
+            raise RuntimeError("broken")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 def test_sampling_goes_on_without_what_cannot_be_compiled(monkeypatch):
     model, sample = make_model(), decoding.sample
 

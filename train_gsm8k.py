@@ -71,6 +71,7 @@ from trainer.settings import parse_args
 from variants import METHODS
 from variants.maspo import soft_surrogate
 from variants.stapo import silence_spurious
+from variants.thin import thinned
 
 
 def prepare(args) -> Run:
@@ -210,7 +211,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
 
     def choose_pivots(*args):
         with policy.clock.phase("resample"):
-            return agree(method.choose_pivots(*args))
+            return agree(thinned(method.choose_pivots, run.args.branch_share)(*args))
 
     def update(*args, **options):
         models = [model for model in (policy.model, run.ref_model) if model is not None]

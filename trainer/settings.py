@@ -38,6 +38,7 @@ PRESETS = {
 }
 
 
+NEW = dict(branch_share=1.0, compile=False)          # settings that older runs lack, with what they did
 # Ablations that were flags of older versions, with the values that a run without them has in its config.json.
 RETIRED = dict(std=True, pivots=1, uniform_pivot=False, branch_all=False, train_prefix=False, one_stream=False)
 
@@ -162,6 +163,8 @@ def add_method_flags(group):
     group.add_argument("--segment-tokens", type=int, help="put a state after every N tokens of a response; "
                        "default: 0, a state after every sentence")
     group.add_argument("--updates", type=int, help=f"optimizer steps on one batch; default: {Config.updates}")
+    group.add_argument("--branch-share", type=float, help="branch only this share of a step's failures, drawn at "
+                       "random (variants/thin.py); composes with every method; default: 1")
     group.add_argument("--stapo", action="store_true", default=None, help="leave spurious tokens out of the loss "
                        "(variants/stapo.py); composes with every method; default: off")
     group.add_argument("--maspo", action="store_true", default=None, help="use a soft trust region instead of the clip "
@@ -215,11 +218,15 @@ def fill_settings(parser, args):
         preset = preset | dict(eval_data=None, val_rows=0, eval_rows=preset.get("val_rows", preset["eval_rows"]))
     defaults = {f.name: f.default for f in fields(Config)}
     defaults |= dict(seed=0, template="chat", stapo=False, maspo=False, budget_tokens=None, step_tokens=None,
-                     answer=None, compile=gpu or args.dry_run, save_every=0, eval_data=None, val_rows=0,
-                     gradient_checkpointing=False)
+                     answer=None, branch_share=1.0, compile=gpu or args.dry_run, save_every=0, eval_data=None,
+                     val_rows=0, gradient_checkpointing=False)
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if not 0 < args.branch_share <= 1:
+        parser.error(f"argument --branch-share: must be above 0 and at most 1, got {args.branch_share}")
+    if args.branch_share < 1 and args.branches == 0:
+        parser.error(f"argument --branch-share: --method {args.method} has no branches")
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
     if args.val_rows and args.eval_data is None:
         parser.error("argument --val-rows: only with --eval-data; without, --eval-rows rows are held out, and choose")
@@ -241,7 +248,7 @@ def restore_settings(parser, args):
     if ablated := [name for name, value in RETIRED.items() if settings.pop(name, value) != value]:
         parser.error(f"argument --resume: {args.resume} was made by an older version with --{ablated[0]}, which is now "
                      "a --method of its own: it has to begin again")
-    for name, value in (settings | {"out": args.resume}).items():        # a folder may be moved
+    for name, value in (NEW | settings | {"out": args.resume}).items():  # a folder may be moved
         new = asked.get(name) not in (None, parser.get_default(name), value)
         if new and name not in ("steps", "budget_tokens"):
             parser.error(f"argument --{name.replace('_', '-')}: the run that goes on has {value}, not {asked[name]}; "

@@ -1,0 +1,25 @@
+r"""Thinning: only a share S of a step's failures is branched. It composes with every method (--branch-share S).
+
+The paper branches every failure, S = 1. Where most groups of branches have equal rewards, as at the beginning of a
+run, most branch tokens teach nothing. With --step-tokens, the tokens that are saved go to more questions.
+
+Differs from deep_grpo.py in: line 2, whose groups lose the forks of some rollouts. Which, is drawn at random: n S of n
+keep theirs on average. T_fail of Eq. (J) are the failures that are branched, so the branches that are left weigh more.
+"""
+from collections.abc import Callable
+from dataclasses import replace
+
+from deep_grpo import Group
+
+
+def thinned(choose_pivots: Callable, share: float) -> Callable:
+    """Another choose_pivots, which keeps the forks of a share of the rollouts that have any. share: 0 < share <= 1."""
+    def choose(policy, questions, groups, config, recoverability, rng) -> list[Group]:
+        groups = choose_pivots(policy, questions, groups, config, recoverability, rng)
+        forked = [(x, i) for x, g in enumerate(groups) for i, t in enumerate(g.trajectories) if t.forks]
+        n = int(len(forked) * share + rng.random())                      # on average len(forked) * share
+        kept = {forked[j] for j in rng.permutation(len(forked))[:n]}
+        return [Group(g.prompt, [t if (x, i) in kept else replace(t, forks=[]) for i, t in enumerate(g.trajectories)])
+                for x, g in enumerate(groups)]
+
+    return choose_pivots if share == 1 else choose

@@ -234,18 +234,12 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
             J = J.detach()
         loss = loss.to(J) - J
         then = torch.cat([sampled[:0], *(sampled_of_row[i] for i in batch)]).to(logp)
-        gap = torch.where((A != 0) & (w != 0), (logp.detach() - then).abs(), math.nan)
-        sums = sums.to(logp.device) + token_sums(logp.detach(), ref, A, main, old, gap, config if clipped else None)
-        worst = torch.cat([worst.to(gap).view(1), gap.nan_to_num(0)]).amax()
+        more, gap = token_sums(logp.detach(), ref, A, w, main, old, then, config if clipped else None)
+        sums, worst = sums.to(more) + more, torch.maximum(worst.to(gap), gap)
 
-    loss, worst = ranks.total(loss), ranks.largest(worst).item()
-    kl, held, gap, known = ranks.total(sums).tolist()
-    metrics = batch_costs(rows, batches, ranks.size)
-    metrics["forwarded_tokens"] += scored
-    n_main = table[:, 3].sum().item()
-    return loss, {"kl": kl / n_main if n_main else None, "clip_fraction": held / max(1, len(table)),
-                  "trained_tokens": int(((table[:, 0] != 0) & (table[:, 1] != 0)).sum()),
-                  "sampler_gap": gap / known if known else None, "sampler_gap_max": worst if known else None, **metrics}
+    costs = batch_costs(rows, batches, ranks.size)
+    costs["forwarded_tokens"] += scored
+    return ranks.total(loss), objective_metrics(table, ranks.total(sums), ranks.largest(worst)) | costs
 
 
 def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
@@ -269,15 +263,27 @@ def sampled_logps(groups) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def token_sums(logp, ref, A, main, old, gap, config) -> torch.Tensor:
-    """[k3 of the tokens of rollouts, number of tokens that the clip holds (config None: there is none), sum and number
-    of the gaps that are not nan]."""
+def token_sums(logp, ref, A, w, main, old, then, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """([k3 of the tokens of rollouts, number of tokens that the clip holds (config None: there is none), sum of the
+    sampler_gap, number of tokens where it is known], the largest gap)."""
     held = torch.zeros_like(logp)
     if config is not None:
         rho = torch.exp(logp - old)
         held = (A > 0) & (rho > 1 + config.clip_high) | (A < 0) & (rho < 1 - config.clip_low)
     kl = torch.zeros_like(logp) if ref is None else k3_kl(logp, ref)
-    return torch.stack([(kl * main).sum(), held.sum(), gap.nansum(), (~gap.isnan()).sum()]).double()
+    known = (A != 0) & (w != 0) & ~then.isnan()
+    gap = torch.where(known, (logp - then).abs(), 0)
+    largest = torch.cat([gap, gap.new_zeros(1)]).amax()                  # of no tokens, 0
+    return torch.stack([(kl * main).sum(), held.sum(), gap.sum(), known.sum()]).double(), largest
+
+
+def objective_metrics(table, sums, worst) -> dict:
+    """The metrics of objective() but for the batch_costs. sums, worst: what token_sums() gave, over all processes."""
+    kl, held, gap, known = sums.tolist()
+    n_main, trained = table[:, 3].sum().item(), (table[:, 0] != 0) & (table[:, 1] != 0)
+    return {"kl": kl / n_main if n_main else None, "clip_fraction": held / max(1, len(table)),
+            "trained_tokens": int(trained.sum()), "sampler_gap": gap / known if known else None,
+            "sampler_gap_max": worst.item() if known else None}
 
 
 def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None, ranks=ALONE, **options) -> dict:

@@ -167,8 +167,11 @@ def r1_answer(text):
     return next(((answer.strip(), bool(closed)) for answer, closed, _ in reversed(tags) if answer.strip()), ("", False))
 
 
-def grade(question, text, finished, template):
-    """Return {column: is it correct?} of an answer: only `correct` for MATH, also strict and last_number for GSM8K."""
+def grade(question, text, finished, template, math_protocol=True):
+    """Return {column: is it correct?} of an answer: only `correct` if it is boxed, else also strict and last_number.
+
+    math_protocol: a boxed answer counts although the response is not finished.
+    """
     if template == "r1":
         text, closed = r1_answer(text)
         stated = closed or closed is False and finished                  # 1 may be cut from 18
@@ -176,7 +179,7 @@ def grade(question, text, finished, template):
             text = f"\\boxed{{{text}}}"
     right = GRADERS[question.answer](text, question.gold)
     if question.answer == "boxed":
-        return {"correct": right}
+        return {"correct": right and (finished or math_protocol)}
     return {"correct": finished and right,
             "strict": finished and grade_gsm8k(text, question.gold, strict=True),
             "last_number": finished and grade_last_number(text, question.gold)}
@@ -197,9 +200,7 @@ def answer_batch(args, model, sampler, tokenizer, stop, name, questions, batch):
             ids = ids[:space]                        # each has its own cap, so answers do not depend on the batch
             text = tokenizer.decode(ids, skip_special_tokens=True)
             finished = bool(ids) and ids[-1] in stop or args.template == "r1" and bool(r1_answer(text)[1])
-            graded = grade(questions[i], text, finished, args.template)
-            if name.startswith("gsm8k"):             # also with --answer boxed
-                graded["correct"] = finished and graded["correct"]
+            graded = grade(questions[i], text, finished, args.template, name in (*MATH_SETS, "math_train"))
             yield {"set": name, "row": i, "sample": j,
                    "question": questions[i].text, "gold": questions[i].gold,
                    "response": text, "tokens": len(ids), "finished": finished, **graded}

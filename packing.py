@@ -106,9 +106,13 @@ def attention_length(model) -> float:
     model, and 0.6k for the models of assets/. The layouts that follow from it were timed on a CPU, not on a GPU.
     """
     config, embeddings = model.config, model.get_input_embeddings()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     parameters = sum(p.numel() for p in model.base_model.parameters()) - embeddings.weight.numel()
-    return 3 * parameters / (7 * config.num_hidden_layers * config.num_attention_heads * head_dim)
+    return 3 * parameters / (7 * config.num_hidden_layers * config.num_attention_heads * head_dim(config))
+
+
+def head_dim(config) -> int:
+    """The width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def pack_or_split(prompt, response, branches, a: float, limit: float = float("inf")) -> list[Row]:

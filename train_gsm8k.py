@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 import tasks.lock
 from deep_grpo import Config, step
-from grading import GRADERS, is_number, states_gold
 from recoverability import Recoverability
 from resample import sample
 from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
@@ -51,7 +50,7 @@ from trainer.compiling import compiled_layers, compiled_rows, plain_rows, stopwa
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
-from trainer.plot import on_course, plot_run, read_metrics
+from trainer.plot import last_words, plot_run
 from trainer.policy import Clock, Policy
 from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, start, world_size
 from trainer.session import (
@@ -65,6 +64,7 @@ from trainer.session import (
     read_config,
     sample_lines,
     stop_after_this_step,
+    why_nothing_is_right,
     write_config,
 )
 from trainer.settings import parse_args
@@ -320,24 +320,6 @@ def train(run) -> int:
     return conclude(run, why)
 
 
-def why_nothing_is_right(run, asked) -> str:
-    """One line on the form of the responses of the first steps, of which none is right. asked: (question, group)s."""
-    texts = [(q, run.policy.text(t.response)) for q, g in asked for t in g.trajectories]
-    numbers = [(q, text) for q, text in texts if isinstance(q.gold, str) and is_number(q.gold)]
-
-    def share(count, of=texts):
-        return f"{100 * sum(count) / max(1, len(of)):.0f} %"
-
-    def read_as(how):
-        return share([GRADERS[how](text, q.gold) for q, text in numbers], numbers)
-
-    marked, boxed = share("####" in text for _, text in texts), share("\\boxed" in text for _, text in texts)
-    stated = share([states_gold(text, q.gold) for q, text in numbers], numbers)
-    return (f"no response of the first two steps is right. {marked} of them contain ####, {boxed} a box, and in "
-            f"{stated} some number equals the gold answer. Read otherwise, finished or not, these would be right: "
-            + ", ".join(f"{read_as(how)} with --answer {how}" for how in GRADERS))
-
-
 def updates_of(optimizer) -> int:
     """How many steps the optimizer has made so far."""
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
@@ -368,11 +350,7 @@ def conclude(run, why) -> int:
               f"go on with: {program} train_gsm8k.py --resume {args.out}")
         return 0 if why.startswith("--") else 1
     first(lambda: plot_run(args.out))
-    if accuracies := read_metrics(args.out).get("eval_accuracy"):
-        late = accuracies[1][-max(1, len(accuracies[1]) // 4):]
-        print(f"the mean accuracy on the evaluation questions over the last {len(late)} of {len(accuracies[1])} "
-              f"evaluations is {late.mean():.3f}: a number that is not a maximum")
-    if line := first(lambda: on_course(args.out)):
+    for line in first(lambda: last_words(args.out)):
         print(line)
     print(f"done after {run.step} steps and {run.generated_total} generated tokens; the model is in "
           f"{args.out / 'checkpoints' / f'step_{run.step}'}, the figure in {args.out / 'run.png'}")

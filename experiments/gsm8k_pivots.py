@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from eval_math import wilson
-from experiments.calibrate import fit_logistic
+from experiments.calibrate import fit_logistic, log_likelihood
 from experiments.figures import ACCENT, GREY, INK, LIGHT, new_figure, save_figure
 from experiments.runs import write_page
 from recoverability import sigmoid
@@ -76,8 +76,8 @@ def predictions(pivots) -> dict:
         features = np.stack(columns, 1) if columns else np.zeros((len(y), 0))
         weights = fit_logistic(features[early], y[early])
         p = sigmoid(features[~early] @ weights[:-1] + weights[-1])
-        loss = -np.mean(y[~early] * np.log(p) + (1 - y[~early]) * np.log1p(-p))
-        found[name] = {"log-loss": float(loss), "AUC": area(p, y[~early]) if columns else None}
+        found[name] = {"log-loss": -float(log_likelihood(p, y[~early]).mean()),
+                       "AUC": area(p, y[~early]) if columns else None}
     return found
 
 

@@ -134,11 +134,16 @@ SAMPLERS = {"generate": resample.sample, "decoding loop": decoding.sample,
             "decoding loop, compiled layers": partial(decoding.sample, compile_layers=True)}
 
 
+def our_sampler():
+    """How a run samples: with the decoding loop and compiled layers, with a GPU."""
+    return SAMPLERS["decoding loop, compiled layers" if torch.cuda.is_available() else "generate"]
+
+
 def sample_ours(model, prefixes, k, caps):
     """As a run samples. The stop id is one that no model samples, so the caps give the lengths."""
-    sampler = SAMPLERS["decoding loop, compiled layers" if torch.cuda.is_available() else "generate"]
     with precision(model):
-        return sampler(model, prefixes, k, max_new_tokens=caps, eos_token_id=model.config.vocab_size, pad_token_id=0)
+        return our_sampler()(model, prefixes, k, max_new_tokens=caps, eos_token_id=model.config.vocab_size,
+                             pad_token_id=0)
 
 
 def sample_plainly(model, prefixes, k, caps):
@@ -487,14 +492,13 @@ def time_trl(args):
     ids = Work(model, 1, 8, 8).ids
     prompts = [ids(prompt) for _ in range(n)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    config, sample = Config(branches=0, max_new_tokens=cap), SAMPLERS["decoding loop" if torch.cuda.is_available()
-                                                                        else "generate"]
+    config = Config(branches=0, max_new_tokens=cap)
     clock = {name: {"generation": [], "update": []} for name in ("this repository", "TRL")}
 
     def our_step():
         ours, start = clock["this repository"], time.perf_counter()
         with precision(model):
-            tails = sample(model, prompts, 8, max_new_tokens=cap, eos_token_id=1, pad_token_id=0)
+            tails = our_sampler()(model, prompts, 8, max_new_tokens=cap, eos_token_id=1, pad_token_id=0)
         synchronize()
         ours["generation"].append(time.perf_counter() - start)
         groups = [Group(p, [Trajectory(y, float(j % 2)) for j, y in enumerate(ys)]) for p, ys in zip(prompts, tails)]

@@ -14,6 +14,7 @@ import torch
 from packing import pack, score_rows
 from resample import sample
 from trainer import decoding
+from trainer.ranks import first_line
 
 WINDOW = 4
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}       # nats; other types: 0.1
@@ -36,9 +37,8 @@ def check_model(model, name, training=True) -> None:
             with torch.no_grad():
                 found = function()
         except Exception as error:                       # any type: what another architecture does is not ours to say
-            reason = (str(error).strip() or repr(error)).split("\n")[0]
             raise ValueError(f"model {name!r} ({model.config.model_type}) cannot be used here: {what} fails with "
-                             f"{type(error).__name__}: {reason}") from error
+                             f"{type(error).__name__}: {first_line(error)}") from error
         if not found <= tolerance:                       # also nan
             raise ValueError(f"model {name!r} ({model.config.model_type}) cannot be used here: {what} differs from the "
                              f"model's own forward pass by {found:.2g} nats, more than rounding ({tolerance:.0e})")
@@ -74,8 +74,7 @@ def choose_sampler(model):
                 error = sampling_error(model, [list(range(3, 9)), list(range(10, 19))], sampler=decoding.sample)
             why = None if error <= TOLERANCE.get(model.dtype, 0.1) else f"the other loop differs by {error:.2g} nats"
         except Exception as failure:                     # any type, as in check_model
-            reason = (str(failure).strip() or repr(failure)).splitlines()[0]
-            why = f"the other loop fails with {type(failure).__name__}: {reason}"
+            why = f"the other loop fails with {type(failure).__name__}: {first_line(failure)}"
     print("sampling: " + ("the decoding loop of trainer/decoding.py" if why is None else
                           f"generate of transformers (resample.py), because {why}"))
     return decoding.sample if why is None else sample

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packing import layer_masks, needed_masks, pack, score_rows, tree_masks
 from trainer.model import Ranks, layers_of
+from trainer.ranks import first_line
 
 BLOCK = 128                              # tokens; the sides of a block of FlexAttention
 
@@ -155,7 +156,7 @@ def warm_up(model, ref_model, temperature) -> str | None:
                     with torch.no_grad():
                         Ranks(compiled_rows).score(ref_model, part, temperature, entropies=False)
         except Exception as error:                   # any type: what a compiler does is not ours to say
-            return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+            return f"{type(error).__name__}: {first_line(error)}"
         gap = (logp - right).abs().max().item()
         difference = get_total_norm([a - b for a, b in zip(grads, right_grads)]) / get_total_norm(right_grads)
         if not (gap <= (1e-3 if exact else 0.1) and difference <= (1e-3 if exact else 0.05)):

@@ -32,6 +32,7 @@ from resample import Continuation, append_block, as_read, cut, left_padded, pref
 from trainer.compiling import attention, compiled, compiled_layers
 from trainer.memory import USABLE, of_row
 from trainer.model import Ranks, gathered, layers_of, precision
+from trainer.ranks import first_line
 
 HEALTHY_GAP = 0.03                       # nats; trainer/README.md (sampler_gap) says what was measured
 BLOCK = 64                               # tokens between two looks at which rows have ended
@@ -336,8 +337,8 @@ def captured(step):
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:                    # a layer that asks the host, as some experts do
-        reason = str(error).strip().split("\n")[0]
-        warnings.warn(f"no CUDA graph can be made of this model, so sampling is slower: {reason}", stacklevel=2)
+        warnings.warn(f"no CUDA graph can be made of this model, so sampling is slower: {first_line(error)}",
+                      stacklevel=2)
         return step
     return graph.replay
 
@@ -362,7 +363,7 @@ def warm_up(model, compile_layers: bool) -> str | None:
                 drawn = sample(model, prefixes, 1, max_new_tokens=BLOCK + 2, eos_token_id=vocabulary, pad_token_id=0,
                                compile_layers=compile_layers)
         except Exception as error:                   # any type: what a compiler does is not ours to say
-            return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+            return f"{type(error).__name__}: {first_line(error)}"
         with torch.no_grad(), gathered(model):
             rows = [pack(prefix, y) for prefix, (y,) in zip(prefixes, drawn)]
             logps, _ = Ranks().score(model, rows, 1.0, entropies=False)

@@ -39,7 +39,9 @@ from bisect import bisect_left
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from packing import head_dim
 from trainer.model import layers_of
+from trainer.ranks import first_line
 
 GB = 2**30
 USABLE = 0.9
@@ -59,8 +61,7 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
                              "computed from: --dry-run cannot size it")
     size = {name: sum(p.numel() for p in part.parameters()) for name, part in (("P", model), ("B", layers[0]))}
     depth, h, inner, vocabulary = len(layers), config.hidden_size, config.intermediate_size, config.vocab_size
-    head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
-    q, P, B = config.num_attention_heads * head_dim, size["P"], size["B"]
+    q, P, B = config.num_attention_heads * head_dim(config), size["P"], size["B"]
     R, T, C = P - depth * B, micro_batch_tokens, min(micro_batch_tokens, 4096)
     outside = 2 * R + 2 * vocabulary * h             # not in the layers; gathered once for both passes
     s = compute.itemsize
@@ -90,9 +91,8 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
 def of_row(model, tokens, compute) -> dict:
     """{part: bytes} of one row of so many tokens while it is sampled. compute: that of estimate()."""
     config, s = model.config, compute.itemsize
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return {"KV cache": tokens * 2 * config.num_hidden_layers * kv_heads * head_dim * s,
+    return {"KV cache": tokens * 2 * config.num_hidden_layers * kv_heads * head_dim(config) * s,
             "logits": config.vocab_size * (s + 12)}
 
 
@@ -115,8 +115,7 @@ def load_geometry(name):
     try:
         config = KNOWN.get(name) or AutoConfig.from_pretrained(name)
     except Exception as error:                       # it may have many types, and the user needs one line
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {name!r}: no config.json could be read: {reason}") from error
+        raise ValueError(f"model {name!r}: no config.json could be read: {first_line(error)}") from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

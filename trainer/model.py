@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from packing import score_rows
-from trainer.ranks import device, distributed, first, gather, rank, world_size
+from trainer.ranks import device, distributed, first, first_line, gather, rank, world_size
 
 # On Hopper, torch prefers the attention of cuDNN. With a mask, its backward pass gives NaN at some widths (torch 2.11
 # to 2.13; see pytorch issue 196678, and trl issue 7181 with Qwen2.5-0.5B). It also makes a new plan for each shape,
@@ -56,9 +56,8 @@ def load_model(name, dtype=torch.float32):
             name, config=without_noise(AutoConfig.from_pretrained(name)), dtype=dtype, attn_implementation="sdpa",
             output_loading_info=True)
     except Exception as error:                       # it may have many types, and the user needs one line
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r} is neither a local folder with a model nor could it be loaded from the "
-                         f"hub: {reason}") from error
+                         f"hub: {first_line(error)}") from error
     for what, keys in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"),
                        ("of another shape", "mismatched_keys")):
         if tensors := sorted(str(key[0] if isinstance(key, tuple) else key) for key in loaded[keys]):

@@ -51,26 +51,36 @@ def smooth(steps, values) -> np.ndarray:
     return np.array([values[(steps > step - WINDOW) & (steps <= step)].mean() for step in steps])
 
 
-def on_course(run_dir) -> str | None:
-    """One line: where a run on GSM8K is, and where the authors' runs were at that step. None for another run.
+def on_gsm8k(settings) -> bool:
+    """Is a run evaluated on the test set of the authors' runs?"""
+    return settings.get("eval_data") == "gsm8k"
 
-    Before the first step there is nothing to compare. The interval of a run is that of its test questions, and that of
-    an authors' run the spread of its evaluations in the window; neither knows how much seeds differ.
+
+def last_words(run_dir) -> list[str]:
+    """What to say of a run's evaluations: the mean of the last quarter, and, on GSM8K, where the authors' runs were.
+
+    The interval of a run is that of its test questions, and that of an authors' run the spread of its evaluations in
+    the window. Neither knows how much seeds differ.
     """
     about = json.loads((Path(run_dir) / "config.json").read_text())
-    steps, values = read_metrics(run_dir).get("eval_accuracy", (np.zeros(1), np.zeros(1)))
-    if not about["settings"]["preset"].startswith("gsm8k") or steps[-1] == 0:
-        return None
-    n, curves = about["evaluation_questions"], authors_curves()
-    mine = smooth(steps, values)[-1]
+    steps, values = read_metrics(run_dir).get("eval_accuracy", (np.zeros(0), np.zeros(0)))
+    if not len(steps) or steps[-1] == 0:
+        return []
+    late = values[-max(1, len(values) // 4):]
+    lines = [f"the mean accuracy on the evaluation questions over the last {len(late)} of {len(values)} evaluations is "
+             f"{late.mean():.3f}: a number that is not a maximum"]
+    if not on_gsm8k(about["settings"]):
+        return lines
+    n, curves, mine = about["evaluation_questions"], authors_curves(), smooth(steps, values)[-1]
     said = f"at step {steps[-1]:.0f} this run is at {mine:.3f} +- {1.96 * np.sqrt(mine * (1 - mine) / n):.3f}"
     for name, column in THEIRS.items():
-        if steps[-1] > curves[column][0][-1]:
-            return f"{said}; the authors' runs are shorter"
-        theirs = np.interp(steps, *curves[column])
-        late = curves[column][1][(curves[column][0] > steps[-1] - WINDOW) & (curves[column][0] <= steps[-1])]
-        said += f"; the authors' {name} was at {smooth(steps, theirs)[-1]:.3f} +- {1.96 * late.std():.3f}"
-    return said
+        at, theirs = curves[column]
+        if steps[-1] > at[-1]:
+            said += f"; the authors' {name} ended before"
+            continue
+        spread = 1.96 * theirs[(at > steps[-1] - WINDOW) & (at <= steps[-1])].std()
+        said += f"; the authors' {name} was at {smooth(steps, np.interp(steps, at, theirs))[-1]:.3f} +- {spread:.3f}"
+    return [*lines, said]
 
 
 def plot_run(run_dir) -> Path:
@@ -93,7 +103,7 @@ def plot_run(run_dir) -> Path:
         if axis.has_data():
             axis.legend(fontsize=8)
     settings = json.loads((Path(run_dir) / "config.json").read_text())["settings"]
-    if settings["preset"].startswith("gsm8k"):
+    if on_gsm8k(settings):
         last, curves = max((steps[-1] for steps, _ in metrics.values()), default=0), authors_curves()
         for (name, column), style in zip(THEIRS.items(), ("-", "--")):
             steps, values = curves[column]
@@ -112,5 +122,4 @@ if __name__ == "__main__":
         sys.exit("usage: python -m trainer.plot RUN_DIR [RUN_DIR ...]")
     for directory in sys.argv[1:]:
         print(plot_run(directory))
-        if line := on_course(directory):
-            print(line)
+        print(*last_words(directory), sep="\n")

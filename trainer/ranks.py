@@ -109,6 +109,11 @@ def first(function: Callable):
     return gather(lambda: function() if rank() == 0 else None)[0]
 
 
+def first_line(error) -> str:
+    """What an error says, on one line; where it says nothing, its name."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def fail(message, code) -> int:
     """End with an error that all ranks know. Returns the exit code.
 

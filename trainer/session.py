@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 
+from grading import GRADERS, is_number, states_gold
 from recoverability import Recoverability
 from tasks import digests
 from trainer.checkpoint import append_lines, find_checkpoints, write_whole
@@ -191,6 +192,24 @@ def sample_lines(run, questions, groups):
                     yield line | {"pivot": fork.pivot, "prefix": text(t.response[:fork.pivot]), "branches": branches}
                 if not t.branches:
                     yield line | {"pivot": None, "prefix": None, "branches": []}
+
+
+def why_nothing_is_right(run, asked) -> str:
+    """One line on the form of the responses of the first steps, of which none is right. asked: (question, group)s."""
+    texts = [(q, run.policy.text(t.response)) for q, g in asked for t in g.trajectories]
+    numbers = [(q, text) for q, text in texts if isinstance(q.gold, str) and is_number(q.gold)]
+
+    def share(count, of=texts):
+        return f"{100 * sum(count) / max(1, len(of)):.0f} %"
+
+    def read_as(how):
+        return share([GRADERS[how](text, q.gold) for q, text in numbers], numbers)
+
+    marked, boxed = share("####" in text for _, text in texts), share("\\boxed" in text for _, text in texts)
+    stated = share([states_gold(text, q.gold) for q, text in numbers], numbers)
+    return (f"no response of the first two steps is right. {marked} of them contain ####, {boxed} a box, and in "
+            f"{stated} some number equals the gold answer. Read otherwise, finished or not, these would be right: "
+            + ", ".join(f"{read_as(how)} with --answer {how}" for how in GRADERS))
 
 
 def stop_after_this_step(run, signals) -> list:

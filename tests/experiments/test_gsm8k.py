@@ -6,7 +6,7 @@ import pytest
 
 from experiments import gsm8k_curves, gsm8k_pivots
 from trainer import plot
-from trainer.plot import authors_curves, on_course, smooth
+from trainer.plot import authors_curves, last_words, smooth
 
 
 def test_the_logs_are_those_of_the_paper():
@@ -42,9 +42,9 @@ def test_hours_are_interpolated_and_may_never_come():
     assert gsm8k_curves.hours_to(curves) == {"DEEP-GRPO, K = 8": [2.0, 4.0, None]}
 
 
-def write_run(folder, preset, accuracies):
+def write_run(folder, eval_data, accuracies):
     folder.mkdir()
-    about = {"settings": {"preset": preset, "group_size": 4}, "evaluation_questions": 1319}
+    about = {"settings": {"eval_data": eval_data, "group_size": 4}, "evaluation_questions": 1319}
     (folder / "config.json").write_text(json.dumps(about))
     lines = [json.dumps({"step": step, "eval_accuracy": accuracy}) + "\n" for step, accuracy in accuracies.items()]
     (folder / "metrics.jsonl").write_text("".join(lines))
@@ -55,14 +55,21 @@ def write_run(folder, preset, accuracies):
 def test_a_run_is_compared_with_the_authors_at_the_same_steps(tmp_path):
     steps, values = authors_curves()[plot.THEIRS["deep_grpo"]]
     at = dict(zip(steps, values))
-    line = on_course(write_run(tmp_path / "a", "gsm8k", {0: 0.43, 25: 0.50, 50: 0.52}))
+    late, line = last_words(write_run(tmp_path / "a", "gsm8k", {0: 0.43, 25: 0.50, 50: 0.52}))
     mine, theirs = (0.50 + 0.52) / 2, (at[25] + at[50]) / 2
+    assert "over the last 1 of 3 evaluations is 0.520" in late
     assert f"at step 50 this run is at {mine:.3f} +- {1.96 * np.sqrt(mine * (1 - mine) / 1319):.3f}" in line
     assert f"the authors' deep_grpo was at {theirs:.3f} +- " in line and "the authors' grpo was at " in line
-    assert "are shorter" in on_course(write_run(tmp_path / "b", "gsm8k-paper", {5000: 0.6}))
-    assert on_course(write_run(tmp_path / "c", "tiny", {50: 0.6})) is None
-    assert on_course(write_run(tmp_path / "d", "gsm8k", {0: 0.43})) is None
+    line = last_words(write_run(tmp_path / "b", "gsm8k", {4590: 0.6}))[1]
+    assert "the authors' deep_grpo ended before" in line and "the authors' grpo was at " in line
+    assert len(last_words(write_run(tmp_path / "c", None, {50: 0.6}))) == 1          # another test set
+    assert last_words(write_run(tmp_path / "d", "gsm8k", {0: 0.43})) == []
     assert plot.plot_run(tmp_path / "a").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_mean_is_that_of_the_last_quarter(tmp_path):
+    accuracies = dict(enumerate([0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8]))
+    assert "over the last 2 of 8 evaluations is 0.700" in last_words(write_run(tmp_path / "a", None, accuracies))[0]
 
 
 # ---- pivots ----

@@ -279,6 +279,7 @@ def test_unfinished_answers_count_for_math_only():
     for finished in (True, False):
         assert grade(math, r"So \boxed{19}", finished, "chat") == {"correct": True}
         assert grade(math, r"So \boxed{20}", finished, "qwen_math") == {"correct": False}
+        assert grade(math, r"So \boxed{19}", finished, "chat", math_protocol=False) == {"correct": finished}
 
 
 @pytest.mark.parametrize("text, right", [
@@ -467,3 +468,13 @@ def test_a_qwen_checkpoint_on_real_questions(tmp_path):
     assert results["math_mean"] == 0
     gold = {x["set"]: x["gold"] for x in lines_of(tmp_path / "out") if x["row"] == 0}
     assert gold["gsm8k"] == "18" and gold["aime24"] == "204" and gold["minerva"] == ["9.6"]
+
+
+def test_a_boxed_answer_to_gsm8k_must_be_finished_and_one_to_math_need_not(checkpoint, data, tmp_path, graders):
+    """So it is in training; the other is the protocol of the MATH table. With 3 tokens most answers are cut off."""
+    assert run(checkpoint, data, tmp_path / "out", "gsm8k,amc", answer="boxed", max_new_tokens=3) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    unfinished = {name: {line["correct"] for line in lines if line["set"] == name and not line["finished"]}
+                  for name in ("gsm8k", "amc")}
+    assert unfinished == {"gsm8k": {False}, "amc": {False, True}}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["answer"] == "boxed"

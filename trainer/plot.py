@@ -117,9 +117,19 @@ def plot_run(run_dir) -> Path:
     return path
 
 
+def main(argv) -> int:
+    """Draw every run that is named. Returns the exit code: 2, with one line on stderr, for what is no run."""
+    if not argv:
+        print("error: name a run: python -m trainer.plot RUN_DIR [RUN_DIR ...]", file=sys.stderr)
+        return 2
+    for directory in argv:
+        try:
+            print(plot_run(directory), *last_words(directory), sep="\n")
+        except (OSError, ValueError, KeyError) as error:
+            print(f"error: {directory} does not hold a run that can be drawn: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m trainer.plot RUN_DIR [RUN_DIR ...]")
-    for directory in sys.argv[1:]:
-        print(plot_run(directory))
-        print(*last_words(directory), sep="\n")
+    sys.exit(main(sys.argv[1:]))

@@ -72,6 +72,13 @@ def test_the_mean_is_that_of_the_last_quarter(tmp_path):
     assert "over the last 2 of 8 evaluations is 0.700" in last_words(write_run(tmp_path / "a", None, accuracies))[0]
 
 
+@pytest.mark.parametrize("argv, said", [([], "name a run"), (["nowhere"], "nowhere does not hold a run")])
+def test_what_cannot_be_drawn_is_one_line(argv, said, capsys):
+    assert plot.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and not out
+
+
 # ---- pivots ----
 
 def write_pivots(folder):

@@ -51,6 +51,11 @@ def smooth(steps, values) -> np.ndarray:
     return np.array([values[(steps > step - WINDOW) & (steps <= step)].mean() for step in steps])
 
 
+def interval(accuracy, n):
+    """Half the 95 % interval of an accuracy on n questions."""
+    return 1.96 * np.sqrt(accuracy * (1 - accuracy) / n)
+
+
 def on_gsm8k(settings) -> bool:
     """Is a run evaluated on the test set of the authors' runs?"""
     return settings.get("eval_data") == "gsm8k"
@@ -72,7 +77,7 @@ def last_words(run_dir) -> list[str]:
     if not on_gsm8k(about["settings"]):
         return lines
     n, curves, mine = about["evaluation_questions"], authors_curves(), smooth(steps, values)[-1]
-    said = f"at step {steps[-1]:.0f} this run is at {mine:.3f} +- {1.96 * np.sqrt(mine * (1 - mine) / n):.3f}"
+    said = f"at step {steps[-1]:.0f} this run is at {mine:.3f} +- {interval(mine, n):.3f}"
     for name, column in THEIRS.items():
         at, theirs = curves[column]
         if steps[-1] > at[-1]:
@@ -102,14 +107,19 @@ def plot_run(run_dir) -> Path:
         axis.set(title=title, xlabel="step")
         if axis.has_data():
             axis.legend(fontsize=8)
-    settings = json.loads((Path(run_dir) / "config.json").read_text())["settings"]
-    if on_gsm8k(settings):
+    about = json.loads((Path(run_dir) / "config.json").read_text())
+    if on_gsm8k(about["settings"]):
         last, curves = max((steps[-1] for steps, _ in metrics.values()), default=0), authors_curves()
         for (name, column), style in zip(THEIRS.items(), ("-", "--")):
             steps, values = curves[column]
             shown = steps <= max(last, 25)
             axes.flat[0].plot(steps[shown], smooth(steps, values)[shown], color="0.6", linestyle=style, zorder=0,
                               label=f"authors: {name}, smoothed")
+        if "eval_accuracy" in metrics:
+            steps, values = metrics["eval_accuracy"]
+            mine, width = smooth(steps, values), interval(smooth(steps, values), about["evaluation_questions"])
+            axes.flat[0].plot(steps, mine, color="black", label="eval_accuracy, smoothed")
+            axes.flat[0].fill_between(steps, mine - width, mine + width, color="black", alpha=0.12, linewidth=0)
         axes.flat[0].legend(fontsize=8)
     path = Path(run_dir) / "run.png"
     figure.savefig(path, dpi=100)

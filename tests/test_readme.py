@@ -22,7 +22,7 @@ from tasks.lock import Lock
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("results/**/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("results/**/*.md"))]
 WRITTEN_BY_A_RUN = {"metrics.jsonl", "samples.jsonl", "timing.jsonl", "run.png", "config.json", "note.md", "RUN_DIR"}
 COMMAND = r"(?:python(?! -c)|torchrun|make) [^\n`#]+"
 BLOCK = r"```bash\n(.*?)```|^    (\S.*?)$|`([^`\n]+)`"

@@ -6,6 +6,7 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
     python -m experiments.compare --experiment prefix      # the prefix of a branch masked, and trained
     python -m experiments.compare --experiment stapo       # with and without STAPO
     python -m experiments.compare --experiment ablations   # DEEP-GRPO without one of its parts
+    python -m experiments.compare --experiment thinning    # a share of the failures branched, 40 seeds
 
 Every update of every method has the same number of generated tokens (--step-tokens). The number of updates is therefore
 equal, too, and a method that needs fewer tokens for a question gets more questions. All runs of an experiment start
@@ -54,6 +55,10 @@ ARMS = {
     "branch_all": Arm("correct rollouts branched, too", "--method branch_all"),
     "one_stream": Arm("one stream instead of two", "--method one_stream"),
     "no_std": Arm("advantages without std", "--method no_std"),
+    "half": Arm("S = 1/2", "--method deep_grpo --branch-share .5"),
+    "quarter": Arm("S = 1/4", "--method deep_grpo --branch-share .25"),
+    "eighth": Arm("S = 1/8", "--method deep_grpo --branch-share .125"),
+    "half_light": Arm("S = 1/2, weights of S = 1", "--method light_branches --branch-share .5"),
 }
 EQUAL = "--preset tiny-deep --eval-every 2 --step-tokens 8000"
 RARE = Lock(turns=(12, 14), hard=3, place=(1, 4), p=0.1)
@@ -87,6 +92,9 @@ EXPERIMENTS = {                                      # the last line of each is 
         "DEEP-GRPO without one of its parts", 5, 128_000, EQUAL,
         arms("deep_grpo k4 k16 two_pivots uniform root branch_all one_stream no_std grpo24"), None,
         "Shallow or more branches cost accuracy; other changes make no clear difference"),
+    "thinning": Experiment(
+        "Fewer branches, more questions, where correct answers are rare", 40, 128_000, f"{EQUAL} --lr 1.6e-4",
+        arms("deep_grpo half half_light quarter eighth grpo treerl"), RARE, "", first_seed=20),
 }
 
 
@@ -98,7 +106,8 @@ def collect(experiment, directories) -> dict:
     """
     seeds = {arm: [read_run(d) for d in paths] for arm, paths in directories.items()}
     base = next(iter(seeds.values()))
-    measured = {"seeds": experiment.seeds, "budget_tokens": experiment.budget_tokens, "flags": experiment.flags,
+    measured = {"seeds": experiment.seeds, "first_seed": experiment.first_seed,
+                "budget_tokens": experiment.budget_tokens, "flags": experiment.flags,
                 "lock": experiment.lock and asdict(experiment.lock), "arms": {}}
     for arm, runs in seeds.items():
         summary = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]
@@ -111,11 +120,11 @@ def collect(experiment, directories) -> dict:
     return measured
 
 
-def differences(measured, arm) -> np.ndarray:
-    """Mean accuracy over the run minus that of the first arm, seed by seed."""
-    own, base = ([run["accuracy_mean"] for run in measured["arms"][name]["seeds"]]
-                 for name in (arm, next(iter(measured["arms"]))))
-    return np.array(own) - np.array(base)
+def differences(measured, arm, base=None) -> np.ndarray:
+    """Mean accuracy over the run minus that of the arm `base`, seed by seed. None: the first arm."""
+    own, other = ([run["accuracy_mean"] for run in measured["arms"][name]["seeds"]]
+                  for name in (arm, base or next(iter(measured["arms"]))))
+    return np.array(own) - np.array(other)
 
 
 def tables(measured) -> str:
@@ -136,6 +145,12 @@ def tables(measured) -> str:
         mean, width, p = interval(differences(measured, arm))
         yield "" if arm == base else f"{mean:+.3f} \u00b1 {width:.3f}"
         yield "" if arm == base else f"{p:.3f}"
+        yield str(sum(run["accuracy_end"] > 0.1 for run in kept["seeds"]))
+
+    def pairs(arm, kept):
+        for other in measured["arms"]:
+            mean, width, _ = interval(differences(measured, arm, other))
+            yield "" if arm == other else f"{mean:+.3f} \u00b1 {width:.3f}"
 
     def cost(arm, kept):
         summary = kept["summary"]
@@ -152,9 +167,12 @@ def tables(measured) -> str:
         f"The table has the greedy accuracy on held-out questions: mean of {measured['seeds']} seeds \u00b1 95 %",
         "interval (Student's t). The mean over the run is the area under the curve over generated tokens. The paired t",
         f"test compares runs of the same seed with {label}. It is two-sided, and p is not corrected for the number of",
-        "methods.",
+        "methods. The last column has the number of runs that end above 0.1.",
         "",
-        *lines(("half of the tokens", "all tokens", "mean over the run", f"minus {label}", "p"), accuracy), "",
+        *lines(("half of the tokens", "all tokens", "mean over the run", f"minus {label}", "p", "runs above 0.1"),
+               accuracy), "",
+        "The next table has the same difference for every pair: the method of the row minus that of the column.", "",
+        *lines([other["label"] for other in measured["arms"].values()], pairs), "",
         "The next table has the mean cost of a run. Correct answers are counted per 1,000 generated tokens in the",
         "first third of the updates. The tokens to the first correct answer end with the update that has it. They are",
         f"a median, and - means that half of the runs have none. Time is relative to {label} with the same seed,",
@@ -163,7 +181,7 @@ def tables(measured) -> str:
         *lines(("updates", "questions", "sequences", "generated tokens", "forwarded tokens", "trained tokens",
                 "correct per 1,000 tokens", "tokens to the first correct", "dead groups", "time"), cost),
         "", "The last table has the mean accuracy over the run of every seed.", "",
-        *lines([str(seed) for seed in range(measured["seeds"])],
+        *lines([str(measured["first_seed"] + i) for i in range(measured["seeds"])],
                lambda arm, kept: (f"{run['accuracy_mean']:.3f}" for run in kept["seeds"]))])
 
 

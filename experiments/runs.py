@@ -37,6 +37,7 @@ class Arm(NamedTuple):
 class Experiment(NamedTuple):
     """Arms that run with equal budgets. The others are compared with the first one.
 
+    seeds, first_seed: there are `seeds` of them, and they begin with this one.
     lock: a difficulty of the embedded task, for which a base policy is made first; None is the one of the preset.
     message: what the kept result says, in one sentence. It is the title of the figure.
     """
@@ -47,6 +48,7 @@ class Experiment(NamedTuple):
     arms: dict[str, Arm]
     lock: Lock | None = None
     message: str = ""
+    first_seed: int = 0
 
 
 # ---- start ----
@@ -86,8 +88,9 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False) -> dict[str
 
     enough(directory): may this run end now, whatever is left of its budget?
     """
-    directories = {arm: [out / f"{arm}-{seed}" for seed in range(experiment.seeds)] for arm in experiment.arms}
-    everything = [(arm, seed, d) for arm in experiment.arms for seed, d in enumerate(directories[arm])]
+    seeds = range(experiment.first_seed, experiment.first_seed + experiment.seeds)
+    directories = {arm: [out / f"{arm}-{seed}" for seed in seeds] for arm in experiment.arms}
+    everything = [(arm, seed, d) for arm in experiment.arms for seed, d in zip(seeds, directories[arm])]
     commands = {d: flags_of(experiment, arm, seed, d) for arm, seed, d in everything}
     for d, flags in commands.items():
         check_settings(d, flags)

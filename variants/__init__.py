@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import deep_grpo
 from loss import sequence_weights
-from variants import ablations, attnrl, dr_grpo, fr3e, rrpo, treerl
+from variants import ablations, attnrl, dr_grpo, fr3e, rrpo, thin, treerl
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,5 @@ METHODS = {
     "branch_all": Method(choose_pivots=ablations.branch_all, fits_p=True, flags=("objective", *STREAMS)),
     "train_prefix": Method(update=ablations.train_prefix, fits_p=True, flags=("objective", *STREAMS)),
     "one_stream": Method(weights=ablations.one_stream, fits_p=True, flags=("gamma", *STEPS)),
+    "light_branches": Method(weights=thin.light_weights, fits_p=True, flags=STREAMS),
 }

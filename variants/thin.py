@@ -5,11 +5,13 @@ run, most branch tokens teach nothing. With --step-tokens, the tokens that are s
 
 Differs from deep_grpo.py in: line 2, whose groups lose the forks of some rollouts. Which, is drawn at random: n S of n
 keep theirs on average. T_fail of Eq. (J) are the failures that are branched, so the branches that are left weigh more.
+`--method light_branches` takes this back: its T_fail are all failures, and a branch weighs what it weighs with S = 1.
 """
 from collections.abc import Callable
 from dataclasses import replace
 
 from deep_grpo import Group
+from loss import Span, paper_weights
 
 
 def thinned(choose_pivots: Callable, share: float) -> Callable:
@@ -23,3 +25,14 @@ def thinned(choose_pivots: Callable, share: float) -> Callable:
                 for x, g in enumerate(groups)]
 
     return choose_pivots if share == 1 else choose
+
+
+def light_weights(groups, config) -> list[Span]:
+    """Eq. (J) with all failures of a question as T_fail, branched or not. With S = 1 it is Eq. (J) of the paper."""
+    spans = []
+    for g in groups:
+        failures = sum(t.reward == 0 for t in g.trajectories)
+        branched = sum(bool(t.branches) for t in g.trajectories)
+        of_all = replace(config, lam=config.lam * branched / max(1, failures))
+        spans += paper_weights([g], of_all)
+    return [span._replace(w=span.w / len(groups), w_kl=span.w_kl / len(groups)) for span in spans]

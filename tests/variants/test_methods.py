@@ -26,7 +26,7 @@ from trainer.session import sample_lines
 from trainer.settings import parse_args
 from variants import METHODS, attnrl, dr_grpo, fr3e, rrpo, treerl
 
-ABLATIONS = ["no_std", "two_pivots", "uniform_pivot", "branch_all", "train_prefix", "one_stream"]
+ABLATIONS = ["no_std", "two_pivots", "uniform_pivot", "branch_all", "train_prefix", "one_stream", "light_branches"]
 
 
 # ---- the table ----

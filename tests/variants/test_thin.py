@@ -6,7 +6,7 @@ import train_gsm8k
 from deep_grpo import Config, Fork, Group, Trajectory
 from loss import paper_weights
 from trainer.settings import parse_args
-from variants.thin import thinned
+from variants.thin import light_weights, thinned
 
 
 def forked(policy, questions, groups, config, recoverability, rng):
@@ -46,6 +46,24 @@ def test_the_branches_that_are_left_weigh_more():
         return paper_weights([Group([3], [Trajectory([4, 5], 0.0, fork) for fork in forks])], Config())
 
     assert spans(1)[1].w == 2 * spans(2)[1].w and spans(1)[0].w == spans(2)[0].w
+
+
+def test_light_branches_weigh_what_they_weigh_without_thinning():
+    """Two questions, one with two failures of three, one with none: Eq. (J) with |T_fail| = 2 by hand."""
+    def groups(branched):
+        forks = [[Fork(1, 0.5, [[7], [8, 9]], [1.0, 0.0])] * (i in branched) for i in range(3)]
+        rollouts = [Trajectory([4, 5], float(i == 2), fork) for i, fork in enumerate(forks)]
+        return [Group([3], rollouts), Group([3], [Trajectory([4], 1.0), Trajectory([5], 0.0)])]
+
+    config = Config(lam=3.0, beta=0.5)
+    both = light_weights(groups({0, 1}), config), paper_weights(groups({0, 1}), config)
+    assert np.array(both[0]) == pytest.approx(np.array(both[1]))
+    one = light_weights(groups({1}), config)
+    branches, rollouts = one[2:4], [*one[:2], *one[4:]]
+    assert [span.w for span in branches] == pytest.approx([3 / (2 * 2 * 2 * 1), 3 / (2 * 2 * 2 * 2)])
+    assert [span.w for span in rollouts] == pytest.approx([1 / (2 * 3 * 2)] * 3 + [1 / (2 * 2)] * 2)
+    assert [span.w_kl for span in one] == pytest.approx([0.5 * span.w for span in one])
+    assert [span.A for span in one] == [span.A for span in paper_weights(groups({1}), config)]
 
 
 def test_a_run_branches_a_share_and_asks_more_questions(tmp_path):

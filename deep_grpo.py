@@ -203,7 +203,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     scored = 0
     if reweigh is not None:
         logps, entropies, scored = score_groups(model, groups, config, micro_batch_tokens, ranks)
-        table = reweigh(table, torch.cat(logps), torch.cat(entropies))
+        table = reweigh(table, *(torch.cat([table[:0, 0], *parts]) for parts in (logps, entropies)))
     has_kl = ref_model is not None and config.beta > 0
     needed, tokens = needed_sequences(groups, table, has_kl)
     table, sampled = table[tokens].to(model.device), sampled_logps(groups)[tokens].to(model.device)
@@ -248,7 +248,7 @@ def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
     if has_kl:
         weighs |= table[:, 2] != 0
     lengths = torch.tensor([len(y) for g in groups for t in g.trajectories
-                            for y in (t.response, *(suffix for _, suffix in t.branches))])
+                            for y in (t.response, *(suffix for _, suffix in t.branches))], dtype=torch.long)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     weight = torch.cat([ends[:1], weighs.cumsum(0)])[ends].diff()        # how many tokens of it have a weight
     return (weight > 0).tolist(), (weight > 0).repeat_interleave(lengths)
@@ -261,6 +261,15 @@ def sampled_logps(groups) -> torch.Tensor:
         logps = getattr(y, "logps", None)                # those of resample.Continuation
         parts.append(np.full(len(y), math.nan) if logps is None else logps)
     return torch.from_numpy(np.concatenate(parts))
+
+
+def known_logps(groups) -> torch.Tensor:
+    """sampled_logps(groups), all of which must be known. Raises ValueError where one is not."""
+    logps = sampled_logps(groups)
+    if logps.isnan().any():
+        raise ValueError("a batch of an earlier policy needs the log-probabilities of its tokens when they were drawn, "
+                         f"as resample.sample returns them: {int(logps.isnan().sum())} of {len(logps)} are not known")
+    return logps
 
 
 def token_sums(logp, ref, A, w, main, old, then, config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,8 +295,12 @@ def objective_metrics(table, sums, worst) -> dict:
             "sampler_gap_max": worst.item() if known else None}
 
 
-def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None, ranks=ALONE, **options) -> dict:
+def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None, ranks=ALONE, stale=False,
+           **options) -> dict:
     """Line 8: config.updates clipped optimizer steps on -J, all on the same batch. options: those of objective().
+
+    stale: the batch was drawn by an earlier policy. pi_old is then that policy, and log pi_old what it thought of the
+    tokens when it drew them (known_logps).
 
     Returns the metrics of the last one, with loss, grad_norm (before clipping), optimizer_steps, all tokens that were
     forwarded, and the sampler_gap of the first: later, the policy is another one. Where no sequence has a weight there
@@ -295,7 +308,9 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
     weights are then those of before that optimizer step.
     """
     old_logps, gaps, forwarded, steps = None, None, 0, 0     # with one step per batch pi_old is the current policy
-    if config.updates > 1:
+    if stale:
+        old_logps = [known_logps(groups)]
+    elif config.updates > 1:
         old_logps, _, forwarded = score_groups(model, groups, config, micro_batch_tokens, ranks)
     for _ in range(config.updates):
         optimizer.zero_grad()

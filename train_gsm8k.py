@@ -213,10 +213,12 @@ def train_step(run) -> tuple[dict, dict, list, list]:
         with policy.clock.phase("resample"):
             return agree(thinned(method.choose_pivots, run.args.branch_share)(*args))
 
-    def update(*args, **options):
+    def update(model, optimizer, groups, *args, **options):
+        run.waiting.append(groups)                       # with --lag K, the batch of K steps ago is trained
+        trained = run.waiting.pop(0) if len(run.waiting) > run.args.lag else []
         models = [model for model in (policy.model, run.ref_model) if model is not None]
         with policy.clock.phase("update"), compiled_layers(*models if run.score is compiled_rows else ()):
-            return method.update(*args, **options)
+            return method.update(model, optimizer, trained, *args, stale=run.args.lag > 0, **options)
 
     options = {"micro_batch_tokens": run.args.micro_batch_tokens, "ranks": Ranks(run.score), "weights": method.weights}
     if run.args.maspo:
@@ -307,7 +309,7 @@ def train(run) -> int:
                 unread += zip(batch, groups)
             if run.step == 2 and not any(t.reward for _, g in unread for t in g.trajectories):
                 bar.write(first(partial(why_nothing_is_right, run, unread)))
-            if not warned and (metrics["sampler_gap"] or 0) > decoding.HEALTHY_GAP:
+            if not warned and not args.lag and (metrics["sampler_gap"] or 0) > decoding.HEALTHY_GAP:
                 warned = True
                 bar.write(f"warning: what is sampled is not what is trained: their log-probabilities differ by "
                           f"{metrics['sampler_gap']:.3f} nats on average (sampler_gap in trainer/README.md)")

@@ -142,7 +142,8 @@ def moving_parts(run) -> dict:
     """What a resumed run needs besides weights and optimizer, as it is now."""
     return {"step": run.step, "rounds": run.rounds, "generated_total": run.generated_total,
             "best_step": run.best_step, "best_accuracy": run.best_accuracy,
-            "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
+            "waiting": list(run.waiting), "recoverability": run.recoverability.state_dict(),
+            "pivot_rng": run.pivot_rng.bit_generator.state,
             "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
@@ -183,6 +184,7 @@ def load_run(run) -> int:
                          f"remove it to go on from {older}") from error
     for name in ("step", "rounds", "generated_total", "best_step", "best_accuracy"):
         setattr(run, name, parts[name])
+    run.waiting = parts.get("waiting", [])               # older checkpoints have none
     run.recoverability.load_state_dict(parts["recoverability"])
     run.pivot_rng.bit_generator.state = parts["pivot_rng"]
     random.setstate(parts["random_rng"])

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,7 @@ class Run:
     step: int = 0
     rounds: int = 0                                  # batches of questions so far
     generated_total: int = 0
+    waiting: list = field(default_factory=list)      # with --lag: the groups of steps that are not trained yet
     best_step: int | None = None
     best_accuracy: float = -1.0
 

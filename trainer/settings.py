@@ -38,7 +38,7 @@ PRESETS = {
 }
 
 
-NEW = dict(branch_share=1.0, compile=False)          # settings that older runs lack, with what they did
+NEW = dict(branch_share=1.0, compile=False, lag=0)          # settings that older runs lack, with what they did
 # Ablations that were flags of older versions, with the values that a run without them has in its config.json.
 RETIRED = dict(std=True, pivots=1, uniform_pivot=False, branch_all=False, train_prefix=False, one_stream=False)
 
@@ -163,6 +163,8 @@ def add_method_flags(group):
     group.add_argument("--segment-tokens", type=int, help="put a state after every N tokens of a response; "
                        "default: 0, a state after every sentence")
     group.add_argument("--updates", type=int, help=f"optimizer steps on one batch; default: {Config.updates}")
+    group.add_argument("--lag", type=int, metavar="K", help="train the batch that was drawn K steps ago, as with an "
+                       "asynchronous sampler (variants/vcpo.py); composes with every method; default: 0")
     group.add_argument("--branch-share", type=float, help="branch only this share of a step's failures, drawn at "
                        "random (variants/thin.py); composes with every method; default: 1")
     group.add_argument("--stapo", action="store_true", default=None, help="leave spurious tokens out of the loss "
@@ -218,7 +220,7 @@ def fill_settings(parser, args):
             preset = preset | dict(eval_data=None, val_rows=0, eval_rows=preset.get("val_rows", preset["eval_rows"]))
     defaults = {f.name: f.default for f in fields(Config)}
     defaults |= dict(seed=0, template="chat", stapo=False, maspo=False, budget_tokens=None, step_tokens=None,
-                     answer=None, branch_share=1.0, compile=gpu or args.dry_run, save_every=0, eval_data=None,
+                     answer=None, branch_share=1.0, lag=0, compile=gpu or args.dry_run, save_every=0, eval_data=None,
                      val_rows=0, gradient_checkpointing=False)
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
@@ -230,7 +232,7 @@ def fill_settings(parser, args):
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
     if args.val_rows and args.eval_data is None:
         parser.error("argument --val-rows: only with --eval-data; without, --eval-rows rows are held out, and choose")
-    for name in ("eval_every", "save_every", "val_rows", "seed"):
+    for name in ("eval_every", "save_every", "val_rows", "seed", "lag"):
         if getattr(args, name) < 0:
             parser.error(f"argument --{name.replace('_', '-')}: must be 0 or more, got {getattr(args, name)}")
 

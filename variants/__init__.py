@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import deep_grpo
 from loss import sequence_weights
-from variants import ablations, attnrl, dr_grpo, fr3e, rrpo, thin, treerl
+from variants import ablations, attnrl, dr_grpo, fr3e, rrpo, thin, treerl, vcpo
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ METHODS = {
     "fr3e": Method(dict(group_size=16, branches=16), fr3e.choose_pivots, fr3e.weights),
     "rrpo": Method(dict(group_size=5, branches=4, **NO_CLIP), rrpo.choose_pivots, rrpo.weights, flags=STEPS),
     "srpo": Method(dict(group_size=5, branches=4, **NO_CLIP), rrpo.choose_named, rrpo.weights, flags=STEPS),
+    "vcpo": Method(dict(branches=0, beta=0.0), weights=vcpo.weights, update=vcpo.update),
     "no_std": Method(weights=ablations.no_std, fits_p=True, flags=STREAMS),
     "two_pivots": Method(choose_pivots=ablations.two_pivots, fits_p=True, flags=("objective", *STREAMS)),
     "uniform_pivot": Method(choose_pivots=ablations.uniform_pivot, fits_p=True, flags=("objective", "lam", *STEPS)),

@@ -40,6 +40,7 @@ from trainer.compiling import compiled_rows
 from trainer.model import Ranks, checkpoint_activations, fsdp_modules, shard
 from trainer.ranks import deal, distributed, rank, world_size
 from trainer.session import owned
+from variants import vcpo
 from variants.rrpo import reset_failed
 
 ROOT = Path(__file__).parents[2]
@@ -467,6 +468,34 @@ def test_a_compiled_update_of_two_ranks_is_that_of_one_process(on_ranks):
             assert forks == own_forks and metrics == pytest.approx(own_metrics, rel=1e-3, abs=1e-5)
         for name, weights in expected["weights"].items():
             assert (got["weights"][name] - weights).square().mean().sqrt() < 1e-6
+
+
+def stale_update(n):
+    """An update of VCPO on rollouts of another policy: its metrics and the weights on this rank."""
+    ranks.start()
+    model, old = make_model(), make_model()
+    with torch.no_grad():
+        for p in old.parameters():
+            p += 0.03 * torch.randn_like(p)
+    logps = iter(score_groups(old, example(), Config())[0])
+    groups = [Group(g.prompt, [Trajectory(Continuation(t.response, next(logps)[:len(t.response)]), t.reward)
+                               for t in g.trajectories]) for g in example()]
+    model = shard(model) if distributed() else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    metrics = vcpo.update(model, optimizer, groups, Config(branches=0, beta=0.0), micro_batch_tokens=n,
+                          ranks=Ranks() if distributed() else ALONE)
+    return metrics, {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def test_n_ranks_make_the_stale_update_of_one_process(on_ranks):
+    """The norm of each rollout's gradient is that of all shards together."""
+    expected, weights = on_ranks(0, "stale_update", 30)[0]
+    assert 0 < expected["ess_share"] < 0.9 and expected["grad_norm"] > 1e-3
+    for got, own in on_ranks(2, "stale_update", 30):
+        names = ("ess_share", "lr_scale", "grad_norm", "loss", "forwarded_tokens", "trained_tokens")
+        assert {name: got[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-9)
+        for name in weights:
+            torch.testing.assert_close(own[name], weights[name], rtol=1e-9, atol=1e-11)
 
 
 BRANCHED = [[2, "--method", "treerl", "--branches", "2"], [2, "--method", "attnrl", "--segment-tokens", "3"],

@@ -24,7 +24,7 @@ from resample import sample
 from tasks.lock import Lock
 from trainer.session import sample_lines
 from trainer.settings import parse_args
-from variants import METHODS, attnrl, dr_grpo, fr3e, rrpo, treerl
+from variants import METHODS, attnrl, dr_grpo, fr3e, rrpo, treerl, vcpo
 
 ABLATIONS = ["no_std", "two_pivots", "uniform_pivot", "branch_all", "train_prefix", "one_stream", "light_branches"]
 
@@ -36,11 +36,12 @@ def test_settings_are_those_of_the_papers():
     found = {name: (config.group_size, config.branches) for name, config in
              ((name, Config(**method.settings)) for name, method in METHODS.items())}
     assert found == {"deep_grpo": (8, 8), "grpo": (8, 0), "dr_grpo": (8, 0), "treerl": (6, 2), "attnrl": (6, 2),
-                     "fr3e": (16, 16), "rrpo": (5, 4), "srpo": (5, 4), **dict.fromkeys(ABLATIONS, (8, 8))}
+                     "fr3e": (16, 16), "rrpo": (5, 4), "srpo": (5, 4), "vcpo": (8, 0), **dict.fromkeys(ABLATIONS, (8, 8))}
     others = {name: {k: v for k, v in method.settings.items() if k not in ("group_size", "branches")}
               for name, method in METHODS.items()}
     no_clip = {"clip_low": 1.0, "clip_high": 1e6}
-    assert others == dict.fromkeys(METHODS, {}) | {"dr_grpo": {"beta": 0.0}, "rrpo": no_clip, "srpo": no_clip}
+    assert others == dict.fromkeys(METHODS, {}) | {"dr_grpo": {"beta": 0.0}, "vcpo": {"beta": 0.0},
+                                                 "rrpo": no_clip, "srpo": no_clip}
 
 
 def test_the_fit_belongs_to_deep_grpo_and_its_ablations():
@@ -55,8 +56,9 @@ def test_rows_name_the_functions_of_their_files():
                      "treerl": (treerl.choose_pivots, treerl.weights),
                      "attnrl": (attnrl.choose_pivots, treerl.weights),
                      "fr3e": (fr3e.choose_pivots, fr3e.weights), "rrpo": (rrpo.choose_pivots, rrpo.weights),
-                     "srpo": (rrpo.choose_named, rrpo.weights)}
-    assert all(METHODS[name].update is deep_grpo.update for name in found)
+                     "srpo": (rrpo.choose_named, rrpo.weights), "vcpo": (own[0], vcpo.weights)}
+    assert {name for name in found if METHODS[name].update is not deep_grpo.update} == {"vcpo"}
+    assert METHODS["vcpo"].update is vcpo.update
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -270,7 +272,7 @@ def test_a_step_of_every_method_counts_its_tokens(method, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("method, forks", [
-    ("deep_grpo", 4), ("grpo", 0), ("dr_grpo", 0), ("treerl", 6 * 2), ("attnrl", 4 * 2), ("fr3e", 2 * 4), ("rrpo", 1),
+    ("deep_grpo", 4), ("grpo", 0), ("dr_grpo", 0), ("vcpo", 0), ("treerl", 6 * 2), ("attnrl", 4 * 2), ("fr3e", 2 * 4), ("rrpo", 1),
     ("srpo", 1), ("two_pivots", 4 * 2), ("uniform_pivot", 4), ("branch_all", 6)])
 def test_a_question_has_as_many_forks_as_the_rule_says(method, forks):
     """Six rollouts, two of them right. AttnRL branches round(6 exp(-1/3)) = 4 of them."""

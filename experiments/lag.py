@@ -1,0 +1,162 @@
+r"""What does a sampler that lags behind cost, and does VCPO give it back? On the embedded task.
+
+    python -m experiments.lag             # lags 0, 4 and 12, GRPO and VCPO, 5 seeds: about 50 minutes on two cores
+    python -m experiments.lag --redraw    # the figure again, from the kept numbers
+
+With `--lag K` every update trains the batch that was drawn K steps before, as if sampling and training went on at the
+same time on two machines. All runs draw equally many batches. A run with a lag has therefore K updates fewer, and
+methods are compared at equal numbers of updates.
+
+Writes results/lag.json, results/lag.png, and the table of results/lag.md.
+"""
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from experiments.figures import ACCENT, GREY, INK, new_figure, save_figure
+from experiments.runs import Arm, Experiment, interval, run_all, write_page
+from trainer.plot import read_metrics
+from trainer.settings import OneLineParser, command_line, count
+
+LAGS = (0, 4, 12)
+METHODS = {"grpo": "GRPO", "vcpo": "VCPO"}
+FLAGS = "--preset tiny --questions 4 --eval-every 4 --step-tokens 2000"
+ARMS = {f"{method}-{lag}": Arm(f"{label}, lag {lag}", f"--method {method} --lag {lag}")
+        for method, label in METHODS.items() for lag in LAGS}
+LOOKS = {0: (INK, "-"), 4: (GREY, "--"), 12: (ACCENT, "-.")}
+TITLE = "A sampler that lags behind, with and without VCPO"
+MESSAGE = ""
+
+
+def read_curve(run, lag) -> dict[str, list[float]]:
+    """Of one run: its numbers of updates, the accuracy after each of them, and the mean ess_share in between.
+
+    Only numbers of updates at which the run was evaluated, from 0 on. ess_share is of VCPO, and empty without it.
+    """
+    metrics = read_metrics(run)
+    steps, accuracy = metrics["eval_accuracy"]
+    updates = np.maximum(steps - lag, 0)
+    first = np.flatnonzero(updates == 0)[-1]             # nothing is learned until then
+    shares = metrics.get("ess_share", (np.zeros(0), np.zeros(0)))[1]
+    return {"updates": updates[first:].tolist(), "accuracy": accuracy[first:].tolist(),
+            "ess_share": float(shares.mean()) if len(shares) else None}
+
+
+def collect(directories, settings) -> dict:
+    """The numbers of all runs, as results/lag.json has them: of every arm its label and the curve of every seed."""
+    return {"settings": settings, "arms": {
+        arm: {"label": ARMS[arm].label, "seeds": [read_curve(run, int(arm.split("-")[1])) for run in runs]}
+        for arm, runs in directories.items()}}
+
+
+def shared_updates(measured) -> int:
+    """The updates that every run has made."""
+    return min(int(run["updates"][-1]) for arm in measured["arms"].values() for run in arm["seeds"])
+
+
+def means(measured, arm) -> tuple[np.ndarray, np.ndarray]:
+    """(mean accuracy over the shared updates, accuracy after them), one of each for every seed."""
+    end = shared_updates(measured)
+    grid = np.linspace(0, end, 201)
+    curves = [np.interp(grid, run["updates"], run["accuracy"]) for run in measured["arms"][arm]["seeds"]]
+    return np.mean(curves, axis=1), np.array(curves)[:, -1]
+
+
+def tables(measured) -> str:
+    """Markdown: accuracy of every arm with 95 % intervals, VCPO against GRPO of the same lag, and every seed."""
+    end, seeds = shared_updates(measured), len(measured["arms"]["grpo-0"]["seeds"])
+
+    def cells(arm):
+        mean, last = means(measured, arm)
+        for values in (mean, last):
+            yield "{:.3f} \u00b1 {:.3f}".format(*interval(values))
+        method, lag = arm.split("-")
+        against = interval(mean - means(measured, f"grpo-{lag}")[0])
+        yield "" if method == "grpo" else "{:+.3f} \u00b1 {:.3f}".format(*against)
+        yield "" if method == "grpo" else f"{against[2]:.3f}"
+        shares = [run["ess_share"] for run in measured["arms"][arm]["seeds"]]
+        yield "" if None in shares else f"{np.mean(shares):.3f}"
+
+    return "\n".join([
+        f"The table has the greedy accuracy on held-out questions: mean of {seeds} seeds \u00b1 95 % interval",
+        "(Student's t). The difference is that of the mean accuracy to GRPO with the same lag, paired by seed, and p is",
+        "two-sided. ESS is the effective sample size over the number of rollouts, the mean over the updates of a run.",
+        "",
+        f"| method | mean over {end} updates | after {end} updates | minus GRPO of that lag | p | ESS |",
+        "|---|---|---|---|---|---|",
+        *(f"| {kept['label']} | {' | '.join(cells(arm))} |" for arm, kept in measured["arms"].items()), "",
+        "The next table has the mean accuracy of every seed.", "",
+        f"| method | {' | '.join(map(str, range(seeds)))} |", "|---" * (seeds + 1) + "|",
+        *(f"| {kept['label']} | {' | '.join(f'{x:.3f}' for x in means(measured, arm)[0])} |"
+          for arm, kept in measured["arms"].items())])
+
+
+def plot_lags(measured, title):
+    """A panel for each method: accuracy over updates, a line per lag (mean of the seeds), and the seeds behind it."""
+    figure, axes = new_figure(3.6, "ab", sharey=True)
+    end = shared_updates(measured)
+    for axis, (method, label) in zip(axes.values(), METHODS.items()):
+        names = []
+        for lag in LAGS:
+            colour, style = LOOKS[lag]
+            runs = measured["arms"][f"{method}-{lag}"]["seeds"]
+            for run in runs:
+                axis.plot(run["updates"], 100 * np.array(run["accuracy"]), color=colour, alpha=0.25, linewidth=0.8)
+            grid = np.linspace(0, end, 61)
+            mean = 100 * np.mean([np.interp(grid, run["updates"], run["accuracy"]) for run in runs], axis=0)
+            axis.plot(grid, mean, style, color=colour, linewidth=2.5)
+            names.append((mean[-1], lag, colour))
+        height = np.inf
+        for value, lag, colour in sorted(names, reverse=True):               # names are kept apart from one another
+            height = min(value, height - 8)
+            axis.annotate(f"lag {lag}", (end, height), (4, 0), textcoords="offset points", va="center", color=colour,
+                          annotation_clip=False)
+        axis.set(title=label, xlabel=f"updates; bold lines are means of {len(runs)} seeds", xlim=(0, end), ylim=(0, 102))
+    axes["a"].set_ylabel("greedy accuracy on\nheld-out questions (%)")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def main(argv=None):
+    """Run what is missing, then write numbers, figure and tables."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=count, default=5, help="Sets how many seeds each arm has. The default is 5.")
+    parser.add_argument("--batches", type=count, default=60,
+                        help="Sets the batches of 2000 tokens that every run draws. The default is 60.")
+    parser.add_argument("--jobs", type=count, default=2,
+                        help="Sets how many runs go on at a time, with one thread each. The default is 2.")
+    parser.add_argument("--out", type=Path, default=Path("runs/lag"),
+                        help="Names the folder for the run directories. The default is runs/lag.")
+    parser.add_argument("--results", type=Path, default=Path("results"),
+                        help="Names the folder for numbers, figure and table. The default is results.")
+    parser.add_argument("--redraw", action="store_true",
+                        help="Draws the figure again from the kept numbers and ends. The default is to run.")
+    args = parser.parse_args(argv)
+    numbers, picture, page = (args.results / f"lag.{ending}" for ending in ("json", "png", "md"))
+    settings = {"seeds": args.seeds, "batches": args.batches, "flags": FLAGS}
+    if args.redraw and not numbers.exists():
+        parser.error(f"argument --redraw: {numbers} does not exist, so there are no numbers to draw")
+    if args.redraw:
+        measured = json.loads(numbers.read_text())
+    else:
+        directories = run_all(Experiment("lag", args.seeds, 2000 * args.batches, FLAGS, ARMS), args.out, args.jobs)
+        measured = collect(directories, settings)
+        args.results.mkdir(parents=True, exist_ok=True)
+        numbers.write_text(json.dumps(measured, indent=1) + "\n")
+        about = (f"These numbers were written by `{command_line('-m experiments.lag', argv)}`: {FLAGS}, "
+                 f"{args.batches} batches; {platform.processor() or platform.machine()}, torch {torch.__version__}, "
+                 f"transformers {transformers.__version__}.\n\n")
+        write_page(page, TITLE, picture.name, about + tables(measured))
+        print(tables(measured))
+    kept = (measured["settings"]["seeds"], measured["settings"]["batches"]) == (5, 60)
+    save_figure(plot_lags(measured, MESSAGE if kept and MESSAGE else TITLE), picture)
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -49,10 +49,20 @@ from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
 from trainer.compiling import compiled_layers, compiled_rows, plain_rows, stopwatch
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
-from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
+from trainer.model import (
+    Ranks,
+    as_forward,
+    checkpoint_activations,
+    checksum,
+    gathered,
+    layers_of,
+    load_model,
+    place,
+    precision,
+)
 from trainer.plot import last_words, plot_run
 from trainer.policy import Clock, Policy
-from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, start, world_size
+from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, share, start, world_size
 from trainer.session import (
     Run,
     check_empty,
@@ -69,6 +79,7 @@ from trainer.session import (
 )
 from trainer.settings import parse_args
 from variants import METHODS
+from variants.goldilocks import Teacher, mean_states, standardized
 from variants.maspo import soft_surrogate
 from variants.stapo import silence_spurious
 from variants.thin import thinned
@@ -122,11 +133,22 @@ def prepare(args) -> Run:
     policy = Policy(model, tokenizer, start["stop_ids"], config, args.micro_batch_tokens, sampler)
     run = Run(args, policy, ref_model, optimizer, Recoverability(), np.random.default_rng(args.seed),
               questions, eval_questions, val_questions, skipped, date, start, score)
+    if args.select is not None:                          # before weights are loaded: it looks into the starting model
+        run.teacher = make_teacher(run)
     if args.resume is not None:
         last = load_run(run)
         print(f"going on after step {last}" if last else "there is no checkpoint yet: the run begins again")
         first(lambda: cut_logs(args.out, last if last else -1))
     return run
+
+
+def make_teacher(run) -> Teacher:
+    """The teacher of --select goldilocks, which knows nothing yet. Each rank computes the features of a part."""
+    args, model, prompts = run.args, run.policy.model, [q.prompt for q in run.questions]
+    states = as_forward(model, partial(mean_states, tokens=args.micro_batch_tokens))
+    with gathered(model), precision(model):
+        features = standardized(share(prompts, states, [len(prompt) for prompt in prompts]))
+    return Teacher(features, prompts, args.epsilon, args.teacher_window, args.teacher_lr)
 
 
 def compiles(what, warm_up) -> bool:
@@ -184,13 +206,18 @@ def load_questions(args, drawn=True):
 def batch_at(run, number):
     """Return batch 1, 2, ... of questions. Every epoch has a new permutation.
 
-    The batch is a function of the seed and of its number alone.
+    The batch is a function of the seed and of its number alone, and with --select of the teacher, who takes every
+    question from the next C of the permutations.
     """
-    n, size = len(run.questions), run.args.questions
+    n, size = len(run.questions), run.args.questions * (run.args.candidates or 1)
     at = range((number - 1) * size, number * size)
     epochs = {i // n for i in at}
     order = {epoch: np.random.default_rng((run.args.seed, epoch)).permutation(n) for epoch in epochs}
-    return [run.questions[order[i // n][i % n]] for i in at]
+    drawn = [order[i // n][i % n] for i in at]
+    if run.teacher is not None:                          # a third number makes it another generator than the above
+        rng = np.random.default_rng((run.args.seed, number, 1))
+        drawn = agree(run.teacher.choose(np.reshape(drawn, (run.args.questions, -1)), rng))
+    return [run.questions[i] for i in drawn]
 
 
 def train_step(run) -> tuple[dict, dict, list, list]:
@@ -231,6 +258,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     timing = {f"imbalance_{phase}": policy.imbalance.get(phase, 1.0) for phase in ("rollout", "resample")}
     timing |= {"imbalance_update": learned.pop("imbalance"), "padding": learned.pop("padding")}
     metrics = summarize(groups, policy.stop) | learned | {"w": run.recoverability.w, "b": run.recoverability.b}
+    metrics |= run.teacher.learn(groups) if run.teacher is not None else {}
     metrics["questions"] = len(asked)
     metrics["generated_tokens"] = policy.generated - generated               # with what SRPO asks the model
     metrics["forwarded_tokens"] += policy.forwarded - forwarded

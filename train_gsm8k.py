@@ -49,20 +49,10 @@ from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
 from trainer.compiling import compiled_layers, compiled_rows, plain_rows, stopwatch
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
-from trainer.model import (
-    Ranks,
-    as_forward,
-    checkpoint_activations,
-    checksum,
-    gathered,
-    layers_of,
-    load_model,
-    place,
-    precision,
-)
+from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
 from trainer.plot import last_words, plot_run
 from trainer.policy import Clock, Policy
-from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, share, start, world_size
+from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, start, world_size
 from trainer.session import (
     Run,
     check_empty,
@@ -133,22 +123,15 @@ def prepare(args) -> Run:
     policy = Policy(model, tokenizer, start["stop_ids"], config, args.micro_batch_tokens, sampler)
     run = Run(args, policy, ref_model, optimizer, Recoverability(), np.random.default_rng(args.seed),
               questions, eval_questions, val_questions, skipped, date, start, score)
-    if args.select is not None:                          # before weights are loaded: it looks into the starting model
-        run.teacher = make_teacher(run)
+    if args.select is not None:                          # before a checkpoint is loaded: it sees the starting model
+        prompts = [q.prompt for q in questions]
+        features = standardized(policy.of_prompts(partial(mean_states, tokens=args.micro_batch_tokens), prompts))
+        run.teacher = Teacher(features, prompts, args.epsilon, args.teacher_window, args.teacher_lr)
     if args.resume is not None:
         last = load_run(run)
         print(f"going on after step {last}" if last else "there is no checkpoint yet: the run begins again")
         first(lambda: cut_logs(args.out, last if last else -1))
     return run
-
-
-def make_teacher(run) -> Teacher:
-    """The teacher of --select goldilocks, which knows nothing yet. Each rank computes the features of a part."""
-    args, model, prompts = run.args, run.policy.model, [q.prompt for q in run.questions]
-    states = as_forward(model, partial(mean_states, tokens=args.micro_batch_tokens))
-    with gathered(model), precision(model):
-        features = standardized(share(prompts, states, [len(prompt) for prompt in prompts]))
-    return Teacher(features, prompts, args.epsilon, args.teacher_window, args.teacher_lr)
 
 
 def compiles(what, warm_up) -> bool:

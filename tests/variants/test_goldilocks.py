@@ -1,4 +1,4 @@
-"""Goldilocks: the utility, the features, the teacher's fit and choice by hand; and whole runs that ask its questions."""
+"""Goldilocks: the utility, the features, the fit and the choice by hand; and whole runs that ask what it chooses."""
 import argparse
 import itertools
 import json
@@ -233,8 +233,10 @@ def test_with_one_candidate_a_run_is_the_run_without_selection(tmp_path):
     for name in ("select", *TEACHER):                      # of a version without them
         assert about["settings"].pop(name) is None
     (tmp_path / "plain" / "config.json").write_text(json.dumps(about))
-    args = parse_args(["--resume", str(tmp_path / "plain"), "--steps", "3"])
-    assert args.select is args.candidates is None
+    again = ["--resume", str(tmp_path / "plain"), "--steps", "3"]
+    assert parse_args(again).select is parse_args(again).candidates is None
+    with pytest.raises(SystemExit, match="2"):
+        parse_args([*again, *SELECT])                      # nor can the teacher come in later
 
 
 def test_an_interrupted_run_asks_the_questions_of_one_that_was_not(tmp_path):

@@ -242,15 +242,15 @@ def test_with_one_candidate_a_run_is_the_run_without_selection(tmp_path):
 def test_an_interrupted_run_asks_the_questions_of_one_that_was_not(tmp_path):
     """The starting model is looked into again, and what the teacher has learned is in the checkpoint."""
     flags = [*FAST, *SELECT, "--epsilon", "0.3", "--teacher-lr", "0.5", "--teacher-window", "3"]
-    whole = trained(tmp_path / "whole", *flags, "--steps", "4")
-    trained(tmp_path / "halves", *flags, "--steps", "2")
-    trained(tmp_path / "halves", "--resume", str(tmp_path / "halves"), "--steps", "4")
+    whole = trained(tmp_path / "whole", *flags, "--steps", "3")
+    trained(tmp_path / "halves", *flags, "--steps", "1")
+    trained(tmp_path / "halves", "--resume", str(tmp_path / "halves"), "--steps", "3")
     for log in ("metrics.jsonl", "pivots.csv"):
         assert (tmp_path / "halves" / log).read_text() == (tmp_path / "whole" / log).read_text()
-    assert len({row["predicted_utility"] for row in whole}) == 4
-    states = [torch.load(tmp_path / name / "checkpoints" / "step_4" / "trainer.pt", weights_only=False)["teacher"]
+    assert len({row["predicted_utility"] for row in whole}) == 3
+    states = [torch.load(tmp_path / name / "checkpoints" / "step_3" / "trainer.pt", weights_only=False)["teacher"]
               for name in ("whole", "halves")]
-    assert states[0] == states[1] and states[0]["steps"] == 4 * FIT_STEPS and len(states[0]["buffer"]) == 3
+    assert states[0] == states[1] and states[0]["steps"] == 3 * FIT_STEPS and len(states[0]["buffer"]) == 3
 
 
 # ---- flags ----

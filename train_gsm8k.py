@@ -69,6 +69,7 @@ from trainer.session import (
 )
 from trainer.settings import parse_args
 from variants import METHODS
+from variants.goldilocks import Teacher, mean_states, standardized
 from variants.maspo import soft_surrogate
 from variants.stapo import silence_spurious
 from variants.thin import thinned
@@ -122,6 +123,10 @@ def prepare(args) -> Run:
     policy = Policy(model, tokenizer, start["stop_ids"], config, args.micro_batch_tokens, sampler)
     run = Run(args, policy, ref_model, optimizer, Recoverability(), np.random.default_rng(args.seed),
               questions, eval_questions, val_questions, skipped, date, start, score)
+    if args.select is not None:                          # before a checkpoint is loaded: it sees the starting model
+        prompts = [q.prompt for q in questions]
+        features = standardized(policy.of_prompts(partial(mean_states, tokens=args.micro_batch_tokens), prompts))
+        run.teacher = Teacher(features, prompts, args.epsilon, args.teacher_window, args.teacher_lr)
     if args.resume is not None:
         last = load_run(run)
         print(f"going on after step {last}" if last else "there is no checkpoint yet: the run begins again")
@@ -184,13 +189,18 @@ def load_questions(args, drawn=True):
 def batch_at(run, number):
     """Return batch 1, 2, ... of questions. Every epoch has a new permutation.
 
-    The batch is a function of the seed and of its number alone.
+    The batch is a function of the seed and of its number alone, and with --select of the teacher, who takes every
+    question from the next C of the permutations.
     """
-    n, size = len(run.questions), run.args.questions
+    n, size = len(run.questions), run.args.questions * (run.args.candidates or 1)
     at = range((number - 1) * size, number * size)
     epochs = {i // n for i in at}
     order = {epoch: np.random.default_rng((run.args.seed, epoch)).permutation(n) for epoch in epochs}
-    return [run.questions[order[i // n][i % n]] for i in at]
+    drawn = [order[i // n][i % n] for i in at]
+    if run.teacher is not None:                          # a third number makes it another generator than the above
+        rng = np.random.default_rng((run.args.seed, number, 1))
+        drawn = agree(run.teacher.choose(np.reshape(drawn, (run.args.questions, -1)), rng))
+    return [run.questions[i] for i in drawn]
 
 
 def train_step(run) -> tuple[dict, dict, list, list]:
@@ -233,6 +243,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     timing = {f"imbalance_{phase}": policy.imbalance.get(phase, 1.0) for phase in ("rollout", "resample")}
     timing |= {"imbalance_update": learned.pop("imbalance"), "padding": learned.pop("padding")}
     metrics = summarize(groups, policy.stop) | learned | {"w": run.recoverability.w, "b": run.recoverability.b}
+    metrics |= run.teacher.learn(groups) if run.teacher is not None else {}
     metrics["questions"] = len(asked)
     metrics["generated_tokens"] = policy.generated - generated               # with what SRPO asks the model
     metrics["forwarded_tokens"] += policy.forwarded - forwarded

@@ -135,7 +135,7 @@ def test_the_glossary_holds_the_metrics_of_a_step_and_no_other(tmp_path, monkeyp
     monkeypatch.setattr(tasks.lock, "make_rows", lambda lock, n, seed: make_rows(Lock((3, 3)), min(n, 16), seed))
     monkeypatch.setattr(train_gsm8k, "plot_run", lambda run_dir: None)
     code = train_gsm8k.main(["--preset", "tiny", "--steps", "1", "--group-size", "2", "--branches", "2",
-                             "--eval-rows", "2", "--out", str(tmp_path / "run")])
+                             "--eval-rows", "2", "--select", "goldilocks", "--out", str(tmp_path / "run")])
     logged = {name for log in ("metrics.jsonl", "timing.jsonl")
               for name in json.loads((tmp_path / "run" / log).read_text().splitlines()[-1])}
     table = re.search(r"\| metric \|.*", (ROOT / "trainer" / "README.md").read_text(), re.S)[0]

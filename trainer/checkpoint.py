@@ -140,7 +140,8 @@ def _to_disk(path):
 
 def moving_parts(run) -> dict:
     """What a resumed run needs besides weights and optimizer, as it is now."""
-    return {"step": run.step, "rounds": run.rounds, "generated_total": run.generated_total,
+    teacher = {} if run.teacher is None else {"teacher": run.teacher.state_dict()}
+    return {"step": run.step, "rounds": run.rounds, "generated_total": run.generated_total, **teacher,
             "best_step": run.best_step, "best_accuracy": run.best_accuracy,
             "waiting": list(run.waiting), "recoverability": run.recoverability.state_dict(),
             "pivot_rng": run.pivot_rng.bit_generator.state,
@@ -186,6 +187,8 @@ def load_run(run) -> int:
         setattr(run, name, parts[name])
     run.waiting = parts.get("waiting", [])               # older checkpoints have none
     run.recoverability.load_state_dict(parts["recoverability"])
+    if run.teacher is not None:
+        run.teacher.load_state_dict(parts["teacher"])
     run.pivot_rng.bit_generator.state = parts["pivot_rng"]
     random.setstate(parts["random_rng"])
     if rank() < len(parts["torch_rng"]):

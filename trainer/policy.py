@@ -2,7 +2,7 @@ r"""The policy: all that the algorithm asks of a model and of a grader.
 
 `deep_grpo.step` and the methods of variants/ call four things: `sample` draws continuations of token prefixes,
 `rewards` grades them, `text` and `encode` pass between token ids and text. Two more serve methods that look inside the
-model before they branch: `score` and `each`.
+model before they branch: `score` and `each`. With `of_prompts`, a teacher looks at all questions before a run.
 
 Every method here divides its work among the processes of torchrun and gives every process all of the results. On a
 GPU it computes in bf16. Sharded weights are gathered for its duration.
@@ -112,6 +112,11 @@ class Policy:
             logps, entropies, tokens = score_groups(self.model, groups, self.config, self.micro_batch_tokens, Ranks())
         self.forwarded += tokens
         return logps, entropies
+
+    def of_prompts(self, function, prompts) -> list:
+        """function(model, prompts), which gives one result per prompt. Each rank computes those of a part."""
+        with gathered(self.model), precision(self.model):
+            return share(prompts, as_forward(self.model, function), [len(prompt) for prompt in prompts])
 
     def each(self, function, items) -> list:
         """[function(model, *item) for item in items], where an item begins with a prompt and a response."""

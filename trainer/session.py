@@ -31,6 +31,7 @@ from trainer.checkpoint import append_lines, find_checkpoints, write_whole
 from trainer.compiling import plain_rows
 from trainer.policy import Policy
 from trainer.ranks import distributed, gather, rank, world_size
+from variants.goldilocks import Teacher
 
 ROOT = Path(__file__).parents[1]
 PIVOT_COLUMNS = "step,response_tokens,pivot,depth,right_branches,branches,question_rate\n"
@@ -53,6 +54,7 @@ class Run:
     date: str | None = None                          # in prompts, where the chat template asks for today's
     start: dict | None = None                        # stop ids and checksum of the starting model, the reference
     score: Callable = plain_rows                     # that of the update: of compiling.py, compiled_rows or plain_rows
+    teacher: Teacher | None = None                   # who chooses the questions, with --select
     step: int = 0
     rounds: int = 0                                  # batches of questions so far
     generated_total: int = 0

@@ -38,7 +38,9 @@ PRESETS = {
 }
 
 
-NEW = dict(branch_share=1.0, compile=False, lag=0)          # settings that older runs lack, with what they did
+TEACHER = dict(candidates=4, epsilon=0.1, teacher_window=1024, teacher_lr=0.05)           # of --select goldilocks
+# Settings that older runs lack, with what they did.
+NEW = dict(branch_share=1.0, compile=False, lag=0, **dict.fromkeys(["select", *TEACHER]))
 # Ablations that were flags of older versions, with the values that a run without them has in its config.json.
 RETIRED = dict(std=True, pivots=1, uniform_pivot=False, branch_all=False, train_prefix=False, one_stream=False)
 
@@ -81,7 +83,7 @@ def parse_args(argv=None, description=None):
         restore_settings(parser, args)
     else:
         fill_settings(parser, args)
-    for name in ("lr", "max_hours"):
+    for name in ("lr", "max_hours", "teacher_lr"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
             parser.error(f"argument --{name.replace('_', '-')}: must be positive, got {getattr(args, name)}")
     return args
@@ -133,7 +135,7 @@ def add_run_flags(group):
 
 
 def add_data_flags(group):
-    """Which questions are evaluated, and how a prompt is made."""
+    """Which questions are evaluated and which are asked, and how a prompt is made."""
     group.add_argument("--eval-data", help="the evaluation questions, named as for --data; default: the preset's test "
                        "set, or --eval-rows rows of --data that are drawn at random and held out")
     group.add_argument("--eval-rows", type=count, help="the number of evaluation questions; default: the preset's")
@@ -141,6 +143,17 @@ def add_data_flags(group):
                        "random but the same for every seed, to choose the best checkpoint on; default: the preset's")
     group.add_argument("--select-on-test", action="store_true", help="choose the best checkpoint on --eval-data, as "
                        "the authors do; default: on the held-out rows")
+    group.add_argument("--select", choices=["goldilocks"], help="let a teacher choose the questions of a step by their "
+                       "predicted utility (variants/goldilocks.py); composes with every method; default: every "
+                       "question in turn")
+    group.add_argument("--candidates", type=count, help="with --select: C, the random candidates from which each "
+                       f"question is chosen; default: {TEACHER['candidates']}")
+    group.add_argument("--epsilon", type=float, help="with --select: how often a random one of the candidates is "
+                       f"asked; default: {TEACHER['epsilon']:g}")
+    group.add_argument("--teacher-window", type=count, help="with --select: the number of questions, those asked last, "
+                       f"from which the teacher learns; default: {TEACHER['teacher_window']}")
+    group.add_argument("--teacher-lr", type=float, help="with --select: the learning rate of the teacher; default: "
+                       f"{TEACHER['teacher_lr']:g}")
     group.add_argument("--template", choices=TEMPLATES, help="the prompt around a question; default: chat, the model's "
                        "own chat template")
     group.add_argument("--answer", choices=GRADERS, help="how an answer is asked for and read, in training and "
@@ -151,7 +164,7 @@ def add_data_flags(group):
 
 
 def add_method_flags(group):
-    """The other fields of Config, and the two options that compose with every method."""
+    """The other fields of Config, and the options that compose with every method."""
     group.add_argument("--objective", choices=["paper", "authors"], help="the form of J, that of the paper or that of "
                        f"the authors' code (loss.py); default: {Config.objective}")
     group.add_argument("--beta", type=float, help="the weight of the KL term; 0 needs no reference model; default: "
@@ -211,6 +224,9 @@ def fill_settings(parser, args):
             known = ", ".join(other for other, method in METHODS.items() if name in method.flags)
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"argument {flag}: has no part in --method {args.method}, only in {known}")
+    for name in TEACHER:
+        if getattr(args, name) is not None and args.select is None:
+            parser.error(f"argument --{name.replace('_', '-')}: has a part only with --select goldilocks")
     preset = PRESETS[args.preset]
     if "objective" not in METHODS[args.method].flags:                    # such a method has an objective of its own
         preset = {name: value for name, value in preset.items() if name != "objective"}
@@ -222,11 +238,14 @@ def fill_settings(parser, args):
     defaults |= dict(seed=0, template="chat", stapo=False, maspo=False, budget_tokens=None, step_tokens=None,
                      answer=None, branch_share=1.0, lag=0, compile=gpu or args.dry_run, save_every=0, eval_data=None,
                      val_rows=0, gradient_checkpointing=False)
+    defaults |= TEACHER if args.select is not None else {}
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if not 0 < args.branch_share <= 1:
         parser.error(f"argument --branch-share: must be above 0 and at most 1, got {args.branch_share}")
+    if args.epsilon is not None and not 0 <= args.epsilon <= 1:
+        parser.error(f"argument --epsilon: must be between 0 and 1, got {args.epsilon}")
     if args.branch_share < 1 and args.branches == 0:
         parser.error(f"argument --branch-share: --method {args.method} has no branches")
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"

@@ -10,8 +10,8 @@ hyper-parameters and replaces one or two functions of the algorithm:
 To add a method, copy the file that is nearest to it: dr_grpo.py (only weights, 20 lines), treerl.py (states and
 weights), or ablations.py (a change of one function). Write its paper, its rule and "differs from deep_grpo.py in" at
 the top, add a row here, and a test beside tests/variants/. The policy offers text, encode, sample, score and each
-(trainer/policy.py). Three options compose with every method instead:
-stapo.py, maspo.py and thin.py.
+(trainer/policy.py). Four options compose with every method instead:
+stapo.py, maspo.py, thin.py and goldilocks.py.
 
 Files of this folder import the paper's files and one another, nothing else. GRPO is K = 0 and needs no file.
 """

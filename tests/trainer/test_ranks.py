@@ -513,6 +513,31 @@ def test_n_ranks_branch_the_states_of_one_process(on_ranks, args):
             assert metrics["grad_norm"] > 1e-3 and metrics["generated_tokens"] > 0
 
 
+def selecting_steps(n):
+    """steps(n) on questions that a teacher chooses, and on every rank but the first it is one who learns nothing."""
+    learn = train_gsm8k.Teacher.learn
+
+    def learn_on_the_first(teacher, groups):
+        before, metrics = teacher.state_dict(), learn(teacher, groups)
+        if rank() > 0:
+            teacher.load_state_dict(before)
+        return metrics
+
+    train_gsm8k.Teacher.learn = learn_on_the_first
+    return steps(n, "--select", "goldilocks", "--candidates", "8", "--teacher-lr", "0.5")
+
+
+def test_all_ranks_ask_the_questions_of_the_first(on_ranks):
+    """Forks depend on the prompt here. Features are computed in parts, and the choice is that of one process."""
+    (expected,), results = on_ranks(0, "selecting_steps", 2), on_ranks(2, "selecting_steps", 2)
+    of_first, other = ([metrics["predicted_utility"] for metrics, _ in got["steps"]] for got in results)
+    assert other == [0.25] * 2 and of_first[1] != 0.25
+    for got in results:
+        for (metrics, forks), (own_metrics, own_forks) in zip(got["steps"], expected["steps"]):
+            assert forks == own_forks and metrics["observed_utility"] == own_metrics["observed_utility"] > 0
+    assert of_first == pytest.approx([metrics["predicted_utility"] for metrics, _ in expected["steps"]], rel=1e-4)
+
+
 def test_all_ranks_branch_the_pivots_of_the_first(on_ranks):
     """Pivots are agreed on: from log-probabilities that differ in a last digit, two ranks may choose two states."""
     (_, forks), = on_ranks(0, "steps", 1)[0]["steps"]

@@ -308,7 +308,8 @@ def test_budget_tokens_end_the_run_after_the_step_that_reaches_them(tmp_path):
 
 
 def test_every_epoch_walks_through_all_questions():
-    run = argparse.Namespace(questions=list(range(7)), args=argparse.Namespace(questions=3, seed=0))
+    run = argparse.Namespace(questions=list(range(7)), teacher=None,
+                             args=argparse.Namespace(questions=3, candidates=None, seed=0))
     walk = [q for step in range(1, 15) for q in train_gsm8k.batch_at(run, step)]
     epochs = [walk[i:i + 7] for i in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)

@@ -24,11 +24,10 @@ asked about equally useful questions. Candidates that are not chosen are passed 
 the utility is biased towards 0: at G = 8 and p = .1 the mean of y is .2095, while sqrt(p (1 - p)) is .3.
 """
 from collections import deque
+from copy import deepcopy
 
 import numpy as np
 import torch
-
-from recoverability import sigmoid
 
 FIT_STEPS = 10                                       # of Adam, after every training step
 
@@ -40,9 +39,8 @@ def utility(rewards) -> float:
 
 
 def squared_error(logits, y):
-    """(mean of (f - y)^2, its gradient with respect to the logits), where f = 1/2 sigmoid(logits). Arrays of N."""
-    f = sigmoid(logits) / 2
-    return ((f - y) ** 2).mean(), 2 * (f - y) * f * (1 - 2 * f) / len(y)             # df/dlogit = f (1 - 2 f)
+    """The mean of (f - y)^2, where f = 1/2 sigmoid(logits). Tensors of N."""
+    return ((logits.sigmoid() / 2 - y) ** 2).mean()
 
 
 @torch.no_grad()
@@ -86,16 +84,18 @@ class Teacher:
     """
 
     def __init__(self, features, prompts=(), epsilon=0.1, window=1024, lr=0.05):
-        self.x = np.column_stack([features, np.ones(len(features), np.float32)])     # (N, d + 1): h_q, and 1 for b
+        features = torch.as_tensor(features, dtype=torch.float64)
+        self.x = torch.cat([features, torch.ones(len(features), 1)], 1)              # (N, d + 1): h_q, and 1 for b
         self.number = {tuple(prompt): i for i, prompt in enumerate(prompts)}
-        self.epsilon, self.lr = epsilon, lr
-        self.phi, self.m, self.v = np.zeros((3, self.x.shape[1]))                    # (w, b), and Adam's two moments
-        self.steps = 0
+        self.epsilon = epsilon
+        self.phi = torch.zeros(self.x.shape[1], dtype=torch.float64, requires_grad=True)                     # (w, b)
+        self.optimizer = torch.optim.Adam([self.phi], lr)
         self.buffer = deque(maxlen=window)                                           # (number, utility), oldest first
 
     def predict(self, questions) -> np.ndarray:
         """f of questions, given as numbers in an array of any shape."""
-        return sigmoid(self.x[np.asarray(questions)] @ self.phi) / 2
+        with torch.no_grad():
+            return ((self.x[torch.as_tensor(questions)] @ self.phi).sigmoid() / 2).numpy()
 
     def choose(self, candidates, rng) -> np.ndarray:
         """[n, C] numbers of candidates -> n numbers of questions. rng: numpy Generator.
@@ -113,14 +113,12 @@ class Teacher:
 
     def fit(self) -> None:
         """FIT_STEPS steps of Adam on the mean of (f - y)^2 over the buffer."""
-        x, y = self.x[[q for q, _ in self.buffer]], np.array([y for _, y in self.buffer])
+        numbers, y = zip(*self.buffer)
+        x, y = self.x[list(numbers)], torch.tensor(y, dtype=torch.float64)
         for _ in range(FIT_STEPS):
-            gradient = squared_error(x @ self.phi, y)[1] @ x
-            self.steps += 1
-            self.m = 0.9 * self.m + 0.1 * gradient
-            self.v = 0.999 * self.v + 0.001 * gradient**2
-            m, v = self.m / (1 - 0.9**self.steps), self.v / (1 - 0.999**self.steps)
-            self.phi = self.phi - self.lr * m / (np.sqrt(v) + 1e-8)
+            self.optimizer.zero_grad()
+            squared_error(x @ self.phi, y).backward()
+            self.optimizer.step()
 
     def learn(self, groups) -> dict:
         """Observe all questions of a step, then fit. Returns mean utilities: predicted before the fit, and observed."""
@@ -133,11 +131,13 @@ class Teacher:
         return {"predicted_utility": float(predicted.mean()), "observed_utility": float(np.mean(y))}
 
     def state_dict(self) -> dict:
-        """Everything a checkpoint needs, as plain Python values."""
-        return {"phi": self.phi.tolist(), "m": self.m.tolist(), "v": self.v.tolist(), "steps": self.steps,
+        """Everything a checkpoint needs, as a copy of its own."""
+        return {"phi": self.phi.detach().clone(), "adam": deepcopy(self.optimizer.state_dict()),
                 "buffer": list(self.buffer)}
 
     def load_state_dict(self, state) -> None:
         """Continue from another teacher's `state_dict()`. This object keeps its own features and settings."""
-        self.phi, self.m, self.v = (np.array(state[name]) for name in ("phi", "m", "v"))
-        self.steps, self.buffer = state["steps"], deque(state["buffer"], maxlen=self.buffer.maxlen)
+        with torch.no_grad():
+            self.phi.copy_(state["phi"])
+        self.optimizer.load_state_dict(deepcopy(state["adam"]))
+        self.buffer = deque(state["buffer"], maxlen=self.buffer.maxlen)

@@ -265,7 +265,7 @@ def test_defaults_are_those_of_the_teacher_and_only_with_select():
     args = parse_args(["--preset", "tiny", "--method", "grpo", *SELECT, *given])
     assert [getattr(args, name) for name in TEACHER] == [8, 0.0, 5, 0.5]
     teacher = Teacher(np.eye(2))
-    assert (teacher.epsilon, teacher.buffer.maxlen, teacher.lr) == tuple(TEACHER.values())[1:]
+    assert (teacher.epsilon, teacher.buffer.maxlen, teacher.optimizer.param_groups[0]["lr"]) == tuple(TEACHER.values())[1:]
 
 
 @pytest.mark.parametrize("flags, message", [

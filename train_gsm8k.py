@@ -230,11 +230,18 @@ def train_step(run) -> tuple[dict, dict, list, list]:
         with policy.clock.phase("update"), compiled_layers(*models if run.score is compiled_rows else ()):
             return method.update(model, optimizer, trained, *args, stale=run.args.lag > 0, **options)
 
+    silenced = []                                        # tokens per update, with --stapo
+
+    def silence(table, logp, entropy):
+        changed = silence_spurious(table, logp, entropy)
+        silenced.append(int(((table[:, 1] != 0) & (changed[:, 1] == 0)).sum()))
+        return changed
+
     options = {"micro_batch_tokens": run.args.micro_batch_tokens, "ranks": Ranks(run.score), "weights": method.weights}
     if run.args.maspo:
         options["surrogate"] = soft_surrogate
     if run.args.stapo:
-        options["reweigh"] = silence_spurious
+        options["reweigh"] = silence
     groups, learned = step(policy, batches(), policy.config, run.recoverability if method.fits_p else None,
                            run.pivot_rng, run.optimizer, run.ref_model, choose_pivots, update, **options)
     if not all(gather(lambda: finite(policy.model))):
@@ -245,6 +252,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     metrics = summarize(groups, policy.stop) | learned | {"w": run.recoverability.w, "b": run.recoverability.b}
     metrics |= run.teacher.learn(groups) if run.teacher is not None else {}
     metrics["questions"] = len(asked)
+    metrics |= {"silenced_tokens": sum(silenced)} if run.args.stapo else {}
     metrics["generated_tokens"] = policy.generated - generated               # with what SRPO asks the model
     metrics["forwarded_tokens"] += policy.forwarded - forwarded
     seconds = {phase: policy.clock.seconds[phase] for phase in ("rollout", "resample", "score", "update")}

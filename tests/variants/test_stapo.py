@@ -2,10 +2,13 @@
 import pytest
 import torch
 from test_deep_grpo import BETA, example
+from test_methods import shorten_the_task
 
+import train_gsm8k
 from deep_grpo import Config, needed_sequences, objective, score_groups
 from loss import loss_table, sequence_weights
 from packing import attention_length, pack_groups
+from trainer.settings import parse_args
 from variants.stapo import silence_spurious
 
 
@@ -81,3 +84,23 @@ def test_stapo_in_the_objective(model, ref_model):
     needed, _ = needed_sequences(example(), table, True)
     rows = pack_groups(example(), attention_length(model), 30, needed)
     assert metrics["forwarded_tokens"] == forwarded + sum(len(row.ids) for row in rows) and not all(needed)
+
+
+def test_a_run_counts_what_it_silences(tmp_path, monkeypatch):
+    """The factor of the other tokens may round to a little less than 1, which does not silence them."""
+    shorten_the_task(monkeypatch)
+
+    def first_three(table, logp, entropy):
+        changed = table.clone()
+        changed[:, 1] *= 1 - 1e-16
+        changed[torch.nonzero(table[:, 1])[:3], 1] = 0
+        return changed
+
+    monkeypatch.setattr(train_gsm8k, "silence_spurious", first_three)
+    flags = ["--preset", "tiny", "--method", "grpo", "--questions", "1", "--group-size", "4", "--max-new-tokens", "48",
+             "--eval-every", "0"]
+    found = []
+    for name, more in (("with", ["--stapo", "--updates", "2"]), ("without", [])):
+        run = train_gsm8k.prepare(parse_args([*flags, *more, "--out", str(tmp_path / name)]))
+        found.append(train_gsm8k.train_step(run)[0].get("silenced_tokens"))
+    assert found == [2 * 3, None]

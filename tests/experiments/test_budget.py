@@ -1,0 +1,63 @@
+"""The budget: its table, signs and heat map by hand, and commands that differ in how tokens are spent alone."""
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from test_runs import write_run
+
+from experiments import budget as program
+from experiments.budget import ARMS, FLAGS, LOCKS, grid, plot_budget, signs, table
+from experiments.runs import Experiment, flags_of, interval
+from trainer.settings import parse_args
+
+
+def kept_of(**accuracies):
+    """One lock; arm -> mean accuracy of each of three seeds, .2 where nothing is said."""
+    arms = {arm: {"label": own.label, "seeds": [{"accuracy_mean": value} for value in values],
+                  "summary": {"accuracy_mean": sum(values) / 3}}
+            for arm, own in ARMS.items() for values in [accuracies.get(arm, (0.2, 0.2, 0.2))]}
+    return {"a lock": {"arms": arms, "seeds": 3, "budget_tokens": 9, "signs": {"dead_groups": 0.75, "recovered": 0.5}}}
+
+
+def test_differences_and_their_intervals_by_hand():
+    kept = kept_of(g8=(0.2, 0.3, 0.4), s100=(0.1, 0.22, 0.3), k4=(0.1, 0.5, 0.6))
+    mean, significant = grid(kept)
+    rows = list(ARMS)
+    of_s100, of_k4 = interval([-10, -8, -10]), interval([-10, 20, 20])
+    assert mean[rows.index("s100"), 0] == pytest.approx(of_s100[0]) and significant[rows.index("s100"), 0]
+    assert mean[rows.index("k4"), 0] == pytest.approx(10) and not significant[rows.index("k4"), 0]
+    assert mean[0, 0] == 0 and not significant[0, 0]
+    text = table(kept)
+    assert "| G = 8 | 30.0 |" in text and f"| G = 8, K = 4, S = 1 | 40.0 (+10.0 \u00b1 {of_k4[1]:.1f}) |" in text
+    assert "| dead groups of G = 8, first quarter | 0.75 |" in text
+    figure = plot_budget(kept, "The message")
+    texts = {text.get_text(): text.get_weight() for text in figure.axes[0].texts}
+    assert texts["30 %"] == "normal" and texts["-9.3"] == "bold" and texts["+10.0"] == "normal"
+    plt.close(figure)
+
+
+def test_the_signs_are_those_of_the_first_quarter(tmp_path):
+    """Runs of three updates, of which one is a quarter: dead_groups is .25 then, and recovered is written here."""
+    directories = {arm: [write_run(tmp_path / f"{arm}-{i}", (0, 0, 0)) for i in range(2)] for arm in ("g8", "s100")}
+    for run, recovered in zip(directories["s100"], (0.2, 0.4)):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows[1]["recovered"], rows[2]["recovered"] = recovered, 1.0
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert signs(directories) == pytest.approx({"dead_groups": 0.25, "recovered": 0.3})
+
+
+def test_every_split_is_a_valid_command_and_budgets_are_equal():
+    experiment = Experiment("", 10, 128_000, FLAGS, ARMS)
+    settings = [vars(parse_args(flags_of(experiment, arm, 3, Path("x")))) for arm in ARMS]
+    for name in ("step_tokens", "budget_tokens", "lr", "steps", "seed", "model", "data", "objective"):
+        assert len({str(s[name]) for s in settings}) == 1, name
+    spent = {(s["group_size"], s["branches"], s["branch_share"]) for s in settings}
+    assert len(spent) == len(ARMS) and len(LOCKS) == 4
+
+
+def test_unknown_locks_and_missing_numbers_are_named(tmp_path, capsys):
+    for flags, message in ((["--locks", "no"], "--locks: no: choose from "), (["--redraw"], "--redraw: ")):
+        with pytest.raises(SystemExit):
+            program.main([*flags, "--results", str(tmp_path)])
+        assert message in capsys.readouterr().err

@@ -140,11 +140,11 @@ def _to_disk(path):
 
 def moving_parts(run) -> dict:
     """What a resumed run needs besides weights and optimizer, as it is now."""
-    teacher = {} if run.teacher is None else {"teacher": run.teacher.state_dict()}
-    return {"step": run.step, "rounds": run.rounds, "generated_total": run.generated_total, **teacher,
+    some = {} if run.teacher is None else {"teacher": run.teacher.state_dict()}
+    some |= {"waiting": list(run.waiting)} if run.args.lag else {}
+    return {"step": run.step, "rounds": run.rounds, "generated_total": run.generated_total, **some,
             "best_step": run.best_step, "best_accuracy": run.best_accuracy,
-            "waiting": list(run.waiting), "recoverability": run.recoverability.state_dict(),
-            "pivot_rng": run.pivot_rng.bit_generator.state,
+            "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
             "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
@@ -185,7 +185,7 @@ def load_run(run) -> int:
                          f"remove it to go on from {older}") from error
     for name in ("step", "rounds", "generated_total", "best_step", "best_accuracy"):
         setattr(run, name, parts[name])
-    run.waiting = parts.get("waiting", [])               # older checkpoints have none
+    run.waiting = parts.get("waiting", [])
     run.recoverability.load_state_dict(parts["recoverability"])
     if run.teacher is not None:
         run.teacher.load_state_dict(parts["teacher"])

@@ -316,6 +316,7 @@ def test_a_model_that_names_no_key_heads_has_a_size(kind):
     assert of_row(model, 5, torch.float32)["KV cache"] >= 5 * 2 * 2 * 8 * 4
 
 
+@pytest.mark.slow
 def test_a_step_and_an_evaluation_of_the_embedded_task_on_both_loops(tmp_path, monkeypatch):
     """Greedy answers are the same, token for token. The sampler and the update are one policy, to rounding."""
     answers = []

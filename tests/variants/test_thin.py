@@ -1,6 +1,7 @@
 """Thinning keeps the forks of a share of the failures, drawn at random, and nothing else changes."""
 import numpy as np
 import pytest
+from test_methods import shorten_the_task
 
 import train_gsm8k
 from deep_grpo import Config, Fork, Group, Trajectory
@@ -66,12 +67,13 @@ def test_light_branches_weigh_what_they_weigh_without_thinning():
     assert [span.A for span in one] == [span.A for span in paper_weights(groups({1}), config)]
 
 
-def test_a_run_branches_a_share_and_asks_more_questions(tmp_path):
+def test_a_run_branches_a_share_and_asks_more_questions(tmp_path, monkeypatch):
     """At equal tokens per step: fewer pivots per failure, and more questions."""
+    shorten_the_task(monkeypatch)
     found = {}
     for share in ("1", "0.25"):
-        flags = ["--preset", "tiny", "--eval-every", "0", "--step-tokens", "3000", "--temperature", "1.8",
-                 "--max-new-tokens", "48", "--questions", "2", "--branch-share", share, "--out", str(tmp_path / share)]
+        flags = ["--preset", "tiny", "--eval-every", "0", "--step-tokens", "2000", "--temperature", "2.5",
+                 "--max-new-tokens", "24", "--questions", "2", "--branch-share", share, "--out", str(tmp_path / share)]
         run = train_gsm8k.prepare(parse_args(flags))
         steps = [train_gsm8k.train_step(run)[0]]
         failures = sum(round((1 - step["reward"]) * 8 * step["questions"]) for step in steps)

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import gsm8k_curves, gsm8k_pivots
+from eval_math import wilson
+from experiments import gsm8k_curves, gsm8k_pivots, gsm8k_runs
 from trainer import plot
 from trainer.plot import authors_curves, last_words, smooth
 
@@ -137,3 +138,16 @@ def test_a_run_without_pivots_is_one_line(text, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         gsm8k_pivots.main(["--run", str(run), "--results", str(tmp_path)])
     assert "has no pivots to read" in capsys.readouterr().err
+
+
+def test_the_figure_of_the_two_runs_has_their_numbers(tmp_path):
+    """The page says 23.4, 25.2 and 23.6 % for DEEP-GRPO, and 29.8 and 30.8 % for GRPO."""
+    metrics = {name: plot.read_metrics(f"results/gsm8k/second_run/{name}") for name in gsm8k_runs.RUNS}
+    figure = gsm8k_runs.plot_runs(metrics)
+    points = [bar.lines[0].get_ydata().round(1).tolist() for bar in figure.axes[1].containers]
+    assert points == [[23.4, 25.2, 23.6], [23.4, 29.8, 30.8]]
+    segment = figure.axes[1].containers[1].lines[2][0].get_segments()[2][:, 1]
+    assert segment == pytest.approx([100 * bound for bound in wilson(metrics["grpo"]["eval_accuracy"][1][2], 1319)])
+    plot.plt.close(figure)
+    gsm8k_runs.main(["--results", str(tmp_path)])
+    assert (tmp_path / "second-run.png").read_bytes()[:4] == b"\x89PNG"

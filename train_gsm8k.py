@@ -70,6 +70,7 @@ from trainer.session import (
 from trainer.settings import parse_args
 from variants import METHODS
 from variants.maspo import soft_surrogate
+from variants.spo import masked
 from variants.stapo import silence_spurious
 from variants.thin import thinned
 
@@ -219,6 +220,8 @@ def train_step(run) -> tuple[dict, dict, list, list]:
             return method.update(*args, **options)
 
     options = {"micro_batch_tokens": run.args.micro_batch_tokens, "ranks": Ranks(run.score), "weights": method.weights}
+    if run.args.prob_mask is not None:
+        options["weights"] = masked(method.weights, run.args.prob_mask, method.two_streams)
     if run.args.maspo:
         options["surrogate"] = soft_surrogate
     if run.args.stapo:

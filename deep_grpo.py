@@ -267,8 +267,8 @@ def known_logps(groups) -> torch.Tensor:
     """sampled_logps(groups), all of which must be known. Raises ValueError where one is not."""
     logps = sampled_logps(groups)
     if logps.isnan().any():
-        raise ValueError("a batch of an earlier policy needs the log-probabilities of its tokens when they were drawn, "
-                         f"as resample.sample returns them: {int(logps.isnan().sum())} of {len(logps)} are not known")
+        raise ValueError("the log-probabilities with which tokens were drawn are needed, as resample.sample returns them: "
+                         f"{int(logps.isnan().sum())} of {len(logps)} are not known")
     return logps
 
 

@@ -71,6 +71,7 @@ from trainer.settings import parse_args
 from variants import METHODS
 from variants.goldilocks import Teacher, mean_states, standardized
 from variants.maspo import soft_surrogate
+from variants.spo import masked
 from variants.stapo import silence_spurious
 from variants.thin import thinned
 
@@ -238,6 +239,8 @@ def train_step(run) -> tuple[dict, dict, list, list]:
         return changed
 
     options = {"micro_batch_tokens": run.args.micro_batch_tokens, "ranks": Ranks(run.score), "weights": method.weights}
+    if run.args.prob_mask is not None:
+        options["weights"] = masked(method.weights, run.args.prob_mask, method.two_streams)
     if run.args.maspo:
         options["surrogate"] = soft_surrogate
     if run.args.stapo:

@@ -146,7 +146,10 @@ def largest(cost, limit) -> int:
 
 
 def largest_draw(args) -> int:
-    """The most sequences that a step draws at a time: its rollouts, or K branches of each when all of them fail."""
+    """The most sequences that a step draws at a time: its rollouts, or K branches of each when all of them fail.
+
+    A method with several forks in a rollout may draw more. What does not fit into memory is then split (resample.py).
+    """
     return args.questions * args.group_size * max(1, args.branches)
 
 

@@ -40,7 +40,7 @@ PRESETS = {
 
 TEACHER = dict(candidates=4, epsilon=0.1, teacher_window=1024, teacher_lr=0.05)           # of --select goldilocks
 # Settings that older runs lack, with what they did.
-NEW = dict(branch_share=1.0, compile=False, lag=0, **dict.fromkeys(["select", *TEACHER]))
+NEW = dict(branch_share=1.0, compile=False, lag=0, **dict.fromkeys(["prob_mask", "select", *TEACHER]))
 # Ablations that were flags of older versions, with the values that a run without them has in its config.json.
 RETIRED = dict(std=True, pivots=1, uniform_pivot=False, branch_all=False, train_prefix=False, one_stream=False)
 
@@ -174,12 +174,15 @@ def add_method_flags(group):
     group.add_argument("--temperature", type=float, help="T of the policy, in rollouts, branches and loss; default: "
                        f"{Config.temperature:g}")
     group.add_argument("--segment-tokens", type=int, help="put a state after every N tokens of a response; "
-                       "default: 0, a state after every sentence")
+                       "default: 0, a state after every sentence, or 30 for spo_tree, whose nodes have N tokens")
     group.add_argument("--updates", type=int, help=f"optimizer steps on one batch; default: {Config.updates}")
     group.add_argument("--lag", type=int, metavar="K", help="train the batch that was drawn K steps ago, as with an "
                        "asynchronous sampler (variants/vcpo.py); composes with every method; default: 0")
     group.add_argument("--branch-share", type=float, help="branch only this share of a step's failures, drawn at "
                        "random (variants/thin.py); composes with every method; default: 1")
+    group.add_argument("--prob-mask", type=float, metavar="P", help="train only the tokens that were drawn with a "
+                       "probability below P (variants/spo.py); composes with every method; default: .9 for spo_chain "
+                       "and spo_tree, else all tokens")
     group.add_argument("--stapo", action="store_true", default=None, help="leave spurious tokens out of the loss "
                        "(variants/stapo.py); composes with every method; default: off")
     group.add_argument("--maspo", action="store_true", default=None, help="use a soft trust region instead of the clip "
@@ -237,7 +240,7 @@ def fill_settings(parser, args):
     defaults = {f.name: f.default for f in fields(Config)}
     defaults |= dict(seed=0, template="chat", stapo=False, maspo=False, budget_tokens=None, step_tokens=None,
                      answer=None, branch_share=1.0, lag=0, compile=gpu or args.dry_run, save_every=0, eval_data=None,
-                     val_rows=0, gradient_checkpointing=False)
+                     val_rows=0, gradient_checkpointing=False, prob_mask=METHODS[args.method].prob_mask)
     defaults |= TEACHER if args.select is not None else {}
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
@@ -248,6 +251,10 @@ def fill_settings(parser, args):
         parser.error(f"argument --epsilon: must be between 0 and 1, got {args.epsilon}")
     if args.branch_share < 1 and args.branches == 0:
         parser.error(f"argument --branch-share: --method {args.method} has no branches")
+    if args.prob_mask is not None and not 0 < args.prob_mask <= 1:
+        parser.error(f"argument --prob-mask: must be above 0 and at most 1, got {args.prob_mask}")
+    if "segment_tokens" in settings and args.segment_tokens == 0:
+        parser.error(f"argument --segment-tokens: --method {args.method} has nodes of at least 1 token, got 0")
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
     if args.val_rows and args.eval_data is None:
         parser.error("argument --val-rows: only with --eval-data; without, --eval-rows rows are held out, and choose")

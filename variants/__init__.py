@@ -10,8 +10,8 @@ hyper-parameters and replaces one or two functions of the algorithm:
 To add a method, copy the file that is nearest to it: dr_grpo.py (only weights, 20 lines), treerl.py (states and
 weights), or ablations.py (a change of one function). Write its paper, its rule and "differs from deep_grpo.py in" at
 the top, add a row here, and a test beside tests/variants/. The policy offers text, encode, sample, score and each
-(trainer/policy.py). Four options compose with every method instead:
-stapo.py, maspo.py, thin.py and goldilocks.py.
+(trainer/policy.py). Six options compose with every method instead: stapo.py, maspo.py, thin.py, goldilocks.py, the
+mask of spo.py, and --lag, which vcpo.py is about.
 
 Files of this folder import the paper's files and one another, nothing else. GRPO is K = 0 and needs no file.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import deep_grpo
 from loss import sequence_weights
-from variants import ablations, attnrl, dr_grpo, fr3e, rrpo, thin, treerl, vcpo
+from variants import ablations, attnrl, dr_grpo, fr3e, rrpo, spo, thin, treerl, vcpo
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Method:
     """One value of --method. settings: of deep_grpo.Config, where they differ from its defaults.
 
     fits_p: outcomes of its forks go into the buffer of Eq. (P). flags: those of train_gsm8k.py that have a meaning for
-    this method and not for every one.
+    this method and not for every one. prob_mask: the default of --prob-mask; None is no mask.
     """
     settings: dict = field(default_factory=dict)
     choose_pivots: Callable = deep_grpo.choose_pivots
@@ -36,6 +36,12 @@ class Method:
     update: Callable = deep_grpo.update
     fits_p: bool = False
     flags: tuple[str, ...] = ()
+    prob_mask: float | None = None
+
+    @property
+    def two_streams(self) -> bool:
+        """Does lambda weigh rollouts against branches? Else they are one stream with one normaliser."""
+        return "lam" in self.flags
 
 
 STEPS = ("segment_tokens",)                          # the flag of methods that cut a response into steps
@@ -51,6 +57,9 @@ METHODS = {
     "fr3e": Method(dict(group_size=16, branches=16), fr3e.choose_pivots, fr3e.weights),
     "rrpo": Method(dict(group_size=5, branches=4, **NO_CLIP), rrpo.choose_pivots, rrpo.weights, flags=STEPS),
     "srpo": Method(dict(group_size=5, branches=4, **NO_CLIP), rrpo.choose_named, rrpo.weights, flags=STEPS),
+    "spo_chain": Method(dict(branches=4), spo.choose_chain_pivots, spo.chain_weights, prob_mask=0.9),
+    "spo_tree": Method(dict(group_size=6, branches=5, segment_tokens=30), spo.grow_tree, spo.tree_weights, flags=STEPS,
+                       prob_mask=0.9),
     "vcpo": Method(dict(branches=0, beta=0.0), weights=vcpo.weights, update=vcpo.update),
     "no_std": Method(weights=ablations.no_std, fits_p=True, flags=STREAMS),
     "two_pivots": Method(choose_pivots=ablations.two_pivots, fits_p=True, flags=("objective", *STREAMS)),

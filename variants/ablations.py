@@ -19,6 +19,7 @@ from deep_grpo import Fork, Group, segment_ends
 from loss import Span, advantages_of, paper_weights
 from pivot import candidate_ratios, draw_pivot, pivot_distribution
 from recoverability import Recoverability
+from variants.spo import joined
 
 
 def no_std(groups, config) -> list[Span]:
@@ -60,7 +61,7 @@ def train_prefix(model, optimizer, groups, *args, **options) -> dict:
     The prefix is computed K + 1 times.
     """
     def unmasked(t):
-        forks = [replace(fork, pivot=0, branches=[t.response[:fork.pivot] + y for y in fork.branches])
+        forks = [replace(fork, pivot=0, branches=[joined(t.response, fork.pivot, y) for y in fork.branches])
                  for fork in t.forks]
         return replace(t, forks=forks)
 

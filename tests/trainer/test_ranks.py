@@ -499,7 +499,8 @@ def test_n_ranks_make_the_stale_update_of_one_process(on_ranks):
 
 
 BRANCHED = [[2, "--method", "treerl", "--branches", "2"], [2, "--method", "attnrl", "--segment-tokens", "3"],
-            [2, "--method", "fr3e"], [2, "--method", "rrpo"], [2, "--method", "srpo"]]
+            [2, "--method", "fr3e"], [2, "--method", "rrpo"], [2, "--method", "srpo"],
+            [2, "--method", "spo_tree", "--segment-tokens", "4", "--prob-mask", "1"]]
 
 
 @pytest.mark.parametrize("args", BRANCHED, ids=lambda args: args[2])

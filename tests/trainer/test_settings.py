@@ -92,6 +92,10 @@ def test_a_resumed_run_takes_over_its_settings_and_may_be_prolonged(saved):
     assert parse_args(["--resume", str(args.out)]).steps == 3
 
 
+def test_a_run_from_before_the_probability_mask_goes_on_without_one(saved):
+    assert parse_args(["--resume", str(saved(prob_mask=None))]).prob_mask is None
+
+
 @pytest.mark.parametrize("text", ["[]", "null", '{"settings": null}', '{"settings": {"gamma": 2}}', "{"])
 def test_a_damaged_configuration_is_one_line(text, saved, capsys):
     folder = saved()

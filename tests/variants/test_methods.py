@@ -20,11 +20,12 @@ from deep_grpo import Config, Group, Trajectory
 from grading import grade_gsm8k
 from loss import sequence_weights
 from recoverability import Recoverability
-from resample import sample
+from resample import Continuation, sample
 from tasks.lock import Lock
 from trainer.session import sample_lines
 from trainer.settings import parse_args
-from variants import METHODS, attnrl, dr_grpo, fr3e, rrpo, treerl, vcpo
+from variants import METHODS, attnrl, dr_grpo, fr3e, rrpo, spo, treerl, vcpo
+from variants.spo import masked
 
 ABLATIONS = ["no_std", "two_pivots", "uniform_pivot", "branch_all", "train_prefix", "one_stream", "light_branches"]
 
@@ -36,12 +37,22 @@ def test_settings_are_those_of_the_papers():
     found = {name: (config.group_size, config.branches) for name, config in
              ((name, Config(**method.settings)) for name, method in METHODS.items())}
     assert found == {"deep_grpo": (8, 8), "grpo": (8, 0), "dr_grpo": (8, 0), "treerl": (6, 2), "attnrl": (6, 2),
-                     "fr3e": (16, 16), "rrpo": (5, 4), "srpo": (5, 4), "vcpo": (8, 0), **dict.fromkeys(ABLATIONS, (8, 8))}
+                     "fr3e": (16, 16), "rrpo": (5, 4), "srpo": (5, 4), "spo_chain": (8, 4), "spo_tree": (6, 5), "vcpo": (8, 0),
+                     **dict.fromkeys(ABLATIONS, (8, 8))}
     others = {name: {k: v for k, v in method.settings.items() if k not in ("group_size", "branches")}
               for name, method in METHODS.items()}
     no_clip = {"clip_low": 1.0, "clip_high": 1e6}
     assert others == dict.fromkeys(METHODS, {}) | {"dr_grpo": {"beta": 0.0}, "vcpo": {"beta": 0.0},
-                                                 "rrpo": no_clip, "srpo": no_clip}
+                                               "rrpo": no_clip, "srpo": no_clip,
+                                               "spo_tree": {"segment_tokens": 30}}
+    assert {name: method.prob_mask for name, method in METHODS.items() if method.prob_mask is not None} == {
+        "spo_chain": 0.9, "spo_tree": 0.9}
+
+
+def test_lambda_weighs_two_streams_where_it_has_a_part():
+    """Only there has each stream a normaliser of its own, which the probability mask has to keep."""
+    assert {name for name, method in METHODS.items() if method.two_streams} == {
+        "deep_grpo", *ABLATIONS} - {"one_stream"}
 
 
 def test_the_fit_belongs_to_deep_grpo_and_its_ablations():
@@ -56,7 +67,9 @@ def test_rows_name_the_functions_of_their_files():
                      "treerl": (treerl.choose_pivots, treerl.weights),
                      "attnrl": (attnrl.choose_pivots, treerl.weights),
                      "fr3e": (fr3e.choose_pivots, fr3e.weights), "rrpo": (rrpo.choose_pivots, rrpo.weights),
-                     "srpo": (rrpo.choose_named, rrpo.weights), "vcpo": (own[0], vcpo.weights)}
+                     "srpo": (rrpo.choose_named, rrpo.weights),
+                     "spo_chain": (spo.choose_chain_pivots, spo.chain_weights),
+                     "spo_tree": (spo.grow_tree, spo.tree_weights), "vcpo": (own[0], vcpo.weights)}
     assert {name for name in found if METHODS[name].update is not deep_grpo.update} == {"vcpo"}
     assert METHODS["vcpo"].update is vcpo.update
 
@@ -75,12 +88,15 @@ def test_functions_have_the_signatures_that_the_package_tells(method):
 # ---- what all methods have in common ----
 
 def two_questions(group_size=6):
-    """Rollouts of several sentences, one or two words each; right and wrong ones in both questions."""
+    """Rollouts of several sentences, one or two words each; right and wrong ones in both questions.
+
+    Every second token was drawn with a probability below .9: SPO asks for that.
+    """
     rng = np.random.default_rng(0)
 
     def response(sentences):
         words = [x for _ in range(sentences) for x in (*rng.integers(5, 23, rng.integers(1, 3)).tolist(), 2)]
-        return [*words, 7, EOS]
+        return Continuation([*words, 7, EOS], np.log([0.95, 0.5] * len(words))[:len(words) + 2])
 
     return [Group([3, prompt], [Trajectory(response(7 + i), float(i in right)) for i in range(group_size)])
             for prompt, right in ((5, (1, 3)), (6, (0,)))]
@@ -95,11 +111,19 @@ def shared_model():
     return make_model()
 
 
+def small(method, **settings):
+    """A policy with the settings of a method, but for nodes of spo_tree that are as short as the rollouts here."""
+    shorter = {"segment_tokens": 6, "max_new_tokens": 24} if method == "spo_tree" else {}
+    policy = make_policy(shared_model(), **METHODS[method].settings | shorter | settings)
+    policy.encode = lambda text: [3, 5]
+    policy.rewards = lambda pairs: [float(sum(y) % 3 == 0) for _, y in pairs]          # of what spo_tree draws
+    return policy
+
+
 def explored(method, seed=0, **settings):
     """Lines 2 and 3 of a method: (config, groups with K branches of made-up tokens on every Fork)."""
-    policy = make_policy(shared_model(), **METHODS[method].settings | settings)
-    torch.manual_seed(seed)                                                # of SRPO's answers
-    policy.encode = lambda text: [3, 5]
+    policy = small(method, **settings)
+    torch.manual_seed(seed)                                                # of SRPO's answers, and of spo_tree
     rng, groups = np.random.default_rng(seed), two_questions()
     groups = METHODS[method].choose_pivots(policy, QUESTIONS, groups, policy.config, Recoverability(), rng)
     for number, fork in enumerate(fork for g in groups for t in g.trajectories for fork in t.forks):
@@ -110,9 +134,7 @@ def explored(method, seed=0, **settings):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_line_2_adds_forks_and_nothing_else(method):
-    policy = make_policy(shared_model(), **METHODS[method].settings)
-    policy.encode = lambda text: [3, 5]
-    groups = two_questions()
+    policy, groups = small(method), two_questions()
     chosen = METHODS[method].choose_pivots(policy, QUESTIONS, groups, policy.config, Recoverability(),
                                            np.random.default_rng(0))
     assert groups == two_questions()                                       # the argument is left alone
@@ -121,6 +143,8 @@ def test_line_2_adds_forks_and_nothing_else(method):
     assert all(0 <= fork.pivot < len(t.response) for g in chosen for t in g.trajectories for fork in t.forks)
     assert all(len({fork.pivot for fork in t.forks}) == len(t.forks) for g in chosen for t in g.trajectories)
     bare = [Group(g.prompt, [replace(t, forks=[]) for t in g.trajectories]) for g in chosen]
+    if method == "spo_tree":                                               # it adds trajectories after each of these
+        bare = [Group(g.prompt, [node[0] for node in spo.level_1(g.trajectories, policy.config)]) for g in bare]
     assert bare == groups and bool(forks) == (policy.config.branches > 0)
 
 
@@ -133,7 +157,13 @@ def test_weights_are_those_of_all_loss_tokens_in_order(method):
     ends = np.cumsum([span.tokens for span in spans]).tolist()
     lengths = [len(y) for g in groups for t in g.trajectories for y in (t.response, *(y for _, y in t.branches))]
     assert set(np.cumsum(lengths).tolist()) <= set(ends) and ends[-1] == sum(lengths)      # no span crosses a border
-    assert all(span.w_kl == pytest.approx(0.25 * span.w, rel=1e-12) and span.w >= 0 for span in spans)
+    if method in ("spo_chain", "spo_tree"):                # a token mean, but k3 is summed over each sequence
+        n = (sum(len(g.trajectories) for g in groups) if method == "spo_chain" else
+             sum(span.w > 0 for span in spans))
+        total = sum(span.tokens for span in spans if span.w)
+        assert {(span.w, span.w_kl) for span in spans} == {(0, 0), (1 / total, 0.25 / n)}
+    else:
+        assert all(span.w_kl == pytest.approx(0.25 * span.w, rel=1e-12) and span.w >= 0 for span in spans)
     assert any(span.A > 0 for span in spans) and any(span.A < 0 for span in spans)
 
 
@@ -187,6 +217,7 @@ def test_flags_without_a_part_in_the_method_are_refused(method, capsys):
     (["--method", "dr_grpo", "--branches", "8"], "--branches: --method dr_grpo is K = 0, got 8"),
     (["--method", "treerl", "--branches", "0"], "--branches: K = 0 is GRPO"),
     (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
+    (["--method", "spo_tree", "--segment-tokens", "0"], "--segment-tokens: --method spo_tree has nodes of at least"),
     (["--step-tokens", "0"], "--step-tokens: must be at least 1"),
     (["--group-size", "0"], "group_size must be an integer of at least 1")])
 def test_what_a_method_cannot_do_is_named(flags, message, tmp_path, capsys):
@@ -223,6 +254,8 @@ def test_a_step_of_every_method_counts_its_tokens(method, tmp_path, monkeypatch)
              "--temperature", "1.8", "--max-new-tokens", "64"]                 # so hot that many rollouts are wrong
     if METHODS[method].settings.get("branches", 8) >= 8:                       # fewer are enough here
         flags += ["--group-size", "6", "--branches", "4"]
+    if method == "spo_tree":
+        flags += ["--group-size", "4", "--branches", "2", "--segment-tokens", "8"]
     run = train_gsm8k.prepare(parse_args([*flags, "--out", str(tmp_path / "run")]))
     config, drawn, forwarded, learned = run.policy.config, [], [], []
     run.policy.sampler = lambda *args, **more: drawn.append(sample(*args, **more)) or drawn[-1]
@@ -239,7 +272,10 @@ def test_a_step_of_every_method_counts_its_tokens(method, tmp_path, monkeypatch)
     rollouts = [t for g in groups for t in g.trajectories]
     tokens = [len(y) for tails in drawn for branches in tails for y in branches]
     assert metrics["generated_tokens"] == sum(tokens)
-    held = sum(len(y) for t in rollouts for y in (t.response, *(y for _, y in t.branches)))
+    loss_tokens = held = sum(len(y) for t in rollouts for y in (t.response, *(y for _, y in t.branches)))
+    if method == "spo_tree":                               # each response of a node holds the tokens that they share
+        held -= 8 * sum(len(node) - 1 for g in groups for node in spo.level_1(g.trajectories, config))
+        assert held < loss_tokens
     if method == "srpo":                                   # besides, what the model answers when it is asked
         assert held < sum(tokens) <= held + 8 * sum(t.reward == 0 for t in rollouts)
     else:
@@ -248,7 +284,10 @@ def test_a_step_of_every_method_counts_its_tokens(method, tmp_path, monkeypatch)
     assert metrics["forwarded_tokens"] == sum((ids.flip(1).cumsum(1) > 0).sum().item() for ids in forwarded)
 
     spans = METHODS[method].weights(groups, config)
-    assert sum(span.tokens for span in spans) == held and metrics["optimizer_steps"] == 1
+    if METHODS[method].prob_mask is not None:
+        spans, unmasked = masked(METHODS[method].weights, METHODS[method].prob_mask)(groups, config), spans
+        assert sum(s.tokens for s in spans if s.w) < sum(s.tokens for s in unmasked if s.w)
+    assert sum(span.tokens for span in spans) == loss_tokens and metrics["optimizer_steps"] == 1
     trained = sum(span.tokens for span in spans if span.A and span.w)
     if method == "train_prefix":                           # and the prefix with every branch that has an advantage
         prefixes = sum(fork.pivot * len(fork.branches) for t in rollouts for fork in t.forks
@@ -272,10 +311,14 @@ def test_a_step_of_every_method_counts_its_tokens(method, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("method, forks", [
-    ("deep_grpo", 4), ("grpo", 0), ("dr_grpo", 0), ("vcpo", 0), ("treerl", 6 * 2), ("attnrl", 4 * 2), ("fr3e", 2 * 4), ("rrpo", 1),
-    ("srpo", 1), ("two_pivots", 4 * 2), ("uniform_pivot", 4), ("branch_all", 6)])
+    ("deep_grpo", 4), ("grpo", 0), ("dr_grpo", 0), ("vcpo", 0), ("treerl", 6 * 2), ("attnrl", 4 * 2), ("fr3e", 2 * 4),
+    ("rrpo", 1), ("srpo", 1), ("spo_chain", 18), ("two_pivots", 4 * 2), ("uniform_pivot", 4), ("branch_all", 6)])
 def test_a_question_has_as_many_forks_as_the_rule_says(method, forks):
-    """Six rollouts, two of them right. AttnRL branches round(6 exp(-1/3)) = 4 of them."""
+    """Six rollouts, two of them right. AttnRL branches round(6 exp(-1/3)) = 4 of them.
+
+    SPO has a state before every fifth of the cut points, of which there are 10, 11, 12, 13, 15 and 16 here. How many
+    forks a tree of SPO has, depends on what it draws (test_spo.py).
+    """
     _, (first, _) = explored(method)
     assert sum(len(t.forks) for t in first.trajectories) == forks
 

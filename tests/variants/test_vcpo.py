@@ -199,7 +199,8 @@ def test_with_lag_the_batch_of_k_steps_ago_is_trained(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [
-    ("--method", "vcpo"), pytest.param(("--branches", "2", "--updates", "2", "--stapo"), marks=pytest.mark.slow)])
+    ("--method", "vcpo", "--prob-mask", "0.9999"),
+    pytest.param(("--method", "train_prefix", "--branches", "2", "--updates", "2", "--stapo"), marks=pytest.mark.slow)])
 def test_a_resumed_run_trains_the_batches_that_waited(more, tmp_path, monkeypatch):
     shorten_the_task(monkeypatch)
     monkeypatch.setattr(train_gsm8k, "plot_run", lambda run_dir: None)                 # the figure takes a second

@@ -42,6 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from packing import head_dim
 from trainer.model import layers_of
 from trainer.ranks import first_line
+from variants import METHODS
 
 GB = 2**30
 USABLE = 0.9
@@ -146,18 +147,16 @@ def largest(cost, limit) -> int:
 
 
 def largest_draw(args) -> int:
-    """The most sequences that a step draws at a time: its rollouts, or K branches of each when all of them fail.
-
-    A method with several forks in a rollout may draw more. What does not fit into memory is then split (resample.py).
-    """
-    return args.questions * args.group_size * max(1, args.branches)
+    """The most sequences that a step draws at a time: its rollouts, or K branches from every state of each that the
+    method may branch."""
+    return args.questions * args.group_size * max(1, args.branches * METHODS[args.method].forks(args))
 
 
 def report(args, gpus) -> str:
     """Return what --dry-run prints for the settings of a run (trainer.settings.parse_args)."""
     model, width = load_geometry(args.model), args.max_prompt_tokens + args.max_new_tokens
     rollouts = args.questions * args.group_size
-    rows = {"rollouts": rollouts, "branches": rollouts * args.branches,
+    rows = {"rollouts": rollouts, "branches": largest_draw(args) if args.branches else 0,
             "evaluation": min(args.eval_rows + args.val_rows, largest_draw(args)) if args.eval_every else 0}
     rows = {phase: -(-n // gpus) for phase, n in rows.items() if n}
 
@@ -181,7 +180,7 @@ def report(args, gpus) -> str:
              line("sum", sums.values()), "",
              f"the largest phase: {largest_phase}, {sums[largest_phase] / GB:.1f} GB",
              *(f"{phase}: {n} sequences of a GPU at a time, {width} tokens each"
-               + ", if all rollouts fail" * (phase == "branches") for phase, n in rows.items()),
+               + ", at the most" * (phase == "branches") for phase, n in rows.items()),
              f"update: micro-batches of {args.micro_batch_tokens} tokens",
              f"host memory: {4 * parameters / GB:.1f} on rank 0 to load the model{host}",
               seconds_line(args, parameters, gpus),

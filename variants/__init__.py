@@ -29,6 +29,7 @@ class Method:
 
     fits_p: outcomes of its forks go into the buffer of Eq. (P). flags: those of train_gsm8k.py that have a meaning for
     this method and not for every one. prob_mask: the default of --prob-mask; None is no mask.
+    forks(config): the most states of a rollout that are branched, from which memory is computed.
     """
     settings: dict = field(default_factory=dict)
     choose_pivots: Callable = deep_grpo.choose_pivots
@@ -37,6 +38,7 @@ class Method:
     fits_p: bool = False
     flags: tuple[str, ...] = ()
     prob_mask: float | None = None
+    forks: Callable = lambda config: 1
 
     @property
     def two_streams(self) -> bool:
@@ -52,17 +54,20 @@ METHODS = {
     "deep_grpo": Method(fits_p=True, flags=("objective", *STREAMS)),
     "grpo": Method(dict(branches=0), flags=("objective",)),
     "dr_grpo": Method(dict(branches=0, beta=0.0), weights=dr_grpo.weights),
-    "treerl": Method(dict(group_size=6, branches=2), treerl.choose_pivots, treerl.weights),
-    "attnrl": Method(dict(group_size=6, branches=2), attnrl.choose_pivots, treerl.weights, flags=STEPS),
-    "fr3e": Method(dict(group_size=16, branches=16), fr3e.choose_pivots, fr3e.weights),
+    "treerl": Method(dict(group_size=6, branches=2), treerl.choose_pivots, treerl.weights, forks=lambda config: 2),
+    "attnrl": Method(dict(group_size=6, branches=2), attnrl.choose_pivots, treerl.weights, flags=STEPS,
+                     forks=lambda config: 2),
+    "fr3e": Method(dict(group_size=16, branches=16), fr3e.choose_pivots, fr3e.weights, forks=lambda config: 4),
     "rrpo": Method(dict(group_size=5, branches=4, **NO_CLIP), rrpo.choose_pivots, rrpo.weights, flags=STEPS),
     "srpo": Method(dict(group_size=5, branches=4, **NO_CLIP), rrpo.choose_named, rrpo.weights, flags=STEPS),
-    "spo_chain": Method(dict(branches=4), spo.choose_chain_pivots, spo.chain_weights, prob_mask=0.9),
+    "spo_chain": Method(dict(branches=4), spo.choose_chain_pivots, spo.chain_weights, prob_mask=0.9,
+                        forks=lambda config: -(-config.max_new_tokens // 5)),
     "spo_tree": Method(dict(group_size=6, branches=5, segment_tokens=30), spo.grow_tree, spo.tree_weights, flags=STEPS,
-                       prob_mask=0.9),
+                       prob_mask=0.9, forks=lambda config: config.branches + 1),
     "vcpo": Method(dict(branches=0, beta=0.0), weights=vcpo.weights, update=vcpo.update),
     "no_std": Method(weights=ablations.no_std, fits_p=True, flags=STREAMS),
-    "two_pivots": Method(choose_pivots=ablations.two_pivots, fits_p=True, flags=("objective", *STREAMS)),
+    "two_pivots": Method(choose_pivots=ablations.two_pivots, fits_p=True, flags=("objective", *STREAMS),
+                         forks=lambda config: 2),
     "uniform_pivot": Method(choose_pivots=ablations.uniform_pivot, fits_p=True, flags=("objective", "lam", *STEPS)),
     "branch_all": Method(choose_pivots=ablations.branch_all, fits_p=True, flags=("objective", *STREAMS)),
     "train_prefix": Method(update=ablations.train_prefix, fits_p=True, flags=("objective", *STREAMS)),

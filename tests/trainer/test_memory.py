@@ -216,7 +216,7 @@ def test_the_dry_run_prints_and_writes_nothing(tmp_path, capsys):
         assert sum(float(cells[column]) for name, cells in rows.items() if name != "sum") == pytest.approx(
             float(rows["sum"][column]), abs=0.3)
     assert f"the largest phase: branches, {rows['sum'][1]} GB" in text
-    assert "branches: 512 sequences of a GPU at a time, 4096 tokens each, if all rollouts fail" in text
+    assert "branches: 512 sequences of a GPU at a time, 4096 tokens each, at the most" in text
     assert "rollouts: 64 sequences" in text and "evaluation: 95 sequences" in text
     assert "24 GB: no" in text
     fits = int(text.split("80 GB: ")[1].split()[0])
@@ -229,7 +229,11 @@ def test_the_dry_run_prints_and_writes_nothing(tmp_path, capsys):
     ([], {"rollouts": 512, "branches": 4096, "evaluation": 1575}),
     (["--questions", "8", "--branches", "4"], {"rollouts": 64, "branches": 256, "evaluation": 256}),
     (["--method", "grpo"], {"rollouts": 512, "evaluation": 512}),        # in parts
-    (["--eval-every", "0"], {"rollouts": 512, "branches": 4096})])
+    (["--eval-every", "0"], {"rollouts": 512, "branches": 4096}),
+    # 6 x 6 nodes of a question get 5 more leaves each; a response of 768 tokens has at most 154 boundaries.
+    (["--method", "spo_tree", "--eval-every", "0"], {"rollouts": 384, "branches": 64 * 36 * 5}),
+    (["--method", "spo_chain", "--eval-every", "0"], {"rollouts": 512, "branches": 512 * 154 * 4}),
+    (["--method", "treerl", "--eval-every", "0"], {"rollouts": 384, "branches": 384 * 2 * 2})])
 def test_the_dry_run_has_the_rows_of_every_phase(flags, rows, capsys):
     assert train_gsm8k.main(["--preset", "gsm8k", "--dry-run", *flags]) == 0
     text = capsys.readouterr().out

@@ -420,7 +420,7 @@ def test_tokens_with_unknown_probabilities_are_refused():
     groups[1].trajectories[0].response = [5, EOS]
     with pytest.raises(ValueError, match="2 of 65 are not known"):
         masked(sequence_weights, 0.9)(groups, Config())
-    with pytest.raises(ValueError, match="some are not known"):
+    with pytest.raises(ValueError, match="65 of 65 are not known"):
         choose(spo.choose_chain_pivots, make_policy(), example())
 
 

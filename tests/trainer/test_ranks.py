@@ -612,7 +612,7 @@ def test_a_resumed_sharded_run_equals_the_uninterrupted_one(on_ranks, whole_run,
     assert expected[0]["step"] == 3 and same(expected[0], got[0]) and same(got[0], got[1])
 
 
-@pytest.mark.parametrize("before, after", [(2, 3), (2, 0), (0, 2)])
+@pytest.mark.parametrize("before, after", [(2, 3), (2, 0), pytest.param(0, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_ranks(before, after, on_ranks, killed_run, tmp_path):
     out = killed_run
     if before == 0:

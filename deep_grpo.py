@@ -199,7 +199,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     sampler_gap and sampler_gap_max, the mean and largest |log pi - log pi when it was sampled| over trained tokens
     (None where it is not known: resample.Continuation); and the batch_costs of packing.py.
     """
-    table = loss_table(groups, weights(groups, config), old_logps)       # (N, 5): A, w, w_kl, main, log pi_old
+    table = loss_table(groups, weights(groups, config) if groups else [], old_logps)   # A, w, w_kl, main, log pi_old
     scored = 0
     if reweigh is not None:
         logps, entropies, scored = score_groups(model, groups, config, micro_batch_tokens, ranks)
@@ -267,8 +267,8 @@ def known_logps(groups) -> torch.Tensor:
     """sampled_logps(groups), all of which must be known. Raises ValueError where one is not."""
     logps = sampled_logps(groups)
     if logps.isnan().any():
-        raise ValueError("the log-probabilities with which tokens were drawn are needed, as resample.sample returns them: "
-                         f"{int(logps.isnan().sum())} of {len(logps)} are not known")
+        raise ValueError("the log-probabilities with which tokens were drawn are needed, as resample.sample returns "
+                         f"them: {int(logps.isnan().sum())} of {len(logps)} are not known")
     return logps
 
 
@@ -295,6 +295,12 @@ def objective_metrics(table, sums, worst) -> dict:
             "sampler_gap_max": worst.item() if known else None}
 
 
+def clip_gradient(model, max_norm) -> torch.Tensor:
+    """Clip the gradient to a Euclidean norm of max_norm; returns the norm before, of all shards together."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None, ranks=ALONE, stale=False,
            **options) -> dict:
     """Line 8: config.updates clipped optimizer steps on -J, all on the same batch. options: those of objective().
@@ -307,7 +313,7 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
     is no gradient, and no step either. Raises FloatingPointError when the loss or the gradient is not finite; the
     weights are then those of before that optimizer step.
     """
-    old_logps, gaps, forwarded, steps = None, None, 0, 0     # with one step per batch pi_old is the current policy
+    old_logps, gaps, forwarded, steps = None, None, 0, 0     # pi_old of a fresh batch is the current policy
     if stale:
         old_logps = [known_logps(groups)]
     elif config.updates > 1:
@@ -318,8 +324,7 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
                                   ranks=ranks, **options)
         forwarded += metrics["forwarded_tokens"]
         gaps = gaps or {name: metrics[name] for name in ("sampler_gap", "sampler_gap_max")}
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm             # of a sharded model
+        norm = clip_gradient(model, config.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         steps += any(p.grad is not None for p in model.parameters())

@@ -18,8 +18,8 @@ and the constants A, w and w_kl of every token stand in one table (`loss_table`)
 batch. How the batch is then cut into micro-batches cannot change the gradient.
 
 The authors' code has another form of (J), `authors_weights`. Three of its rules are left out: the dual clip and the
-clamp of log rho have no effect with one optimizer step per batch, k3 is cut at 10 there (where a token is 14 times
-likelier under the reference), and all branches of a step are dropped when fewer than 128 survive.
+clamp of log rho have no effect with one optimizer step per fresh batch, k3 is cut at 10 there (where a token is 14
+times likelier under the reference), and all branches of a step are dropped when fewer than 128 survive.
 """
 from typing import NamedTuple
 

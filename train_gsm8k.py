@@ -190,8 +190,8 @@ def load_questions(args, drawn=True):
 def batch_at(run, number):
     """Return batch 1, 2, ... of questions. Every epoch has a new permutation.
 
-    The batch is a function of the seed and of its number alone, and with --select of the teacher, who takes every
-    question from the next C of the permutations.
+    The batch is a function of the seed and of its number alone. With --select it also depends on the teacher, which
+    chooses every question among the next C of the permutation.
     """
     n, size = len(run.questions), run.args.questions * (run.args.candidates or 1)
     at = range((number - 1) * size, number * size)
@@ -231,22 +231,10 @@ def train_step(run) -> tuple[dict, dict, list, list]:
         with policy.clock.phase("update"), compiled_layers(*models if run.score is compiled_rows else ()):
             return method.update(model, optimizer, trained, *args, stale=run.args.lag > 0, **options)
 
-    silenced = []                                        # tokens per update, with --stapo
-
-    def silence(table, logp, entropy):
-        changed = silence_spurious(table, logp, entropy)
-        silenced.append(int(((table[:, 1] != 0) & (changed[:, 1] == 0)).sum()))
-        return changed
-
-    options = {"micro_batch_tokens": run.args.micro_batch_tokens, "ranks": Ranks(run.score), "weights": method.weights}
-    if run.args.prob_mask is not None:
-        options["weights"] = masked(method.weights, run.args.prob_mask, method.two_streams)
-    if run.args.maspo:
-        options["surrogate"] = soft_surrogate
-    if run.args.stapo:
-        options["reweigh"] = silence
+    silenced = []
     groups, learned = step(policy, batches(), policy.config, run.recoverability if method.fits_p else None,
-                           run.pivot_rng, run.optimizer, run.ref_model, choose_pivots, update, **options)
+                           run.pivot_rng, run.optimizer, run.ref_model, choose_pivots, update,
+                           **loss_options(run, silenced))
     if not all(gather(lambda: finite(policy.model))):
         raise FloatingPointError("the update made weights that are not finite")
 
@@ -256,7 +244,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     metrics |= run.teacher.learn(groups) if run.teacher is not None else {}
     metrics["questions"] = len(asked)
     metrics |= {"silenced_tokens": sum(silenced)} if run.args.stapo else {}
-    metrics["generated_tokens"] = policy.generated - generated               # with what SRPO asks the model
+    metrics["generated_tokens"] = policy.generated - generated               # SRPO's answers included
     metrics["forwarded_tokens"] += policy.forwarded - forwarded
     seconds = {phase: policy.clock.seconds[phase] for phase in ("rollout", "resample", "score", "update")}
     timing |= {f"seconds_{phase}": value for phase, value in seconds.items()}
@@ -268,6 +256,25 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     run.step += 1
     run.generated_total += metrics["generated_tokens"]
     return metrics | {"generated_total": run.generated_total}, timing, asked, groups
+
+
+def loss_options(run, silenced) -> dict:
+    """The options of deep_grpo.objective for this run. silenced: a list, to which --stapo adds a number per update."""
+    args, method = run.args, METHODS[run.args.method]
+    options = {"micro_batch_tokens": args.micro_batch_tokens, "ranks": Ranks(run.score), "weights": method.weights}
+
+    def silence(table, logp, entropy):
+        changed = silence_spurious(table, logp, entropy)
+        silenced.append(int(((table[:, 1] != 0) & (changed[:, 1] == 0)).sum()))
+        return changed
+
+    if args.prob_mask is not None:
+        options["weights"] = masked(method.weights, args.prob_mask, method.two_streams)
+    if args.maspo:
+        options["surrogate"] = soft_surrogate
+    if args.stapo:
+        options["reweigh"] = silence
+    return options
 
 
 def finite(model) -> bool:

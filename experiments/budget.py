@@ -3,30 +3,38 @@ r"""At equal tokens per update: should they go to more questions, to more rollou
     python -m experiments.budget             # eight splits in four locks, 10 seeds: four hours on two cores
     python -m experiments.budget --redraw    # the figure again, from the kept numbers
 
-Every update of every run generates the same number of tokens. What a question does not take is there for other
-questions. The splits go from few rollouts of many questions (GRPO with G = 4) to many rollouts of few questions (G = 32),
-and to branches of few questions (DEEP-GRPO), of which a share S of the failures may be branched (variants/thin.py).
+Every update of every run generates the same number of tokens. Tokens that one question does not need go to others. A
+split says how they are spent: on few rollouts of many questions (GRPO with G = 4), on many rollouts of few questions
+(G = 32), or on branches of few questions (DEEP-GRPO), where only a share S of the failures may be branched
+(variants/thin.py).
 
-The locks are four cells of the map (where.py): the hard turn is early or late, and correct answers are frequent (the
-base policy does the turn right with probability .1) or rare (.01).
+A lock is a difficulty of the embedded task. There are four, which are cells of the map (where.py): the hard turn is
+early or late, and correct answers are frequent (the base policy does the turn right with probability .1) or rare (.01).
 
 Writes results/budget.json after every lock, results/budget.png, and the tables of results/budget.md.
 """
 import argparse
 import json
-import platform
-from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 
 from experiments.compare import EQUAL, collect, differences, tables
 from experiments.figures import GREY_TO_ACCENT, INK, new_figure, save_figure
-from experiments.runs import Arm, Experiment, base_flags, interval, make_base, run_all, write_page
+from experiments.runs import (
+    Arm,
+    Experiment,
+    add_common_flags,
+    base_flags,
+    interval,
+    kept_numbers,
+    make_base,
+    run_all,
+    write_page,
+    written_by,
+)
 from experiments.where import CELLS
 from trainer.plot import read_metrics
-from trainer.settings import OneLineParser, command_line, count
+from trainer.settings import OneLineParser, count
 
 LOCKS = {"early error, frequent": CELLS["long, early", 0.1], "early error, rare": CELLS["long, early", 0.01],
          "late error, frequent": CELLS["long, late", 0.1], "late error, rare": CELLS["long, late", 0.01]}
@@ -42,7 +50,6 @@ ARMS = {                                             # the first is what the oth
 }
 FLAGS = f"{EQUAL} --lr 1.6e-4"
 TITLE = "At equal tokens per update: questions, rollouts or branches?"
-MESSAGE = ""
 
 
 def signs(directories) -> dict[str, float]:
@@ -51,8 +58,9 @@ def signs(directories) -> dict[str, float]:
     dead_groups of the first arm, and recovered, the share of pivots with a correct branch, of DEEP-GRPO with S = 1.
     """
     def early(run, name):
-        steps, values = read_metrics(run)[name]
-        return np.mean(values[:max(1, len(steps) // 4)])
+        metrics = read_metrics(run)
+        steps, values = metrics[name]                    # `recovered` is not known in a step without a pivot
+        return np.mean(values[steps <= max(1, metrics["reward"][0][-1] / 4)])
 
     return {name: float(np.mean([early(run, name) for run in directories[arm]]))
             for name, arm in (("dead_groups", "g8"), ("recovered", "s100"))}
@@ -96,10 +104,11 @@ def plot_budget(kept, title):
     figure, axes = new_figure(1.4 + 0.42 * len(ARMS))
     limit = max(1.0, np.abs(mean).max())
     axes["a"].imshow(mean, cmap=GREY_TO_ACCENT, vmin=-limit, vmax=limit, aspect="auto")
-    for (row, column), value in np.ndenumerate(mean):
-        of_g8 = 100 * list(kept.values())[column]["arms"]["g8"]["summary"]["accuracy_mean"]
-        axes["a"].text(column, row, f"{of_g8:.0f} %" if row == 0 else f"{value:+.1f}", ha="center", va="center",
-                       color=INK, weight="bold" if significant[row, column] else "normal")
+    texts = [[f"{100 * measured['arms']['g8']['summary']['accuracy_mean']:.0f} %" for measured in kept.values()],
+             *([f"{value:+.1f}" for value in row] for row in mean[1:])]
+    for (row, column), text in np.ndenumerate(texts):
+        axes["a"].text(column, row, text, ha="center", va="center", color=INK,
+                       weight="bold" if significant[row, column] else "normal")
     axes["a"].set(xticks=range(len(kept)), xticklabels=kept, yticks=range(len(ARMS)),
                   yticklabels=[arm.label for arm in ARMS.values()])
     axes["a"].tick_params(length=0)
@@ -117,37 +126,29 @@ def main(argv=None):
                         help="Sets the generated tokens of a run. The default is 128000.")
     parser.add_argument("--locks", help="Measures only these locks, separated by ';'. The default is all of "
                         f"'{';'.join(LOCKS)}'.")
-    parser.add_argument("--jobs", type=count, default=2,
-                        help="Sets how many runs go on at a time, with one thread each. The default is 2.")
-    parser.add_argument("--out", type=Path, default=Path("runs/budget"),
-                        help="Names the folder for the run directories. The default is runs/budget.")
-    parser.add_argument("--results", type=Path, default=Path("results"),
-                        help="Names the folder for numbers, figure and tables. The default is results.")
-    parser.add_argument("--redraw", action="store_true",
-                        help="Draws the figure again from the kept numbers and ends. The default is to run.")
+    add_common_flags(parser, "runs/budget")
     args = parser.parse_args(argv)
     numbers, picture, page = (args.results / f"budget.{ending}" for ending in ("json", "png", "md"))
     names = args.locks.split(";") if args.locks else list(LOCKS)
     if unknown := [name for name in names if name not in LOCKS]:
         parser.error(f"argument --locks: {'; '.join(unknown)}: choose from {'; '.join(LOCKS)}")
-    if args.redraw and not numbers.exists():
-        parser.error(f"argument --redraw: {numbers} does not exist, so there are no numbers to draw")
-    kept = json.loads(numbers.read_text()) if numbers.exists() else {}
-    for name in [] if args.redraw else names:
-        kept[name] = measure_lock(LOCKS[name], args.out / name.replace(", ", "-").replace(" ", "-"), args)
-        args.results.mkdir(parents=True, exist_ok=True)
-        numbers.write_text(json.dumps(kept, indent=1) + "\n")
+    kept = kept_numbers(parser, numbers) if args.redraw or numbers.exists() else {}
+    settings = args.seeds, args.budget_tokens
+    if others := {(measured["seeds"], measured["budget_tokens"]) for measured in kept.values()} - {settings}:
+        parser.error(f"{numbers} has seeds and tokens {', '.join(map(str, others))}, here they are {settings}: choose "
+                     "another --results")
     if not args.redraw:
+        for name in names:
+            kept[name] = measure_lock(LOCKS[name], args.out / name.replace(", ", "-").replace(" ", "-"), args)
+            args.results.mkdir(parents=True, exist_ok=True)
+            numbers.write_text(json.dumps(kept, indent=1) + "\n")
+        about = (written_by("-m experiments.budget", argv, f"{FLAGS}, {args.budget_tokens:,} tokens")
+                 + f" Mean accuracy over the run in percent, {args.seeds} seeds, and the paired difference to G = 8 "
+                 "with its 95 % interval.")
         parts = [f"### {name}\n\n{tables(measured)}" for name, measured in kept.items()]
-        about = (f"These numbers were written by `{command_line('-m experiments.budget', argv)}`: {FLAGS}, "
-                 f"{args.budget_tokens:,} tokens; {platform.processor() or platform.machine()}, torch "
-                 f"{torch.__version__}, transformers {transformers.__version__}. Mean accuracy over the run in percent, "
-                 f"{args.seeds} seeds, and the paired difference to G = 8 with its 95 % interval.")
         write_page(page, TITLE, picture.name, "\n\n".join([about, table(kept), *parts]))
         print(table(kept))
-    whole = len(kept) == len(LOCKS) and all(
-        (measured["seeds"], measured["budget_tokens"]) == (10, 128_000) for measured in kept.values())
-    save_figure(plot_budget(kept, MESSAGE if whole and MESSAGE else TITLE), picture)
+    save_figure(plot_budget(kept, TITLE), picture)
     print(picture)
 
 

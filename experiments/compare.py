@@ -18,19 +18,27 @@ NAME.md has the tables between two markers. --redraw draws the figure from NAME.
 """
 import argparse
 import json
-import platform
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 
 from experiments.figures import ACCENT, GREY, INK, new_figure, plot_forest, save_figure
-from experiments.runs import Arm, Experiment, base_flags, interval, make_base, read_run, run_all, write_page
+from experiments.runs import (
+    Arm,
+    Experiment,
+    add_common_flags,
+    base_flags,
+    interval,
+    kept_numbers,
+    make_base,
+    read_run,
+    run_all,
+    write_page,
+    written_by,
+)
 from tasks.lock import Lock
-from trainer.settings import OneLineParser, command_line, count
+from trainer.settings import OneLineParser, count
 
 ARMS = {
     "grpo": Arm("GRPO, G = 8", "--method grpo --questions 4"),
@@ -223,21 +231,12 @@ def main(argv=None):
                         help="Sets how many seeds each arm has. The default is 5, 10 for rare and 20 for branches.")
     parser.add_argument("--budget-tokens", type=count,
                         help="Sets the generated tokens of a run. The default is 128000.")
-    parser.add_argument("--jobs", type=count, default=2,
-                        help="Sets how many runs go on at a time, with one thread each. The default is 2.")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"),
-                        help="Names the folder for all run directories. The default is runs/compare.")
-    parser.add_argument("--results", type=Path, default=Path("results"),
-                        help="Names the folder for numbers, figure and tables. The default is results.")
-    parser.add_argument("--redraw", action="store_true",
-                        help="Draws the figure again from the kept numbers and ends. The default is to run.")
+    add_common_flags(parser, "runs/compare")
     args = parser.parse_args(argv)
     experiment = EXPERIMENTS[args.experiment]
     numbers, picture, page = (args.results / f"{args.experiment}.{ending}" for ending in ("json", "png", "md"))
     if args.redraw:
-        if not numbers.exists():
-            parser.error(f"argument --redraw: {numbers} does not exist, so there are no numbers to draw")
-        measured = json.loads(numbers.read_text())
+        measured = kept_numbers(parser, numbers)
         save_figure(plot_comparison(measured, headline(experiment, measured)), picture)
         print(picture)
         return
@@ -257,11 +256,9 @@ def main(argv=None):
     numbers.write_text(json.dumps(measured, indent=1) + "\n")
     save_figure(plot_comparison(measured, headline(experiment, measured)), picture)
     text = tables(measured)
-    about = (f"These numbers were written by `{command_line('-m experiments.compare', argv)}`: {chosen.flags}, "
-             f"{chosen.budget_tokens:,} tokens; {chosen.lock or 'the lock of the preset'}; "
-             f"{platform.processor() or platform.machine()}, torch {torch.__version__}, transformers "
-             f"{transformers.__version__}.\n\n")
-    write_page(page, experiment.title, picture.name, about + text)
+    about = written_by("-m experiments.compare", argv, f"{chosen.flags}, {chosen.budget_tokens:,} tokens; "
+                       f"{chosen.lock or 'the lock of the preset'}")
+    write_page(page, experiment.title, picture.name, f"{about}\n\n{text}")
     print(f"\n{text}\n\n{page}, {picture.name} and {numbers.name}   ({time.time() - start:.0f} seconds)")
 
 

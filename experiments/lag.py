@@ -11,30 +11,35 @@ Writes results/lag.json, results/lag.png, and the table of results/lag.md.
 """
 import argparse
 import json
-import platform
-from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 
 from experiments.figures import GREY, INK, LIGHT, new_figure, save_figure
-from experiments.runs import Arm, Experiment, interval, run_all, write_page
+from experiments.runs import (
+    Arm,
+    Experiment,
+    add_common_flags,
+    interval,
+    kept_numbers,
+    run_all,
+    write_page,
+    written_by,
+)
 from trainer.plot import read_metrics
-from trainer.settings import OneLineParser, command_line, count
+from trainer.settings import OneLineParser, count
 
 LAGS = (0, 4, 12)
-METHODS = {"grpo": "GRPO", "vcpo": "VCPO"}
+PANELS = {"grpo": "GRPO", "vcpo": "VCPO"}
 FLAGS = "--preset tiny --questions 4 --eval-every 4 --step-tokens 2000"
 ARMS = {f"{method}-{lag}": Arm(f"{label}, lag {lag}", f"--method {method} --lag {lag}")
-        for method, label in METHODS.items() for lag in LAGS}
+        for method, label in PANELS.items() for lag in LAGS}
 LOOKS = {0: (LIGHT, "-"), 4: (GREY, "--"), 12: (INK, "-.")}
 TITLE = "A sampler that lags behind, with and without VCPO"
 MESSAGE = "With a lag of 12 batches, VCPO learns sooner than GRPO and ends lower"
 
 
 def read_curve(run, lag) -> dict[str, list[float]]:
-    """Of one run: its numbers of updates, the accuracy after each of them, and the mean ess_share in between.
+    """Of one run: its numbers of updates, the accuracy after each of them, and its mean ess_share.
 
     Only numbers of updates at which the run was evaluated, from 0 on. ess_share is of VCPO, and empty without it.
     """
@@ -84,8 +89,9 @@ def tables(measured) -> str:
 
     return "\n".join([
         f"The table has the greedy accuracy on held-out questions: mean of {seeds} seeds \u00b1 95 % interval",
-        "(Student's t). The difference is that of the mean accuracy to GRPO with the same lag, paired by seed, and p is",
-        "two-sided. ESS is the effective sample size over the number of rollouts, the mean over the updates of a run.",
+        "(Student's t). Between two evaluations it is a straight line. The difference is that of the mean accuracy to",
+        "GRPO with the same lag, paired by seed, and p is two-sided. ESS is the effective sample size divided by the",
+        "number of rollouts, as a mean over the updates of a run.",
         "",
         f"| method | mean over {end} updates | after {end} updates | minus GRPO of that lag | p | ESS |",
         "|---|---|---|---|---|---|",
@@ -100,7 +106,7 @@ def plot_lags(measured, title):
     """A panel for each method: accuracy over updates, a line per lag (mean of the seeds), and the seeds behind it."""
     figure, axes = new_figure(3.6, "ab", sharey=True)
     end = shared_updates(measured)
-    for axis, (method, label) in zip(axes.values(), METHODS.items()):
+    for axis, (method, label) in zip(axes.values(), PANELS.items()):
         names = []
         for lag in LAGS:
             colour, style = LOOKS[lag]
@@ -116,7 +122,8 @@ def plot_lags(measured, title):
             height = min(value, height - 8)
             axis.annotate(f"lag {lag}", (end, height), (4, 0), textcoords="offset points", va="center", color=colour,
                           annotation_clip=False)
-        axis.set(title=label, xlabel=f"updates; bold lines are means of {len(runs)} seeds", xlim=(0, end), ylim=(0, 102))
+        axis.set(title=label, xlabel=f"updates; bold lines are means of {len(runs)} seeds", xlim=(0, end),
+                 ylim=(0, 102))
     axes["a"].set_ylabel("greedy accuracy on\nheld-out questions (%)")
     figure.suptitle(title, x=0.01, ha="left")
     return figure
@@ -127,35 +134,24 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=count, default=5, help="Sets how many seeds each arm has. The default is 5.")
     parser.add_argument("--batches", type=count, default=60,
-                        help="Sets the tokens that every run generates, in batches of 2000. A batch has whole questions, "
-                        "so it is a little larger. The default is 60.")
-    parser.add_argument("--jobs", type=count, default=2,
-                        help="Sets how many runs go on at a time, with one thread each. The default is 2.")
-    parser.add_argument("--out", type=Path, default=Path("runs/lag"),
-                        help="Names the folder for the run directories. The default is runs/lag.")
-    parser.add_argument("--results", type=Path, default=Path("results"),
-                        help="Names the folder for numbers, figure and table. The default is results.")
-    parser.add_argument("--redraw", action="store_true",
-                        help="Draws the figure again from the kept numbers and ends. The default is to run.")
+                        help="Sets the tokens that every run generates, as batches of 2000. A batch has whole "
+                        "questions, so there are fewer, which are larger. The default is 60.")
+    add_common_flags(parser, "runs/lag")
     args = parser.parse_args(argv)
     numbers, picture, page = (args.results / f"lag.{ending}" for ending in ("json", "png", "md"))
     settings = {"seeds": args.seeds, "batches": args.batches, "flags": FLAGS}
-    if args.redraw and not numbers.exists():
-        parser.error(f"argument --redraw: {numbers} does not exist, so there are no numbers to draw")
     if args.redraw:
-        measured = json.loads(numbers.read_text())
+        measured = kept_numbers(parser, numbers)
     else:
         directories = run_all(Experiment("lag", args.seeds, 2000 * args.batches, FLAGS, ARMS), args.out, args.jobs)
         measured = collect(directories, settings)
         args.results.mkdir(parents=True, exist_ok=True)
         numbers.write_text(json.dumps(measured, indent=1) + "\n")
-        about = (f"These numbers were written by `{command_line('-m experiments.lag', argv)}`: {FLAGS}, "
-                 f"{args.batches} batches; {platform.processor() or platform.machine()}, torch {torch.__version__}, "
-                 f"transformers {transformers.__version__}.\n\n")
-        write_page(page, TITLE, picture.name, about + tables(measured))
+        about = written_by("-m experiments.lag", argv, f"{FLAGS}, {2000 * args.batches:,} tokens")
+        write_page(page, TITLE, picture.name, f"{about}\n\n{tables(measured)}")
         print(tables(measured))
     kept = (measured["settings"]["seeds"], measured["settings"]["batches"]) == (5, 60)
-    save_figure(plot_lags(measured, MESSAGE if kept and MESSAGE else TITLE), picture)
+    save_figure(plot_lags(measured, MESSAGE if kept else TITLE), picture)
     print(picture)
 
 

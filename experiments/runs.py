@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import transformers
 from tqdm import tqdm
 
 from tasks.lock import ASSETS, Lock, make_rows, pretrain, turn_probabilities
 from trainer.model import load_model
 from trainer.plot import read_metrics
-from trainer.settings import parse_args
+from trainer.settings import command_line, count, parse_args
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -233,6 +236,34 @@ def interval(values) -> tuple[float, float, float]:
     if error == 0 or n == 1:
         return mean, error, 1.0 if mean == 0 or n == 1 else 0.0
     return mean, t_quantile(n - 1) * error, t_tail(abs(mean) / error, n - 1)
+
+
+# ---- the programs: what they share ----
+
+def add_common_flags(parser, out) -> None:
+    """The flags of every program that starts runs in the folder `out`."""
+    parser.add_argument("--jobs", type=count, default=2,
+                        help="Sets how many runs go on at a time, with one thread each. The default is 2.")
+    parser.add_argument("--out", type=Path, default=Path(out),
+                        help=f"Names the folder for the run directories. The default is {out}.")
+    parser.add_argument("--results", type=Path, default=Path("results"),
+                        help="Names the folder for numbers, figure and tables. The default is results.")
+    parser.add_argument("--redraw", action="store_true",
+                        help="Draws the figure again from the kept numbers and ends. The default is to run.")
+
+
+def kept_numbers(parser, path) -> dict:
+    """The numbers that --redraw draws; ends the program where there are none."""
+    if not path.exists():
+        parser.error(f"argument --redraw: {path} does not exist, so there are no numbers to draw")
+    return json.loads(path.read_text())
+
+
+def written_by(program, argv, settings) -> str:
+    """The sentence that stands above all tables: the command, its settings, the machine and the versions."""
+    return (f"These numbers were written by `{command_line(program, argv)}`: {settings}; "
+            f"{platform.processor() or platform.machine()}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}.")
 
 
 # ---- write ----

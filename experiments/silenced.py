@@ -3,28 +3,26 @@ r"""In which regime does STAPO act? How many tokens of correct responses it woul
     python -m experiments.silenced        # the two base models of the embedded task: three minutes on one core
 
 STAPO (variants/stapo.py) silences a token of a correct response when its probability is below .002 and its entropy is
-lower than that of most such tokens. So it can act only where correct responses contain improbable tokens at all. Nothing
-is trained here. Rollouts are drawn from a base model and graded, and its tokens are counted as one batch.
+lower than that of most such tokens. So it can act only where correct responses contain improbable tokens at all.
+Nothing is trained here. Rollouts are drawn from a base model and graded, and their tokens are counted as one batch.
 
 Writes the table of results/stapo-regime.md.
 """
 import argparse
-import platform
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
 import tasks.lock
 from deep_grpo import Config, Group, Trajectory, sampled_logps
-from experiments.runs import write_page
+from experiments.runs import write_page, written_by
 from loss import loss_table, sequence_weights
 from tasks import make_questions, stop_ids
 from trainer.model import load_model
 from trainer.policy import Policy
-from trainer.settings import PRESETS, OneLineParser, command_line, count
+from trainer.settings import PRESETS, OneLineParser, count
 from variants.stapo import silence_spurious
 
 TEMPERATURES = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
@@ -52,22 +50,22 @@ def count_tokens(groups) -> dict[str, float]:
     """
     table = loss_table(groups, sequence_weights(groups, Config()))
     logps = sampled_logps(groups)
-    entropies = torch.from_numpy(np.concatenate([t.response.entropies for g in groups for t in g.trajectories])).double()
-    changed = silence_spurious(table, logps, entropies)
+    entropies = np.concatenate([t.response.entropies for g in groups for t in g.trajectories]).astype(float)
+    changed = silence_spurious(table, logps, torch.from_numpy(entropies))
     improbable = (table[:, 0] > 0) & (logps.exp() < 0.002)
     correct = torch.tensor([t.reward == 1 for g in groups for t in g.trajectories])
     lengths = [len(t.response) for g in groups for t in g.trajectories]
     touched = torch.tensor([bool(part.any()) for part in improbable.split(lengths)])
-    return {"correct": correct.float().mean().item(), "tokens": int(correct.repeat_interleave(
-                torch.tensor(lengths)).sum()), "improbable": int(improbable.sum()),
+    return {"correct": correct.float().mean().item(), "tokens": int(torch.tensor(lengths)[correct].sum()),
+            "improbable": int(improbable.sum()),
             "silenced": int(((table[:, 1] != 0) & (changed[:, 1] == 0)).sum()),
             "touched": (touched & correct).sum().item() / max(1, int(correct.sum()))}
 
 
 def tables(found) -> str:
     """Markdown: a row per base model and temperature. found: (name, temperature) -> what count_tokens() gives."""
-    lines = ["| base model | temperature | correct rollouts | tokens of correct rollouts | of these, improbable | silenced | "
-             "correct rollouts with an improbable token |", "|---|---|---|---|---|---|---|"]
+    lines = ["| base model | temperature | correct rollouts | tokens of correct rollouts | of these, improbable | "
+             "silenced | correct rollouts with an improbable token |", "|---|---|---|---|---|---|---|"]
     for (name, temperature), numbers in found.items():
         lines.append(f"| {name} | {temperature:.1f} | {100 * numbers['correct']:.1f} % | {numbers['tokens']:,} | "
                      f"{numbers['improbable']} | {numbers['silenced']} | {100 * numbers['touched']:.0f} % |")
@@ -84,10 +82,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     cells = [(name, temperature) for name in tasks.lock.LOCKS for temperature in TEMPERATURES]
     found = {cell: count_tokens(draw(*cell, args.questions)) for cell in tqdm(cells, desc="temperatures")}
-    about = (f"These numbers were written by `{command_line('-m experiments.silenced', argv)}`: {args.questions} questions "
-             f"with 8 rollouts each; {platform.processor() or platform.machine()}, torch {torch.__version__}, transformers "
-             f"{transformers.__version__}.\n\n")
-    write_page(args.results / "stapo-regime.md", TITLE, "stapo.png", about + tables(found))
+    about = written_by("-m experiments.silenced", argv, f"{args.questions} questions with 8 rollouts each")
+    write_page(args.results / "stapo-regime.md", TITLE, "stapo.png", f"{about}\n\n{tables(found)}")
     print(tables(found))
 
 

@@ -179,7 +179,7 @@ def add_method_flags(group):
     group.add_argument("--lag", type=int, metavar="K", help="train the batch that was drawn K steps ago, as with an "
                        "asynchronous sampler (variants/vcpo.py); composes with every method; default: 0")
     group.add_argument("--branch-share", type=float, help="branch only this share of a step's failures, drawn at "
-                       "random (variants/thin.py); composes with every method; default: 1")
+                       "random (variants/thin.py); default: 1, all of them")
     group.add_argument("--prob-mask", type=float, metavar="P", help="train only the tokens that were drawn with a "
                        "probability below P (variants/spo.py); composes with every method; default: .9 for spo_chain "
                        "and spo_tree, else all tokens")
@@ -249,8 +249,6 @@ def fill_settings(parser, args):
         parser.error(f"argument --branch-share: must be above 0 and at most 1, got {args.branch_share}")
     if args.epsilon is not None and not 0 <= args.epsilon <= 1:
         parser.error(f"argument --epsilon: must be between 0 and 1, got {args.epsilon}")
-    if args.branch_share < 1 and args.branches == 0:
-        parser.error(f"argument --branch-share: --method {args.method} has no branches")
     if args.prob_mask is not None and not 0 < args.prob_mask <= 1:
         parser.error(f"argument --prob-mask: must be above 0 and at most 1, got {args.prob_mask}")
     if "segment_tokens" in settings and args.segment_tokens == 0:

@@ -10,8 +10,10 @@ hyper-parameters and replaces one or two functions of the algorithm:
 To add a method, copy the file that is nearest to it: dr_grpo.py (only weights, 20 lines), treerl.py (states and
 weights), or ablations.py (a change of one function). Write its paper, its rule and "differs from deep_grpo.py in" at
 the top, add a row here, and a test beside tests/variants/. The policy offers text, encode, sample, score and each
-(trainer/policy.py). Six options compose with every method instead: stapo.py, maspo.py, thin.py, goldilocks.py, the
-mask of spo.py, and --lag, which vcpo.py is about.
+(trainer/policy.py).
+
+Six options are no methods, and can be combined with them: stapo.py, maspo.py, thin.py, goldilocks.py, the mask of
+spo.py, and --lag, which vcpo.py is about.
 
 Files of this folder import the paper's files and one another, nothing else. GRPO is K = 0 and needs no file.
 """
@@ -28,7 +30,7 @@ class Method:
     """One value of --method. settings: of deep_grpo.Config, where they differ from its defaults.
 
     fits_p: outcomes of its forks go into the buffer of Eq. (P). flags: those of train_gsm8k.py that have a meaning for
-    this method and not for every one. prob_mask: the default of --prob-mask; None is no mask.
+    this method and not for all. prob_mask: the default of --prob-mask; None is no mask.
     forks(config): the most states of a rollout that are branched, from which memory is computed.
     """
     settings: dict = field(default_factory=dict)
@@ -46,7 +48,8 @@ class Method:
         return "lam" in self.flags
 
 
-STEPS = ("segment_tokens",)                          # the flag of methods that cut a response into steps
+THIN = ("branch_share",)                             # the flag of methods that can do without some of their branches
+STEPS = ("segment_tokens", *THIN)                    # those of methods that also cut a response into steps
 STREAMS = ("gamma", "lam", *STEPS)                   # those of DEEP-GRPO and most of its ablations
 NO_CLIP = dict(clip_low=1.0, clip_high=1e6)
 
@@ -54,17 +57,19 @@ METHODS = {
     "deep_grpo": Method(fits_p=True, flags=("objective", *STREAMS)),
     "grpo": Method(dict(branches=0), flags=("objective",)),
     "dr_grpo": Method(dict(branches=0, beta=0.0), weights=dr_grpo.weights),
-    "treerl": Method(dict(group_size=6, branches=2), treerl.choose_pivots, treerl.weights, forks=lambda config: 2),
+    "treerl": Method(dict(group_size=6, branches=2), treerl.choose_pivots, treerl.weights, flags=THIN,
+                     forks=lambda config: 2),
     "attnrl": Method(dict(group_size=6, branches=2), attnrl.choose_pivots, treerl.weights, flags=STEPS,
                      forks=lambda config: 2),
-    "fr3e": Method(dict(group_size=16, branches=16), fr3e.choose_pivots, fr3e.weights, forks=lambda config: 4),
+    "fr3e": Method(dict(group_size=16, branches=16), fr3e.choose_pivots, fr3e.weights, flags=THIN,
+                   forks=lambda config: 4),
     "rrpo": Method(dict(group_size=5, branches=4, **NO_CLIP), rrpo.choose_pivots, rrpo.weights, flags=STEPS),
     "srpo": Method(dict(group_size=5, branches=4, **NO_CLIP), rrpo.choose_named, rrpo.weights, flags=STEPS),
     "spo_chain": Method(dict(branches=4), spo.choose_chain_pivots, spo.chain_weights, prob_mask=0.9,
                         forks=lambda config: -(-config.max_new_tokens // 5)),
-    "spo_tree": Method(dict(group_size=6, branches=5, segment_tokens=30), spo.grow_tree, spo.tree_weights, flags=STEPS,
-                       prob_mask=0.9, forks=lambda config: config.branches + 1),
-    "vcpo": Method(dict(branches=0, beta=0.0), weights=vcpo.weights, update=vcpo.update),
+    "spo_tree": Method(dict(group_size=6, branches=5, segment_tokens=30), spo.grow_tree, spo.tree_weights,
+                       flags=("segment_tokens",), prob_mask=0.9, forks=lambda config: config.branches + 1),
+    "vcpo": Method(dict(branches=0, beta=0.0, **NO_CLIP), weights=vcpo.weights, update=vcpo.update),
     "no_std": Method(weights=ablations.no_std, fits_p=True, flags=STREAMS),
     "two_pivots": Method(choose_pivots=ablations.two_pivots, fits_p=True, flags=("objective", *STREAMS),
                          forks=lambda config: 2),

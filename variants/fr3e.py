@@ -12,7 +12,7 @@ So advantages shrink where the value rises along the rollout, and grow where it 
     J = 1/(all tokens) sum_t [ rho_t A_t (clipped) - beta k3_t ]        over rollouts and suffixes
 
 Differs from deep_grpo.py in: line 2, and the weights of J (one token mean, and the factor of the advantages). Left out:
-the rejection of questions whose rollouts agree, and a wider upper clip (inert with one update per batch).
+the rejection of questions whose rollouts agree, and a wider upper clip (inert with one update per fresh batch).
 """
 import math
 

@@ -11,7 +11,8 @@ the one with the largest f is asked, and otherwise a random one of the C.
 
 Why. With advantages (R - mean) / std, the gradient of a question is sqrt(p (1 - p)) times the difference between the
 mean scores grad log pi of its right and of its wrong answers. (The unbiased std of loss.py adds a constant factor.) A
-question that is always or never answered right has utility 0, because all of its advantages are 0.
+question that is always or never answered right has utility 0, because all advantages of its rollouts are 0. (With
+DEEP-GRPO its branches may still have some. The teacher does not know of them and avoids such questions.)
 
 Differs from deep_grpo.py in: which questions x are drawn; nothing else. It composes with every method
 (--select goldilocks). With C = 1, eps = 1 or a constant teacher, the choice is uniform. Questions with p near 1/2 also
@@ -19,9 +20,10 @@ change the number of branches of DEEP-GRPO, so compare runs at equal tokens.
 
 No public code was found. We do not know the paper's C, eps, length of the buffer and learning rate, so these are flags
 with defaults of ours. Nor do we know how it scales the features: here they are standardised. After every step the
-teacher makes FIT_STEPS steps of Adam on the whole buffer. On the embedded task (d = 128), learning rates from .03 to .3
-asked about equally useful questions. Candidates that are not chosen are passed over until the next epoch. With finite G
-the utility is biased towards 0: at G = 8 and p = .1 the mean of y is .2095, while sqrt(p (1 - p)) is .3.
+teacher makes FIT_STEPS steps of Adam on the whole buffer. On the embedded task (d = 128), the questions that were asked
+were about equally useful with learning rates from .03 to .3. Candidates that are not chosen are passed over until the
+next epoch. With finite G the utility is biased towards 0: at G = 8 and p = .1 the mean of y is .2095, while
+sqrt(p (1 - p)) is .3.
 """
 from collections import deque
 from copy import deepcopy
@@ -33,8 +35,8 @@ FIT_STEPS = 10                                       # of Adam, after every trai
 
 
 def utility(rewards) -> float:
-    """y = sqrt(p (1 - p)), where p is the share of rewards that are 1."""
-    p = sum(rewards) / len(rewards)
+    """y = sqrt(p (1 - p)), where p is the share of rewards that are not 0."""
+    p = sum(r != 0 for r in rewards) / len(rewards)
     return (p * (1 - p)) ** 0.5
 
 

@@ -1,8 +1,8 @@
 r"""SPO, segment policy optimisation (arXiv 2505.23564): an advantage for every segment of a rollout.
 
 Both methods take V of a state, the chance of a right answer from there, as a mean over samples. A segment has the
-advantage by which it changes V. One more part of the paper, the probability mask, composes with every method
-(`--prob-mask P`); spo_chain and spo_tree have P = .9.
+advantage by which it changes V. Below, p is the probability with which a token was drawn. One more part of the paper,
+the probability mask, composes with every method (`--prob-mask P`); spo_chain and spo_tree have P = .9.
 
 spo_chain. The cut points of a rollout are its tokens with p < .9. A boundary lies just before every fifth of them,
 starting with the first. V(boundary) is the mean reward of K = 4 fresh continuations. They are graded and then thrown
@@ -28,10 +28,10 @@ With it, the weights 1/N and 1/Z become 1/(sum of M_t), and the KL term becomes 
 Differs from deep_grpo.py in: line 2 (states of all rollouts; spo_tree also adds trajectories), and the weights of J.
 Left out: the replay of up to 32 nodes of a question in later steps. The authors' code also whitens the advantages over
 the masked tokens of a micro-batch, which can turn their signs, and which is not done here. It takes p after it has
-divided the logits by T; so do we, because softmax(logits / T) is the policy that is sampled and trained.
+divided the logits by T. We do that on purpose, because softmax(logits / T) is the policy that is sampled and trained.
+The paper samples at T = .6, and draws 9 continuations of a boundary with a model of 1.1 billion parameters.
 """
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -107,9 +107,10 @@ def grow_tree(policy, questions, groups, config, recoverability, rng) -> list[Gr
 
 
 def level_1(trajectories, config) -> list[list[Trajectory]]:
-    """The trajectories of a question by their node of level 1, as grow_tree() has put them: K + 1, or 1 of a leaf.
+    """The trajectories of a question by their node of level 1, as grow_tree() has put them.
 
-    Their tokens do not tell, because two nodes that were drawn independently may have the same ones.
+    A node has K + 1 trajectories, or one if it is a leaf. Nodes cannot be told apart by their tokens, because two that
+    were drawn independently may have the same ones.
     """
     nodes, rest = [], trajectories
     while rest:
@@ -158,7 +159,7 @@ def masked(weights: Callable, P: float, two_streams: bool = False) -> Callable:
         M = (known_logps(groups).exp() < P).to(w)
         kept = w * M
         for stream in (main, 1 - main) if two_streams else (torch.ones_like(main),):
-            factor = (w * stream).sum() / (kept * stream).sum().clamp(min=1e-300)        # 0 / 0: nothing is left
+            factor = (w * stream).sum() / (kept * stream).sum().clamp(min=1e-300)        # nothing is left: 0
             kept = torch.where(stream > 0, kept * factor, kept)
         sequences = [len(y) for g in groups for t in g.trajectories for y in (t.response, *(y for _, y in t.branches))]
         number = torch.arange(len(sequences)).repeat_interleave(torch.tensor(sequences))

@@ -1,9 +1,9 @@
 r"""STAPO (arXiv 2602.15620): tokens that a right answer would reward by accident are left out of the loss.
 
-Rule. A token of a right response (A > 0) is improbable when pi(y_t) < .002, and spurious when its entropy is also below
-the 75 % quantile of the entropies of all improbable tokens of the right responses of the batch. Spurious tokens have
-weight 0. The weights of the others grow by one factor, so that their sum stays what it was. With the weights 1/N of a
-token mean, that is the mean over the rest.
+Rule. A token with A > 0, such as one of a right response, is improbable when pi(y_t) < .002. It is spurious when its
+entropy is also below the 75 % quantile of the entropies of all improbable tokens with A > 0 that have a weight in the
+batch. Spurious tokens have weight 0. The weights of the others grow by one factor, so that their sum stays what it was.
+With the weights 1/N of a token mean, that is the mean over the rest.
 
 Differs from deep_grpo.py in: two columns of the table of loss tokens (`reweigh` of objective()). It composes with every
 method (`--stapo`), and costs one more pass over all loss tokens.
@@ -17,12 +17,12 @@ def silence_spurious(table: Tensor, logp: Tensor, entropy: Tensor, probability=0
     table: [N, 5]. logp, entropy: what the policy thinks of the N tokens, in nats. Returns a new table.
     """
     A, w = table[:, 0], table[:, 1]
-    improbable = (A > 0) & (logp.exp() < probability)
+    improbable = (A > 0) & (w > 0) & (logp.exp() < probability)
     if not improbable.any():
         return table
     spurious = improbable & (entropy < entropy[improbable].quantile(quantile))
     kept = (~spurious).to(table)
-    factors = kept * w.sum() / (kept * w).sum().clamp(min=1e-300)            # 0 / 0: nothing is left to weigh
+    factors = kept * w.sum() / (kept * w).sum()                              # the one of highest entropy is kept
     table = table.clone()
     table[:, 1:3] *= factors[:, None]
     return table

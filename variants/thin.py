@@ -1,11 +1,13 @@
-r"""Thinning: only a share S of a step's failures is branched. It composes with every method (--branch-share S).
+r"""Thinning: only a share S of a step's failures is branched (--branch-share S).
 
 The paper branches every failure, S = 1. Where most groups of branches have equal rewards, as at the beginning of a
 run, most branch tokens teach nothing. With --step-tokens, the tokens that are saved go to more questions.
 
-Differs from deep_grpo.py in: line 2, whose groups lose the forks of some rollouts. Which, is drawn at random: n S of n
-keep theirs on average. T_fail of Eq. (J) are the failures that are branched, so the branches that are left weigh more.
-`--method light_branches` takes this back: its T_fail are all failures, and a branch weighs what it weighs with S = 1.
+Differs from deep_grpo.py in: line 2, whose groups lose the forks of some rollouts. They are drawn at random. Of n
+rollouts with forks, n S keep them on average. T_fail of Eq. (J) are the failures that are branched, so the branches
+that are left weigh more. `--method light_branches` removes this effect: its T_fail are all failures, and a branch
+weighs what it weighs with S = 1. Other methods that branch are thinned in the same way, but for SPO, which needs all of
+its branches to know the value of a state.
 """
 from collections.abc import Callable
 from dataclasses import replace

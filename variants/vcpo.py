@@ -2,20 +2,23 @@ r"""VCPO (arXiv 2602.17616): smaller steps and another baseline where the batch 
 
 Setting. With `--lag k` a batch is trained k steps after it was drawn, as with an asynchronous sampler. Of each of its B
 rollouts, w_i = exp(sum_t log pi_theta - log pi_mu) is how much likelier it is now than when pi_mu drew it, s_i is the
-gradient of sum_t log pi_theta, and L_i is its length.
+gradient of sum_t log pi_theta, and L_i is its number of tokens.
 
-    learning rate of this step = lr sqrt(min(1, e)),    e = (sum w)^2 / (B sum w^2)    the effective sample size over B
+    learning rate of this step = lr sqrt(min(1, e)),    e = (sum w)^2 / (B sum w^2)    effective sample size, by B
 
     A_i = (R_i - b) / sd     b = sum W R / sum W over the group, W_i = w_i^2 |s_i|^2;   sd of the population
 
-    gradient of J = 1/B sum_i min(w_i, 8) A_i s_i / L_i          w without gradient, without a clip or a KL term
+    gradient of J = 1/B sum_i min(w_i, 8) A_i s_i / L_i          w_i is a constant of it; no clip, and beta = 0
 
-So b is the baseline under which the gradient varies least. On the policy itself e is 1 and the cap does nothing, but b
-stays: it is the mean only where all gradients are of equal length.
+Without the cap, and with rollouts of equally many tokens, b is the baseline under which the gradient varies least. On
+the policy itself e is 1 and the cap does nothing, but b stays: it is the mean only where all |s_i| are equal. In bf16 e
+is below 1 even then, because the small differences between sampling and update add up over a response (sampler_gap).
 
-Differs from deep_grpo.py in: K = 0, the weights of J, and the learning rate. It computes |s_i| in a pass of its own, one
-rollout at a time, before the usual update. The W of the authors' code has another factor, min(w, 8)^2: their README has
-the form above. Their weight decay is .1, that of train_gsm8k.py is .01. For tools they divide e by .55.
+Differs from deep_grpo.py in: K = 0, the weights of J, the learning rate, and no clip. Before the usual update it scores
+the batch, and then computes |s_i| one rollout at a time. With --updates above 1, e, b and w stay those of before the
+first of them, and rho multiplies w. --maspo has no effect beside it, and --stapo and --prob-mask change J but not w, e
+and |s_i|. The W of the authors' code has another factor, min(w, 8)^2: their README has the form above. Their weight
+decay is .1, that of train_gsm8k.py is .01. For tools they divide e by .55.
 """
 import math
 from functools import partial
@@ -32,7 +35,7 @@ CAP = 8.0
 
 
 def effective_share(log_w: Tensor) -> float:
-    """e = (sum w)^2 / (B sum w^2), between 1/B and 1. log_w: [B], in nats; they may be too large for w to be a float."""
+    """e = (sum w)^2 / (B sum w^2), between 1/B and 1. log_w: [B], in nats; w itself may be too large for a float."""
     w = torch.exp(log_w - log_w.max())
     return (w.sum() ** 2 / (len(w) * (w ** 2).sum())).item()
 
@@ -46,7 +49,7 @@ def baseline(rewards: Tensor, log_w: Tensor, squared_norms: Tensor) -> float:
 def weights(groups, config, log_w=None, squared_norms=None) -> list[Span]:
     """The constants of J above. log_w, squared_norms: [B], of all rollouts in order.
 
-    None: the rollouts are of the policy itself, and all gradients are of equal length.
+    None: the rollouts are of the policy itself, and all |s_i| are equal.
     """
     B = sum(len(g.trajectories) for g in groups)
     log_w = torch.zeros(B, dtype=torch.float64) if log_w is None else log_w
@@ -57,15 +60,15 @@ def weights(groups, config, log_w=None, squared_norms=None) -> list[Span]:
         rewards = torch.tensor([t.reward for t in g.trajectories], dtype=torch.float64)
         b, sd = baseline(rewards, log_w_g, norms), pstdev(rewards.tolist())
         for t, log_w_i in zip(g.trajectories, log_w_g.tolist()):
-            w = math.exp(min(log_w_i, math.log(CAP))) / (B * max(1, len(t.response)))
+            n, w = len(t.response), math.exp(min(log_w_i, math.log(CAP)))
             A = (t.reward - b) / sd if sd > 1e-8 else 0.0
-            spans.append(Span(len(t.response), A, w, config.beta * w))
+            spans.append(Span(n, A, w / (B * n), config.beta / (B * n)))
     return spans
 
 
 def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=None, ranks=ALONE, stale=False,
            weights=weights, **options) -> dict:
-    """Lines 5 to 8 with the weights and the learning rate above.
+    """Lines 5 to 8 with the weights and the learning rate above. stale is not read: w is known in any case.
 
     The metrics have two more: ess_share, which is e, and lr_scale, by which the learning rate was multiplied.
     """
@@ -106,8 +109,7 @@ def gradient_norms(model, groups, config, ranks=ALONE) -> tuple[Tensor, int]:
                 model.zero_grad()
                 _, metrics = deep_grpo.objective(model, [Group(g.prompt, [t])], config, backward=True, weights=alone,
                                                  surrogate=lambda logp, old, A: logp * A, ranks=ranks)
-                norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                norm = deep_grpo.clip_gradient(model, math.inf)
                 forwarded += metrics["forwarded_tokens"]
             norms.append(norm.item() ** 2 if living else 0.0)
     return torch.tensor(norms, dtype=torch.float64), forwarded

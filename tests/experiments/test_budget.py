@@ -38,11 +38,14 @@ def test_differences_and_their_intervals_by_hand():
 
 
 def test_the_signs_are_those_of_the_first_quarter(tmp_path):
-    """Runs of three updates, of which one is a quarter: dead_groups is .25 then, and recovered is written here."""
+    """Runs of three updates, of which one is a quarter: dead_groups is .25 then, and recovered is written here.
+
+    A step without a pivot has no value, and later steps do not take its place.
+    """
     directories = {arm: [write_run(tmp_path / f"{arm}-{i}", (0, 0, 0)) for i in range(2)] for arm in ("g8", "s100")}
     for run, recovered in zip(directories["s100"], (0.2, 0.4)):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rows[1]["recovered"], rows[2]["recovered"] = recovered, 1.0
+        rows[1]["recovered"], rows[2]["recovered"], rows[3]["recovered"] = recovered, None, 1.0
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert signs(directories) == pytest.approx({"dead_groups": 0.25, "recovered": 0.3})
 
@@ -61,3 +64,11 @@ def test_unknown_locks_and_missing_numbers_are_named(tmp_path, capsys):
         with pytest.raises(SystemExit):
             program.main([*flags, "--results", str(tmp_path)])
         assert message in capsys.readouterr().err
+
+
+def test_locks_of_other_settings_do_not_come_into_one_file(tmp_path, capsys):
+    """The text above the table has one number of seeds and one budget for all locks."""
+    (tmp_path / "budget.json").write_text(json.dumps(kept_of()))
+    with pytest.raises(SystemExit):
+        program.main(["--locks", "late error, rare", "--seeds", "2", "--results", str(tmp_path)])
+    assert "has seeds and tokens (3, 9), here they are (2, 128000): choose another" in capsys.readouterr().err

@@ -33,7 +33,8 @@ def test_tables_by_hand(small):
     measured = collect(experiment, directories)
     assert measured == json.loads(json.dumps(measured)) and measured["arms"]["grpo"]["seeds"] == [
         read_run(d) for d in directories["grpo"]]
-    first, pairs, costs, seeds = (block.splitlines() for block in tables(measured).split("\n\n") if block.startswith("|"))
+    first, pairs, costs, seeds = (block.splitlines() for block in tables(measured).split("\n\n")
+                                  if block.startswith("|"))
     means = {arm: [read_run(d)["accuracy_mean"] for d in runs] for arm, runs in directories.items()}
     differences = [b - a for a, b in zip(means["grpo"], means["treerl"])]
     mean, width, p = interval(differences)

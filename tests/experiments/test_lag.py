@@ -55,7 +55,8 @@ def test_the_table_by_hand():
 def test_the_figure_has_a_line_for_every_lag():
     measured = measured_of({"vcpo-0": [(0, 0.4, 0.8), (0, 0.2, 0.6)]})
     figure = plot_lags(measured, "The message")
-    assert figure.get_suptitle() == "The message" and [axis.get_title("left") for axis in figure.axes] == ["GRPO", "VCPO"]
+    assert [axis.get_title("left") for axis in figure.axes] == ["GRPO", "VCPO"]
+    assert figure.get_suptitle() == "The message"
     for axis in figure.axes:
         assert {text.get_text() for text in axis.texts} == {f"lag {lag}" for lag in LAGS}
         assert len(axis.lines) == 3 * (2 + 1)

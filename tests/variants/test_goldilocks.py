@@ -37,6 +37,11 @@ def test_the_utility_of_a_question_by_hand(right, y):
     assert utility([1.0] * right + [0.0] * (16 - right)) == pytest.approx(y, abs=5e-5)
 
 
+def test_a_reward_that_is_not_0_counts_as_right():
+    """A reward of one's own may have other values, as for DEEP-GRPO, whose failures have reward 0."""
+    assert utility([2.5, 0.0, -1.0, 0.0]) == 0.5
+
+
 def test_the_utility_of_few_rollouts_is_biased_towards_0():
     """All numbers of right rollouts of 8, with their binomial probabilities at p = .1."""
     mean = sum(math.comb(8, k) * 0.1**k * 0.9**(8 - k) * utility([1] * k + [0] * (8 - k)) for k in range(9))
@@ -265,7 +270,8 @@ def test_defaults_are_those_of_the_teacher_and_only_with_select():
     args = parse_args(["--preset", "tiny", "--method", "grpo", *SELECT, *given])
     assert [getattr(args, name) for name in TEACHER] == [8, 0.0, 5, 0.5]
     teacher = Teacher(np.eye(2))
-    assert (teacher.epsilon, teacher.buffer.maxlen, teacher.optimizer.param_groups[0]["lr"]) == tuple(TEACHER.values())[1:]
+    lr = teacher.optimizer.param_groups[0]["lr"]
+    assert (teacher.epsilon, teacher.buffer.maxlen, lr) == tuple(TEACHER.values())[1:]
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -26,6 +26,7 @@ from trainer.session import sample_lines
 from trainer.settings import parse_args
 from variants import METHODS, attnrl, dr_grpo, fr3e, rrpo, spo, treerl, vcpo
 from variants.spo import masked
+from variants.stapo import silence_spurious
 
 ABLATIONS = ["no_std", "two_pivots", "uniform_pivot", "branch_all", "train_prefix", "one_stream", "light_branches"]
 NOT_ALL = ("grpo", "dr_grpo", "vcpo", "spo_chain")           # methods that branch less here than they may
@@ -38,12 +39,13 @@ def test_settings_are_those_of_the_papers():
     found = {name: (config.group_size, config.branches) for name, config in
              ((name, Config(**method.settings)) for name, method in METHODS.items())}
     assert found == {"deep_grpo": (8, 8), "grpo": (8, 0), "dr_grpo": (8, 0), "treerl": (6, 2), "attnrl": (6, 2),
-                     "fr3e": (16, 16), "rrpo": (5, 4), "srpo": (5, 4), "spo_chain": (8, 4), "spo_tree": (6, 5), "vcpo": (8, 0),
+                     "fr3e": (16, 16), "rrpo": (5, 4), "srpo": (5, 4), "spo_chain": (8, 4), "spo_tree": (6, 5),
+                     "vcpo": (8, 0),
                      **dict.fromkeys(ABLATIONS, (8, 8))}
     others = {name: {k: v for k, v in method.settings.items() if k not in ("group_size", "branches")}
               for name, method in METHODS.items()}
     no_clip = {"clip_low": 1.0, "clip_high": 1e6}
-    assert others == dict.fromkeys(METHODS, {}) | {"dr_grpo": {"beta": 0.0}, "vcpo": {"beta": 0.0},
+    assert others == dict.fromkeys(METHODS, {}) | {"dr_grpo": {"beta": 0.0}, "vcpo": {"beta": 0.0, **no_clip},
                                                "rrpo": no_clip, "srpo": no_clip,
                                                "spo_tree": {"segment_tokens": 30}}
     assert {name: method.prob_mask for name, method in METHODS.items() if method.prob_mask is not None} == {
@@ -179,13 +181,26 @@ def test_nothing_is_learned_where_all_rewards_are_equal(method):
         assert all(span.A == 0 for span in METHODS[method].weights(groups, config))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_without_questions_is_no_update(method):
+    """With --lag the first steps have no batch to train, with and without the probability mask."""
+    model = shared_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    for weights in (METHODS[method].weights, masked(METHODS[method].weights, 0.9)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        metrics = METHODS[method].update(model, optimizer, [], Config(**METHODS[method].settings), stale=True,
+                                         weights=weights, reweigh=silence_spurious)
+        assert metrics["optimizer_steps"] == metrics["forwarded_tokens"] == metrics["loss"] == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
 # ---- flags ----
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_has_the_flags_that_change_it_and_no_others(method):
     """Every flag that only some methods have is tried with every method: does it change a pivot or a weight?"""
     changes = {"gamma": -3.0, "lam": 0.25, "segment_tokens": 4, "objective": "authors"}
-    assert set(changes) == {flag for row in METHODS.values() for flag in row.flags}
+    assert {*changes, "branch_share"} == {flag for row in METHODS.values() for flag in row.flags}      # test_thin.py
 
     def outcome(**settings):
         results = [explored(method, seed, **settings) for seed in range(4)]
@@ -198,7 +213,8 @@ def test_a_method_has_the_flags_that_change_it_and_no_others(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_flags_without_a_part_in_the_method_are_refused(method, capsys):
-    for flag, value in {"gamma": 1.5, "lam": 0.5, "segment_tokens": 4, "objective": "authors"}.items():
+    for flag, value in {"gamma": 1.5, "lam": 0.5, "segment_tokens": 4, "objective": "authors",
+                        "branch_share": 0.5}.items():
         argv = ["--preset", "tiny", "--method", method, f"--{flag.replace('_', '-')}", str(value)]
         if flag in METHODS[method].flags:
             assert getattr(parse_args(argv), flag) == value

@@ -58,11 +58,21 @@ def test_tokens_of_wrong_responses_have_no_part_in_the_quantile():
     assert torch.equal(silence_spurious(unchanged, logp, entropy), unchanged)
 
 
-def test_when_every_token_with_a_weight_is_silenced_nothing_is_left():
-    """The factors are then 0 / 0. They are 0, not nan."""
+def test_tokens_without_a_weight_have_no_part_in_the_quantile():
+    """Those of a prefix that several trajectories share are trained once (spo_tree), so they count once."""
+    logp, entropy = doubles([0.001] * 5).log(), doubles([1.0, 2.0, 3.0, 9.0, 9.0])
+    table = doubles([[1.0, 0.1, 0.0, 1, 0]] * 3 + [[1.0, 0.0, 0.0, 1, 0]] * 2)
+    silenced = silence_spurious(table, logp, entropy)                                  # threshold 2.5
+    assert silenced[:, 1].tolist() == pytest.approx([0, 0, 0.3, 0, 0], rel=1e-12)
+
+
+def test_the_improbable_token_of_the_highest_entropy_keeps_its_weight():
+    """So something is always left to weigh, and the factor of the others is a number."""
     table = doubles([[1.0, 0.1, 0.01, 1, 0], [1.0, 0.0, 0.0, 1, 0]])
-    silenced = silence_spurious(table, doubles([-9.0, -9.0]), doubles([0.1, 5.0]))
-    assert silenced.tolist() == [[1.0, 0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 1.0, 0.0]]
+    assert torch.equal(silence_spurious(table, doubles([0.001, 0.001]).log(), doubles([1.0, 2.0])), table)
+    table[1, 1] = 0.2
+    silenced = silence_spurious(table, doubles([0.001, 0.001]).log(), doubles([1.0, 2.0]))
+    assert silenced[:, 1].tolist() == pytest.approx([0, 0.3])
 
 
 def test_stapo_in_the_objective(model, ref_model):

@@ -89,8 +89,9 @@ def test_an_impossible_share_is_refused(share, capsys):
     assert "--branch-share" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo"])
-def test_without_branches_there_is_nothing_to_thin(method, capsys):
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "vcpo", "spo_chain", "spo_tree"])
+def test_methods_without_branches_or_that_need_all_of_them_are_not_thinned(method, capsys):
+    """SPO needs the branches of every state, because they are how it knows the value of the state."""
     with pytest.raises(SystemExit, match="2"):
         parse_args(["--preset", "tiny", "--method", method, "--branch-share", "0.5"])
-    assert "has no branches" in capsys.readouterr().err
+    assert f"--branch-share: has no part in --method {method}, only in deep_grpo, treerl" in capsys.readouterr().err

@@ -155,7 +155,8 @@ def test_a_stale_batch_is_clipped_against_the_policy_that_drew_it(model, ref_mod
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    metrics = deep_grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), groups, config, ref_model, stale=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    metrics = deep_grpo.update(model, optimizer, groups, config, ref_model, stale=True)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach() - before[name], -0.1 * gradients[name], rtol=1e-5, atol=1e-8)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5) and expected["clip_fraction"] > 0
@@ -170,8 +171,8 @@ def test_a_stale_batch_of_tokens_that_nobody_scored_is_refused(model):
 # ---- --lag ----
 
 def flags(out, *more):
-    return ["--preset", "tiny", "--questions", "2", "--group-size", "4", "--max-new-tokens", "48", "--temperature", "1.8",
-            "--eval-every", "0", "--out", str(out), *more]
+    return ["--preset", "tiny", "--questions", "2", "--group-size", "4", "--max-new-tokens", "48", "--temperature",
+            "1.8", "--eval-every", "0", "--out", str(out), *more]
 
 
 def test_with_lag_the_batch_of_k_steps_ago_is_trained(tmp_path, monkeypatch):
@@ -194,7 +195,8 @@ def test_with_lag_the_batch_of_k_steps_ago_is_trained(tmp_path, monkeypatch):
         if step < 2:                                     # nothing is old enough yet
             assert metrics["optimizer_steps"] == metrics["forwarded_tokens"] == 0
             assert all(torch.equal(p, q) for p, q in zip(run.policy.model.parameters(), weights))
-    assert trained == [[], [], drawn[0], drawn[1]] and any(t.reward for g in drawn[0] + drawn[1] for t in g.trajectories)
+    assert trained == [[], [], drawn[0], drawn[1]]
+    assert any(t.reward for g in drawn[0] + drawn[1] for t in g.trajectories)
     assert not all(torch.equal(p, q) for p, q in zip(run.policy.model.parameters(), weights))
 
 

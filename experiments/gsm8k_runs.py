@@ -15,6 +15,7 @@ from trainer.settings import OneLineParser
 
 RUNS = {"deep": ("DEEP-GRPO, 32 questions", ACCENT), "grpo": ("GRPO, 150 questions", INK)}
 TEST_QUESTIONS = 1319
+KEPT = Path(__file__).parents[1] / "results" / "gsm8k" / "second_run"
 MESSAGE = "At equal tokens, GRPO with more questions learned faster on GSM8K"
 
 
@@ -40,14 +41,12 @@ def plot_runs(metrics):
 def main(argv=None):
     """Draw the figure."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("results/gsm8k/second_run"),
-                        help="Names the folder with the runs deep and grpo. The default is results/gsm8k/second_run.")
     parser.add_argument("--results", type=Path, default=Path("results/gsm8k"),
                         help="Names the folder for the figure. The default is results/gsm8k.")
     args = parser.parse_args(argv)
     args.results.mkdir(parents=True, exist_ok=True)
     picture = args.results / "second-run.png"
-    save_figure(plot_runs({name: read_metrics(args.runs / name) for name in RUNS}), picture)
+    save_figure(plot_runs({name: read_metrics(KEPT / name) for name in RUNS}), picture)
     print(picture)
 
 

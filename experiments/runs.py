@@ -253,10 +253,13 @@ def add_common_flags(parser, out) -> None:
 
 
 def kept_numbers(parser, path) -> dict:
-    """The numbers that --redraw draws; ends the program where there are none."""
+    """The numbers that a program has kept; ends it where there are none."""
     if not path.exists():
         parser.error(f"argument --redraw: {path} does not exist, so there are no numbers to draw")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        parser.error(f"{path} is damaged ({error}): remove it to measure again")
 
 
 def written_by(program, argv, settings) -> str:

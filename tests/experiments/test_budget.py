@@ -60,6 +60,11 @@ def test_every_split_is_a_valid_command_and_budgets_are_equal():
 
 
 def test_unknown_locks_and_missing_numbers_are_named(tmp_path, capsys):
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "budget.json").write_text('{"late error, rare": {')
+    with pytest.raises(SystemExit):
+        program.main(["--redraw", "--results", str(tmp_path / "torn")])
+    assert "budget.json is damaged (" in capsys.readouterr().err
     for flags, message in ((["--locks", "no"], "--locks: no: choose from "), (["--redraw"], "--redraw: ")):
         with pytest.raises(SystemExit):
             program.main([*flags, "--results", str(tmp_path)])

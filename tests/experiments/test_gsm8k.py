@@ -142,7 +142,7 @@ def test_a_run_without_pivots_is_one_line(text, tmp_path, capsys):
 
 def test_the_figure_of_the_two_runs_has_their_numbers(tmp_path):
     """The page says 23.4, 25.2 and 23.6 % for DEEP-GRPO, and 29.8 and 30.8 % for GRPO."""
-    metrics = {name: plot.read_metrics(f"results/gsm8k/second_run/{name}") for name in gsm8k_runs.RUNS}
+    metrics = {name: plot.read_metrics(gsm8k_runs.KEPT / name) for name in gsm8k_runs.RUNS}
     figure = gsm8k_runs.plot_runs(metrics)
     points = [bar.lines[0].get_ydata().round(1).tolist() for bar in figure.axes[1].containers]
     assert points == [[23.4, 25.2, 23.6], [23.4, 29.8, 30.8]]

@@ -228,7 +228,8 @@ def main(argv=None):
     parser.add_argument("--arms", help="Runs only these arms, separated by commas; the first is what the others are "
                         "compared with. The default is all arms of the experiment.")
     parser.add_argument("--seeds", type=count, 
-                        help="Sets how many seeds each arm has. The default is 5, 10 for rare and 20 for branches.")
+                        help="Sets how many seeds each arm has. The default is 5, 10 for rare, 20 for branches and "
+                        "40 for thinning.")
     parser.add_argument("--budget-tokens", type=count,
                         help="Sets the generated tokens of a run. The default is 128000.")
     add_common_flags(parser, "runs/compare")

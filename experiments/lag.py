@@ -29,6 +29,7 @@ from trainer.plot import read_metrics
 from trainer.settings import OneLineParser, count
 
 LAGS = (0, 4, 12)
+MIDWAY = 24                                          # updates
 PANELS = {"grpo": "GRPO", "vcpo": "VCPO"}
 FLAGS = "--preset tiny --questions 4 --eval-every 4 --step-tokens 2000"
 ARMS = {f"{method}-{lag}": Arm(f"{label}, lag {lag}", f"--method {method} --lag {lag}")
@@ -38,18 +39,22 @@ TITLE = "A sampler that lags behind, with and without VCPO"
 MESSAGE = "With a lag of 12 batches, VCPO learns sooner than GRPO and ends lower"
 
 
-def read_curve(run, lag) -> dict[str, list[float]]:
-    """Of one run: its numbers of updates, the accuracy after each of them, and its mean ess_share.
+def read_curve(run, lag) -> dict:
+    """Of one run: its numbers of updates, from 0 on, where it was evaluated, and the accuracy after each of them.
 
-    Only numbers of updates at which the run was evaluated, from 0 on. ess_share is of VCPO, and empty without it.
+    Also the mean ess_share (None without VCPO), the median norm of the gradient, and the mean share of tokens that the
+    clip holds, over the steps with an update.
     """
     metrics = read_metrics(run)
     steps, accuracy = metrics["eval_accuracy"]
     updates = np.maximum(steps - lag, 0)
     first = np.flatnonzero(updates == 0)[-1]             # nothing is learned until then
+    learned = metrics["optimizer_steps"][1] > 0
     shares = metrics.get("ess_share", (np.zeros(0), np.zeros(0)))[1]
     return {"updates": updates[first:].tolist(), "accuracy": accuracy[first:].tolist(),
-            "ess_share": float(shares.mean()) if len(shares) else None}
+            "ess_share": float(shares.mean()) if len(shares) else None,
+            "grad_norm": float(np.median(metrics["grad_norm"][1][learned])),
+            "clip_fraction": float(metrics["clip_fraction"][1][learned].mean())}
 
 
 def collect(directories, settings) -> dict:
@@ -64,42 +69,53 @@ def shared_updates(measured) -> int:
     return min(int(run["updates"][-1]) for arm in measured["arms"].values() for run in arm["seeds"])
 
 
-def means(measured, arm) -> tuple[np.ndarray, np.ndarray]:
-    """(mean accuracy over the shared updates, accuracy after them), one of each for every seed."""
+def accuracies(measured, arm) -> dict[str, np.ndarray]:
+    """Of every seed of an arm: the mean accuracy over the shared updates, and the accuracy midway and after them."""
     end = shared_updates(measured)
-    grid = np.linspace(0, end, 201)
-    curves = [np.interp(grid, run["updates"], run["accuracy"]) for run in measured["arms"][arm]["seeds"]]
-    return np.mean(curves, axis=1), np.array(curves)[:, -1]
+
+    def at(updates):
+        return np.array([np.interp(updates, run["updates"], run["accuracy"]) for run in measured["arms"][arm]["seeds"]])
+
+    return {f"mean over {end} updates": at(np.linspace(0, end, 201)).mean(1),
+            f"after {MIDWAY} updates": at(MIDWAY), f"after {end} updates": at(end)}
 
 
 def tables(measured) -> str:
     """Markdown: accuracy of every arm with 95 % intervals, VCPO against GRPO of the same lag, and every seed."""
-    end, seeds = shared_updates(measured), len(measured["arms"]["grpo-0"]["seeds"])
+    of_arm = {arm: accuracies(measured, arm) for arm in measured["arms"]}
+    header = list(of_arm["grpo-0"])
+    seeds = len(measured["arms"]["grpo-0"]["seeds"])
 
-    def cells(arm):
-        mean, last = means(measured, arm)
-        for values in (mean, last):
-            yield "{:.3f} \u00b1 {:.3f}".format(*interval(values))
-        method, lag = arm.split("-")
-        against = interval(mean - means(measured, f"grpo-{lag}")[0])
-        yield "" if method == "grpo" else "{:+.3f} \u00b1 {:.3f}".format(*against)
-        yield "" if method == "grpo" else f"{against[2]:.3f}"
-        shares = [run["ess_share"] for run in measured["arms"][arm]["seeds"]]
-        yield "" if None in shares else f"{np.mean(shares):.3f}"
+    def mean_of(arm, name, form):
+        values = [run[name] for run in measured["arms"][arm]["seeds"]]
+        return "" if None in values else format(np.mean(values), form)
 
-    return "\n".join([
-        f"The table has the greedy accuracy on held-out questions: mean of {seeds} seeds \u00b1 95 % interval",
-        "(Student's t). Between two evaluations it is a straight line. The difference is that of the mean accuracy to",
-        "GRPO with the same lag, paired by seed, and p is two-sided. ESS is the effective sample size divided by the",
-        "number of rollouts, as a mean over the updates of a run.",
-        "",
-        f"| method | mean over {end} updates | after {end} updates | minus GRPO of that lag | p | ESS |",
-        "|---|---|---|---|---|---|",
-        *(f"| {kept['label']} | {' | '.join(cells(arm))} |" for arm, kept in measured["arms"].items()), "",
-        "The next table has the mean accuracy of every seed.", "",
-        f"| method | {' | '.join(map(str, range(seeds)))} |", "|---" * (seeds + 1) + "|",
-        *(f"| {kept['label']} | {' | '.join(f'{x:.3f}' for x in means(measured, arm)[0])} |"
-          for arm, kept in measured["arms"].items())])
+    def row(label, cells):
+        return f"| {label} | {' | '.join(cells)} |"
+
+    def head(label, columns):
+        return [row(label, columns), "|---" * (len(columns) + 1) + "|"]
+
+    lines = [f"The table has the greedy accuracy on held-out questions: mean of {seeds} seeds \u00b1 95 % interval",
+             "(Student's t). Between two evaluations it is a straight line. ESS is the effective sample size divided",
+             "by the number of rollouts. ESS and the share of clipped tokens are means over all updates of a run, and",
+             "the norm of the gradient is the median over them.", "",
+             *head("method", [*header, "ESS", "norm of the gradient", "clipped"])]
+    for arm, kept in measured["arms"].items():
+        lines.append(row(kept["label"], [*("{:.3f} \u00b1 {:.3f}".format(*interval(x)) for x in of_arm[arm].values()),
+                                         mean_of(arm, "ess_share", ".2f"), mean_of(arm, "grad_norm", ".3f"),
+                                         mean_of(arm, "clip_fraction", ".4f")]))
+    lines += ["", "The next table has VCPO minus GRPO with the same lag, paired by seed. p is two-sided.", "",
+              *head("lag", header)]
+    for lag in LAGS:
+        found = [interval(of_arm[f"vcpo-{lag}"][name] - of_arm[f"grpo-{lag}"][name]) for name in header]
+        lines.append(row(lag, ["{:+.3f} \u00b1 {:.3f}, p = {:.3f}".format(*x) for x in found]))
+    lines += ["", f"The last table has every seed: {'; '.join(header)}.", "",
+              *head("method", [str(seed) for seed in range(seeds)])]
+    for arm, kept in measured["arms"].items():
+        cells = ["; ".join(f"{x:.3f}" for x in values) for values in zip(*of_arm[arm].values())]
+        lines.append(row(kept["label"], cells))
+    return "\n".join(lines)
 
 
 def plot_lags(measured, title):

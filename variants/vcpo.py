@@ -10,15 +10,16 @@ gradient of sum_t log pi_theta, and L_i is its number of tokens.
 
     gradient of J = 1/B sum_i min(w_i, 8) A_i s_i / L_i          w_i is a constant of it; no clip, and beta = 0
 
-Without the cap, and with rollouts of equally many tokens, b is the baseline under which the gradient varies least. On
-the policy itself e is 1 and the cap does nothing, but b stays: it is the mean only where all |s_i| are equal. In bf16 e
-is below 1 even then, because the small differences between sampling and update add up over a response (sampler_gap).
+Without the cap, and with rollouts of equally many tokens, b is the baseline under which the gradient varies least. If
+the batch was drawn by the current policy, e is 1 and the cap does nothing. Only the baseline then differs from GRPO: b
+is the mean only where all |s_i| are equal. In bf16 e is below 1 even then, because the small differences between
+sampling and update add up over a response (sampler_gap).
 
 Differs from deep_grpo.py in: K = 0, the weights of J, the learning rate, and no clip. Before the usual update it scores
 the batch, and then computes |s_i| one rollout at a time. With --updates above 1, e, b and w stay those of before the
 first of them, and rho multiplies w. --maspo has no effect beside it, and --stapo and --prob-mask change J but not w, e
-and |s_i|. The W of the authors' code has another factor, min(w, 8)^2: their README has the form above. Their weight
-decay is .1, that of train_gsm8k.py is .01. For tools they divide e by .55.
+and |s_i|. The authors' code also multiplies W by min(w, 8)^2. Their README does not, and is followed here. Their weight
+decay is .1, that of train_gsm8k.py is .01. For models that use tools they take e / .55 in the place of e.
 """
 import math
 from functools import partial
@@ -49,7 +50,7 @@ def baseline(rewards: Tensor, log_w: Tensor, squared_norms: Tensor) -> float:
 def weights(groups, config, log_w=None, squared_norms=None) -> list[Span]:
     """The constants of J above. log_w, squared_norms: [B], of all rollouts in order.
 
-    None: the rollouts are of the policy itself, and all |s_i| are equal.
+    If they are None, the rollouts are those of the current policy, and all |s_i| are equal.
     """
     B = sum(len(g.trajectories) for g in groups)
     log_w = torch.zeros(B, dtype=torch.float64) if log_w is None else log_w

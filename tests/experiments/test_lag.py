@@ -8,7 +8,7 @@ import pytest
 from test_runs import run_here, write_run
 
 from experiments import lag as program
-from experiments.lag import ARMS, LAGS, collect, means, plot_lags, read_curve, shared_updates, tables
+from experiments.lag import ARMS, LAGS, accuracies, collect, plot_lags, read_curve, shared_updates, tables
 from experiments.runs import Experiment, flags_of, interval
 from tasks.lock import Lock
 from trainer.settings import parse_args
@@ -20,36 +20,45 @@ def measured_of(curves):
     """arm -> accuracies of its seeds after 0, 4 and 8 updates, as collect() gives them."""
     return {"settings": {"seeds": 2, "batches": 20}, "arms": {
         arm: {"label": ARMS[arm].label, "seeds": [
-            {"updates": [0, 4, 8], "accuracy": list(accuracy), "ess_share": 0.5 if arm[0] == "v" else None}
+            {"updates": [0, 4, 8], "accuracy": list(accuracy), "ess_share": 0.5 if arm[0] == "v" else None,
+             "grad_norm": 0.25, "clip_fraction": 0.01}
             for accuracy in curves.get(arm, [(0, 0, 0), (0, 0, 0)])]} for arm in ARMS}}
 
 
 def test_the_curve_of_a_run_begins_with_its_first_update(tmp_path):
     """Three steps, evaluated at 0, 2 and 3. With lag 2 nothing was learned up to step 2."""
     run = write_run(tmp_path / "run", (0.1, 0.6, 0.8))
-    assert read_curve(run, 0) == {"updates": [0, 2, 3], "accuracy": [0.1, 0.6, 0.8], "ess_share": None}
-    assert read_curve(run, 2) == {"updates": [0, 1], "accuracy": [0.6, 0.8], "ess_share": None}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row, share in zip(rows[1:], (None, 0.5, 0.25)):
-        row["ess_share"] = share
+    for row, share, norm, steps in zip(rows[1:], (None, 0.5, 0.25), (9.0, 1.0, 2.0), (0, 1, 1)):
+        row |= {"ess_share": share, "grad_norm": norm, "clip_fraction": norm / 10, "optimizer_steps": steps}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_curve(run, 2)["ess_share"] == 0.375
+    learned = {"ess_share": 0.375, "grad_norm": 1.5, "clip_fraction": pytest.approx(0.15)}
+    assert read_curve(run, 0) == {"updates": [0, 2, 3], "accuracy": [0.1, 0.6, 0.8], **learned}
+    assert read_curve(run, 2) == {"updates": [0, 1], "accuracy": [0.6, 0.8], **learned}
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("ess_share", "other"))
+    assert read_curve(run, 2)["ess_share"] is None
     whole = collect({"vcpo-4": [run]}, {"seeds": 1})
     assert whole["arms"]["vcpo-4"] == {"label": "VCPO, lag 4", "seeds": [read_curve(run, 4)]}
 
 
-def test_the_table_by_hand():
+def test_the_tables_by_hand(monkeypatch):
+    monkeypatch.setattr(program, "MIDWAY", 2)
     measured = measured_of({"grpo-4": [(0, 0.4, 0.8), (0, 0.2, 0.6)], "vcpo-4": [(0, 0.6, 0.8), (0, 0.6, 1.0)]})
-    measured["arms"]["grpo-12"]["seeds"][0] = {"updates": [0, 4, 6], "accuracy": [0, 0, 0], "ess_share": None}
+    measured["arms"]["grpo-12"]["seeds"][0] |= {"updates": [0, 4, 6]}
     assert shared_updates(measured) == 6
     # To 4 updates a triangle, then a trapezoid to 6 updates: (4 * .2 + 2 * .5) / 6 = .3.
-    mean, last = means(measured, "grpo-4")
-    assert mean == pytest.approx([0.3, 0.1 / 3 * 2 + 0.1], abs=2e-3) and last == pytest.approx([0.6, 0.4])
-    of_vcpo, _ = means(measured, "vcpo-4")
-    row = next(line for line in tables(measured).splitlines() if line.startswith("| VCPO, lag 4 |")).split(" | ")
-    difference, width, p = interval(of_vcpo - mean)
-    assert row[3:] == [f"{difference:+.3f} \u00b1 {width:.3f}", f"{p:.3f}", "0.500 |"]
-    assert "| GRPO, lag 4 | 0.2" in tables(measured) and "|  |  |  |" in tables(measured)
+    mean, midway, last = accuracies(measured, "grpo-4").values()
+    assert mean == pytest.approx([0.3, 0.1 / 3 * 2 + 0.1], abs=2e-3)
+    assert midway == pytest.approx([0.2, 0.1]) and last == pytest.approx([0.6, 0.4])
+    means, differences, seeds = (block.splitlines() for block in tables(measured).split("\n\n") if block[0] == "|")
+    assert means[0] == ("| method | mean over 6 updates | after 2 updates | after 6 updates | ESS | norm of the gradient "
+                        "| clipped |")
+    middle, width, _ = interval(midway)
+    assert means[3].startswith("| GRPO, lag 4 | 0.2") and f"| {middle:.3f} \u00b1 {width:.3f} | 0.500" in means[3]
+    assert means[3].endswith("|  | 0.250 | 0.0100 |") and means[6].endswith("| 0.50 | 0.250 | 0.0100 |")
+    difference, width, p = interval(accuracies(measured, "vcpo-4")["after 6 updates"] - last)
+    assert differences[3].split(" | ")[-1] == f"{difference:+.3f} \u00b1 {width:.3f}, p = {p:.3f} |"
+    assert seeds[3].split(" | ")[1:] == [f"{mean[0]:.3f}; 0.200; 0.600", f"{mean[1]:.3f}; 0.100; 0.400 |"]
 
 
 def test_the_figure_has_a_line_for_every_lag():

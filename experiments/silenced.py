@@ -4,7 +4,8 @@ r"""In which regime does STAPO act? How many tokens of correct responses it woul
 
 STAPO (variants/stapo.py) silences a token of a correct response when its probability is below .002, unless its entropy
 is in the highest quarter of those of all such tokens. So it can act only where correct responses contain improbable
-tokens at all. Nothing is trained here. Rollouts are drawn from a base model and graded, and their tokens are counted as one batch.
+tokens at all. Nothing is trained here. Rollouts are drawn from a base model and graded, and their tokens are counted as
+one batch.
 
 Writes the table of results/stapo-regime.md.
 """

@@ -42,7 +42,6 @@ from loss import Span, loss_table
 from resample import Continuation
 from variants.treerl import fork_at, mean
 
-
 # ---- spo_chain ----
 
 

@@ -51,8 +51,8 @@ def test_the_tables_by_hand(monkeypatch):
     assert mean == pytest.approx([0.3, 0.1 / 3 * 2 + 0.1], abs=2e-3)
     assert midway == pytest.approx([0.2, 0.1]) and last == pytest.approx([0.6, 0.4])
     means, differences, seeds = (block.splitlines() for block in tables(measured).split("\n\n") if block[0] == "|")
-    assert means[0] == ("| method | mean over 6 updates | after 2 updates | after 6 updates | ESS | norm of the gradient "
-                        "| clipped |")
+    assert means[0] == ("| method | mean over 6 updates | after 2 updates | after 6 updates | ESS "
+                        "| norm of the gradient | clipped |")
     middle, width, _ = interval(midway)
     assert means[3].startswith("| GRPO, lag 4 | 0.2") and f"| {middle:.3f} \u00b1 {width:.3f} | 0.500" in means[3]
     assert means[3].endswith("|  | 0.250 | 0.0100 |") and means[6].endswith("| 0.50 | 0.250 | 0.0100 |")

@@ -499,16 +499,18 @@ def test_n_ranks_make_the_stale_update_of_one_process(on_ranks):
 
 
 BRANCHED = [[2, "--method", "treerl", "--branches", "2"], [2, "--method", "attnrl", "--segment-tokens", "3"],
-            [2, "--method", "fr3e"], [2, "--method", "rrpo"], [2, "--method", "srpo"],
             [2, "--method", "spo_tree", "--segment-tokens", "4", "--prob-mask", "1"]]
+BRANCHED_SLOW = [[2, "--method", "fr3e"], [2, "--method", "rrpo"], [2, "--method", "srpo"]]
 
 
-@pytest.mark.parametrize("args", BRANCHED, ids=lambda args: args[2])
-def test_n_ranks_branch_the_states_of_one_process(on_ranks, args):
+@pytest.mark.parametrize("args, everything", [
+    *(pytest.param(args, BRANCHED, id=args[2]) for args in BRANCHED),
+    *(pytest.param(args, BRANCHED_SLOW, id=args[2], marks=pytest.mark.slow) for args in BRANCHED_SLOW)])
+def test_n_ranks_branch_the_states_of_one_process(on_ranks, args, everything):
     """What the states depend on is computed in parts: log-probabilities, entropies, attention; draws are rank 0's."""
-    expected, = on_ranks.once(0, "steps", BRANCHED, args)
+    expected, = on_ranks.once(0, "steps", everything, args)
     assert sum(bool(forks) for _, groups in expected["steps"] for g in groups for forks in g) > 3
-    for got in on_ranks.once(2, "steps", BRANCHED, args):
+    for got in on_ranks.once(2, "steps", everything, args):
         for (metrics, forks), (own_metrics, own_forks) in zip(got["steps"], expected["steps"]):
             assert forks == own_forks and metrics == pytest.approx(own_metrics, rel=1e-4, abs=1e-6)
             assert metrics["grad_norm"] > 1e-3 and metrics["generated_tokens"] > 0

@@ -49,6 +49,13 @@ ARMS = {
     "attnrl": Arm("AttnRL, 6 trees", "--method attnrl --questions 2"),
     "fr3e": Arm("FR3E, G = 16, K = 8", "--method fr3e --branches 8"),
     "rrpo": Arm("RRPO, 5 + 4", "--method rrpo --questions 4"),
+    "spo_chain": Arm("SPO-chain, G = 8", "--method spo_chain --questions 2"),
+    "spo_tree": Arm("SPO-tree, 3 x 3 x 3", "--method spo_tree --questions 2 --group-size 3 --branches 2"),
+    "spo_tree_all": Arm("SPO-tree without its mask",
+                        "--method spo_tree --questions 2 --group-size 3 --branches 2 --prob-mask 1"),
+    "vcpo": Arm("VCPO, G = 8", "--method vcpo --questions 4"),
+    "goldilocks": Arm("GRPO + Goldilocks", "--method grpo --questions 4 --select goldilocks"),
+    "deep_goldilocks": Arm("DEEP-GRPO + Goldilocks", "--method deep_grpo --select goldilocks"),
     "prefix": Arm("DEEP-GRPO, prefix trained", "--method train_prefix"),
     "authors": Arm("DEEP-GRPO, authors' form", "--method deep_grpo --objective authors"),
     "authors_prefix": Arm("authors' form, prefix trained", "--method train_prefix --objective authors"),
@@ -77,7 +84,8 @@ def arms(names) -> dict[str, Arm]:
     return {name: ARMS[name] for name in names.split()}
 
 
-EVERY_METHOD = arms("grpo grpo64 dr_grpo deep_grpo treerl attnrl fr3e rrpo")
+EVERY_METHOD = arms("grpo grpo64 dr_grpo deep_grpo treerl attnrl fr3e rrpo spo_chain spo_tree spo_tree_all vcpo "
+                    "goldilocks deep_goldilocks")
 EXPERIMENTS = {                                      # the last line of each is the message of the kept result
     "methods": Experiment(
         "The methods at equal budget", 5, 128_000, EQUAL, EVERY_METHOD, None,

@@ -1,6 +1,7 @@
 r"""At equal tokens per update: should they go to more questions, to more rollouts, or to branches?
 
     python -m experiments.budget             # eight splits in four locks, 10 seeds: four hours on two cores
+    python -m experiments.budget --extend    # only the seeds that results/budget.json does not have
     python -m experiments.budget --redraw    # the figure again, from the kept numbers
 
 Every update of every run generates the same number of tokens. Tokens that one question does not need go to others. A
@@ -18,7 +19,7 @@ import json
 
 import numpy as np
 
-from experiments.compare import EQUAL, collect, differences, tables
+from experiments.compare import EQUAL, differences, measure, tables
 from experiments.figures import GREY_TO_ACCENT, INK, new_figure, save_figure
 from experiments.runs import (
     Arm,
@@ -28,12 +29,10 @@ from experiments.runs import (
     interval,
     kept_numbers,
     make_base,
-    run_all,
     write_page,
     written_by,
 )
 from experiments.where import CELLS
-from trainer.plot import read_metrics
 from trainer.settings import OneLineParser, count
 
 LOCKS = {"early error, frequent": CELLS["long, early", 0.1], "early error, rare": CELLS["long, early", 0.01],
@@ -52,27 +51,24 @@ FLAGS = f"{EQUAL} --lr 1.6e-4"
 TITLE = "At equal tokens per update: questions, rollouts or branches?"
 
 
-def signs(directories) -> dict[str, float]:
+def signs(measured) -> dict[str, float]:
     """Two numbers that a user sees early in a run: means over the first quarter of the updates, over all seeds.
 
-    dead_groups of the first arm, and recovered, the share of pivots with a correct branch, of DEEP-GRPO with S = 1.
+    dead_groups of the first arm, and recovered, the share of pivots with a correct branch, of DEEP-GRPO with S = 1. A
+    run whose first quarter has no pivot is left out.
     """
-    def early(run, name):
-        metrics = read_metrics(run)
-        steps, values = metrics[name]                    # `recovered` is not known in a step without a pivot
-        return np.mean(values[steps <= max(1, metrics["reward"][0][-1] / 4)])
+    def mean(arm, name):
+        values = [run[name] for run in measured["arms"][arm]["seeds"]]
+        return float(np.mean([value for value in values if value is not None]))
 
-    return {name: float(np.mean([early(run, name) for run in directories[arm]]))
-            for name, arm in (("dead_groups", "g8"), ("recovered", "s100"))}
+    return {"dead_groups": mean("g8", "early_dead_groups"), "recovered": mean("s100", "early_recovered")}
 
 
-def measure_lock(lock, out, args) -> dict:
-    """The numbers of all runs with one lock: those of compare.collect, and the two signs."""
+def measure_lock(lock, out, args, kept=None) -> dict:
+    """The numbers of all runs with one lock, as compare.collect returns them. kept: those that are not made again."""
     make_base(lock, out / "base")
-    flags = f"{FLAGS} {base_flags(out / 'base')}"
-    experiment = Experiment(TITLE, args.seeds, args.budget_tokens, flags, ARMS, lock)
-    directories = run_all(experiment, out, args.jobs)
-    return collect(experiment._replace(flags=FLAGS), directories) | {"signs": signs(directories)}
+    experiment = Experiment(TITLE, args.seeds, args.budget_tokens, FLAGS, ARMS, lock)
+    return measure(experiment, out, args.jobs, base_flags(out / "base"), kept)
 
 
 def grid(kept) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +90,7 @@ def table(kept) -> str:
         lines.append(f"| {own.label} | {' | '.join(cells)} |")
     for name, label in (("dead_groups", "dead groups of G = 8, first quarter"),
                         ("recovered", "recovered pivots of S = 1, first quarter")):
-        lines.append(f"| {label} | {' | '.join('{:.2f}'.format(m['signs'][name]) for m in kept.values())} |")
+        lines.append(f"| {label} | {' | '.join(f'{signs(m)[name]:.2f}' for m in kept.values())} |")
     return "\n".join(lines)
 
 
@@ -126,6 +122,8 @@ def main(argv=None):
                         help="Sets the generated tokens of a run. The default is 128000.")
     parser.add_argument("--locks", help="Measures only these locks, separated by ';'. The default is all of "
                         f"'{';'.join(LOCKS)}'.")
+    parser.add_argument("--extend", action="store_true", help="Makes only the seeds whose numbers are not kept, as "
+                        "experiments.compare does. The default is to make all of them.")
     add_common_flags(parser, "runs/budget")
     args = parser.parse_args(argv)
     numbers, picture, page = (args.results / f"budget.{ending}" for ending in ("json", "png", "md"))
@@ -134,12 +132,14 @@ def main(argv=None):
         parser.error(f"argument --locks: {'; '.join(unknown)}: choose from {'; '.join(LOCKS)}")
     kept = kept_numbers(parser, numbers) if args.redraw or numbers.exists() else {}
     settings = args.seeds, args.budget_tokens
-    if others := {(measured["seeds"], measured["budget_tokens"]) for measured in kept.values()} - {settings}:
+    if others := {(measured["seeds"], measured["budget_tokens"]) for name, measured in kept.items()
+                  if name not in names} - {settings}:
         parser.error(f"{numbers} has seeds and tokens {', '.join(map(str, others))}, here they are {settings}: choose "
                      "another --results")
     if not args.redraw:
         for name in names:
-            kept[name] = measure_lock(LOCKS[name], args.out / name.replace(", ", "-").replace(" ", "-"), args)
+            folder = args.out / name.replace(", ", "-").replace(" ", "-")
+            kept[name] = measure_lock(LOCKS[name], folder, args, kept.get(name) if args.extend else None)
             args.results.mkdir(parents=True, exist_ok=True)
             numbers.write_text(json.dumps(kept, indent=1) + "\n")
         about = (written_by("-m experiments.budget", argv, f"{FLAGS}, {args.budget_tokens:,} tokens")

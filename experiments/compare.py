@@ -7,6 +7,7 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
     python -m experiments.compare --experiment stapo       # with and without STAPO
     python -m experiments.compare --experiment ablations   # DEEP-GRPO without one of its parts
     python -m experiments.compare --experiment thinning    # a share of the failures branched, 40 seeds
+    python -m experiments.compare --extend --arms mine     # one more arm beside the kept ones, minutes
 
 Every update of every method has the same number of generated tokens (--step-tokens). The number of updates is therefore
 equal, too, and a method that needs fewer tokens for a question gets more questions. All runs of an experiment start
@@ -14,10 +15,14 @@ from one base model and walk through the same questions in the same order. Two r
 each. Runs are kept in --out: finished ones are not run again, and interrupted ones go on.
 
 An experiment writes three files into results/. NAME.json has the numbers of every run, NAME.png is the figure, and
-NAME.md has the tables between two markers. --redraw draws the figure from NAME.json, without any runs.
+NAME.md has the tables between two markers. --redraw draws the figure from NAME.json, without any runs. --extend makes
+only the runs that NAME.json does not have. A run gives the same numbers wherever it is made with the same versions of
+torch and transformers, as far as we have seen. So that this is not taken for granted, --extend makes the first kept run
+once more, and ends with an error if its numbers are others.
 """
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict
 
@@ -114,20 +119,58 @@ EXPERIMENTS = {                                      # the last line of each is 
 }
 
 
-def collect(experiment, directories) -> dict:
+def settings_of(experiment) -> dict:
+    """What all runs of an experiment have in common, as results/NAME.json has it."""
+    lock = experiment.lock and {name: list(value) if isinstance(value, tuple) else value
+                                for name, value in asdict(experiment.lock).items()}
+    return {"seeds": experiment.seeds, "first_seed": experiment.first_seed, "budget_tokens": experiment.budget_tokens,
+            "flags": experiment.flags, "lock": lock}
+
+
+def known_runs(measured, experiment) -> dict[tuple[str, int], dict]:
+    """(arm, seed) -> the numbers of a run, of all runs that collect() had; ends the program if it had other runs."""
+    settings = settings_of(experiment)
+    if other := [name for name in settings if name != "seeds" and measured.get(name) != settings[name]]:
+        sys.exit(f"error: --extend: the kept runs have {other[0]} {measured.get(other[0])}, here it is "
+                 f"{settings[other[0]]}: choose another --results")
+    if any("accuracy_half" not in run for kept in measured["arms"].values() for run in kept["seeds"]):
+        sys.exit("error: --extend: of some kept runs only the mean accuracy is kept: make all runs, without --extend")
+    return {(arm, experiment.first_seed + i): run for arm, kept in measured["arms"].items()
+            for i, run in enumerate(kept["seeds"])}
+
+
+def measure(experiment, out, jobs, base="", kept=None) -> dict:
+    """Make the runs that `kept` does not have, and return what collect() returns for all of them.
+
+    base: flags of the base policy. kept: what collect() returned before, or None. The first of the kept runs is made
+    again; the program ends if it gives other numbers.
+    """
+    known = known_runs(kept, experiment) if kept else {}
+    again = next(iter(known), None)
+    made = experiment._replace(flags=f"{experiment.flags} {base}")
+    directories = run_all(made, out, jobs, known=known.keys() - {again})
+    if again is not None:
+        now, then = read_run(directories[again[0]][0]), known[again]
+        if other := [name for name in then if name != "seconds" and now[name] != then[name]]:
+            sys.exit(f"error: --extend: {directories[again[0]][0]} has {other[0]} {now[other[0]]}, the kept run has "
+                     f"{then[other[0]]}: the kept runs were made with other versions, or on another kind of CPU")
+    return collect(experiment, directories, known)
+
+
+def collect(experiment, directories, known=()) -> dict:
     """The numbers of all runs, as results/NAME.json has them: of every arm its label, a summary and every seed.
 
     A summary is the mean over seeds, except tokens_to_first_correct, which is the median (None: half of the runs or
     more have no correct answer). relative_time compares with the run of the first arm that has the same seed.
+    known: (arm, seed) -> the numbers of runs that are not read from their directories.
     """
-    seeds = {arm: [read_run(d) for d in paths] for arm, paths in directories.items()}
+    seeds = {arm: [known[arm, seed] if (arm, seed) in known else read_run(d)
+                   for seed, d in enumerate(paths, experiment.first_seed)] for arm, paths in directories.items()}
     base = next(iter(seeds.values()))
-    measured = {"seeds": experiment.seeds, "first_seed": experiment.first_seed,
-                "budget_tokens": experiment.budget_tokens, "flags": experiment.flags,
-                "lock": experiment.lock and asdict(experiment.lock), "arms": {}}
+    measured = settings_of(experiment) | {"arms": {}}
     for arm, runs in seeds.items():
         summary = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]
-                   if name not in ("tokens_to_first_correct", "seconds")}
+                   if name not in ("tokens_to_first_correct", "seconds") and not name.startswith("early_")}
         first = [run["tokens_to_first_correct"] for run in runs]
         median = float(np.median([np.inf if tokens is None else tokens for tokens in first]))
         summary["tokens_to_first_correct"] = median if np.isfinite(median) else None
@@ -240,6 +283,8 @@ def main(argv=None):
                         "40 for thinning.")
     parser.add_argument("--budget-tokens", type=count,
                         help="Sets the generated tokens of a run. The default is 128000.")
+    parser.add_argument("--extend", action="store_true", help="Makes only the runs whose numbers are not kept, those of "
+                        "more arms or more seeds. The default is to make all of them.")
     add_common_flags(parser, "runs/compare")
     args = parser.parse_args(argv)
     experiment = EXPERIMENTS[args.experiment]
@@ -249,18 +294,19 @@ def main(argv=None):
         save_figure(plot_comparison(measured, headline(experiment, measured)), picture)
         print(picture)
         return
+    kept = kept_numbers(parser, numbers) if args.extend else None
     names = args.arms.split(",") if args.arms else list(experiment.arms)
+    names = list(dict.fromkeys([*(kept["arms"] if kept else ()), *names]))
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"argument --arms: {', '.join(unknown)}: choose from {', '.join(ARMS)}")
     chosen = experiment._replace(arms={name: ARMS[name] for name in names}, seeds=args.seeds or experiment.seeds,
                                  budget_tokens=args.budget_tokens or experiment.budget_tokens)
-    start, out, flags = time.time(), args.out, chosen.flags
+    start, out, base = time.time(), args.out, ""
     if chosen.lock:
         out = out / args.experiment
         make_base(chosen.lock, out / "base")
-        flags += f" {base_flags(out / 'base')}"
-    directories = run_all(chosen._replace(flags=flags), out, args.jobs)
-    measured = collect(chosen, directories)
+        base = base_flags(out / "base")
+    measured = measure(chosen, out, args.jobs, base, kept)
     args.results.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(measured, indent=1) + "\n")
     save_figure(plot_comparison(measured, headline(experiment, measured)), picture)

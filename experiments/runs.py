@@ -86,14 +86,16 @@ def base_flags(folder) -> str:
             "--eval-rows 128")
 
 
-def run_all(experiment, out, jobs=2, enough=lambda directory: False) -> dict[str, list[Path]]:
+def run_all(experiment, out, jobs=2, enough=lambda directory: False, known=()) -> dict[str, list[Path]]:
     """Run every arm with every seed, `jobs` at a time; returns arm -> run directories, in `out`.
 
     enough(directory): may this run end now, whatever is left of its budget?
+    known: (arm, seed) of runs that are not made, because their numbers are known; they may have no directory.
     """
     seeds = range(experiment.first_seed, experiment.first_seed + experiment.seeds)
     directories = {arm: [out / f"{arm}-{seed}" for seed in seeds] for arm in experiment.arms}
-    everything = [(arm, seed, d) for arm in experiment.arms for seed, d in zip(seeds, directories[arm])]
+    everything = [(arm, seed, d) for arm in experiment.arms for seed, d in zip(seeds, directories[arm])
+                  if (arm, seed) not in known]
     commands = {d: flags_of(experiment, arm, seed, d) for arm, seed, d in everything}
     for d, flags in commands.items():
         check_settings(d, flags)
@@ -189,8 +191,15 @@ def read_run(run) -> dict[str, float | None]:
     accuracy_half, accuracy_end, accuracy_mean: greedy accuracy after half and after all of the tokens, and its mean
     over them, which is the area under the curve. correct_per_1000_tokens: correct rollouts and branches, in the first
     third of the updates. tokens_to_first_correct: generated tokens up to the end of the first update that has a correct
-    one; None if there is none. dead_groups: mean over updates. All other numbers are sums over the run.
+    one; None if there is none. dead_groups: mean over updates. early_dead_groups, early_recovered: means over the first
+    quarter of the updates, of recovered over those that have pivots; None if there are none. All other numbers are sums
+    over the run.
     """
+    def early(name):
+        steps, values = metrics.get(name, (np.zeros(0), np.zeros(0)))
+        values = values[steps <= max(1, metrics["reward"][0][-1] / 4)]
+        return np.mean(values) if len(values) else None
+
     metrics = read_metrics(run)
     grid = np.linspace(0, metrics["generated_total"][1][-1], 201)
     accuracy = np.interp(grid, *accuracy_curve(metrics))
@@ -204,7 +213,8 @@ def read_run(run) -> dict[str, float | None]:
     numbers = {"accuracy_half": accuracy[100], "accuracy_end": accuracy[-1], "accuracy_mean": np.mean(accuracy), **sums,
                "correct_per_1000_tokens": 1000 * correct[:third].sum() / spent[third - 1],
                "tokens_to_first_correct": next((spent[i] for i in np.flatnonzero(correct)), None),
-               "dead_groups": metrics["dead_groups"][1].mean(), "seconds": seconds_of(metrics).sum()}
+               "dead_groups": metrics["dead_groups"][1].mean(), "early_dead_groups": early("dead_groups"),
+               "early_recovered": early("recovered"), "seconds": seconds_of(metrics).sum()}
     return {name: None if value is None else float(value) for name, value in numbers.items()}
 
 

@@ -168,6 +168,48 @@ def test_a_short_comparison_of_two_methods(tmp_path, monkeypatch, capsys):
     assert "--seeds: must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_kept_runs_are_not_made_again_but_for_the_first(tmp_path, monkeypatch):
+    """--extend: another arm and another seed beside two kept runs. Their directories are gone, but for the first."""
+    made, accuracies = [], {"grpo-0": (0.0, 0.4, 0.6), "grpo-1": (0.1, 0.4, 0.6), "treerl-0": (0.0, 0.2, 0.4),
+                            "treerl-1": (0.3, 0.2, 0.4)}
+
+    def run_all(experiment, out, jobs, known):
+        seeds, made[:] = range(experiment.first_seed, experiment.first_seed + experiment.seeds), []
+        for name in (f"{arm}-{seed}" for arm in experiment.arms for seed in seeds if (arm, seed) not in known):
+            made.append(name)
+            if not (out / name).exists():
+                write_run(out / name, accuracies[name])
+        return {arm: [out / f"{arm}-{seed}" for seed in seeds] for arm in experiment.arms}
+
+    monkeypatch.setattr(compare, "run_all", run_all)
+
+    def main(*flags):
+        compare.main(["--results", str(tmp_path), "--out", str(tmp_path / made_in), *flags])
+        return json.loads((tmp_path / "methods.json").read_text())
+
+    made_in = "whole"
+    whole = main("--arms", "grpo,treerl", "--seeds", "2")
+    assert sorted(made) == sorted(accuracies)
+    made_in = "parts"
+    main("--arms", "grpo", "--seeds", "1")
+    extended = main("--extend", "--arms", "treerl", "--seeds", "2")
+    assert sorted(made) == sorted(accuracies) and extended == whole          # grpo-0 once more
+    made_in = "elsewhere"
+    assert main("--extend", "--arms", "treerl", "--seeds", "2") == whole and made == ["grpo-0"]
+    made_in = "changed"
+    with pytest.raises(SystemExit, match="the kept runs have budget_tokens 128000, here it is 5: choose another"):
+        main("--extend", "--budget-tokens", "5")
+    accuracies["grpo-0"] = (0.0, 0.4, 0.7)
+    with pytest.raises(SystemExit, match=r"grpo-0 has accuracy_end 0\.7, the kept run has 0\.6: the kept runs were"):
+        main("--extend", "--arms", "treerl", "--seeds", "2")
+    assert json.loads((tmp_path / "methods.json").read_text()) == whole
+    for run in whole["arms"]["treerl"]["seeds"]:
+        del run["accuracy_half"]
+    (tmp_path / "methods.json").write_text(json.dumps(whole))
+    with pytest.raises(SystemExit, match="of some kept runs only the mean accuracy is kept"):
+        main("--extend", "--arms", "treerl", "--seeds", "2")
+
+
 @pytest.mark.slow
 def test_an_experiment_with_a_lock_makes_its_base_policy_first(tmp_path, monkeypatch):
     out, lock = tmp_path / "runs", Lock((2, 2), 1, (1, 1), 0.9)

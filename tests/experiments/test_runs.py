@@ -120,6 +120,18 @@ def test_the_first_correct_answer_may_be_a_branch_or_never_come(tmp_path):
         assert read_run(run)["tokens_to_first_correct"] == first and read_run(run)["correct_per_1000_tokens"] == 0
 
 
+def test_early_is_the_first_quarter_of_the_updates(tmp_path):
+    """One of three updates, two of eight. A step without a pivot has no value, and later ones do not take its place."""
+    run = write_run(tmp_path / "run", (0.0, 0.6, 0.8))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert read_run(run)["early_dead_groups"] == 0.25 and read_run(run)["early_recovered"] is None
+    rows += [rows[3] | {"step": step, "generated_total": 100 * step} for step in range(4, 9)]
+    rows[1]["recovered"], rows[2]["recovered"], rows[3]["recovered"] = 0.2, None, 1.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_run(run)["early_dead_groups"] == pytest.approx((0.25 + 0.5) / 2)
+    assert read_run(run)["early_recovered"] == 0.2
+
+
 def test_a_base_policy_is_made_once_and_of_one_lock_only(tmp_path, monkeypatch):
     probabilities = runs.turn_probabilities
     monkeypatch.setattr(runs, "turn_probabilities", lambda *args, n: probabilities(*args, n=8))    # 1,024 take seconds

@@ -59,11 +59,13 @@ class Experiment(NamedTuple):
 def make_base(lock, folder, steps=300) -> dict[str, float]:
     """Train the base policy of tiny-deep on for this lock, and write training and evaluation rows beside it.
 
-    Returns the probabilities with which it does an easy and a hard turn right; they are also kept in base.json.
+    Returns the probabilities with which it does an easy and a hard turn right; they are also kept in base.json. One
+    thread computes, as in the runs, because another number of threads would change the last digits of all weights.
     """
     settings = {"lock": asdict(lock), "steps": steps}
     if not (folder / "base.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)
         model, tokenizer = load_model(str(ASSETS / "tiny-deep"))
         model = pretrain(lock, tokenizer, steps, lr=5e-4, log=None, model=model)
         easy, hard = turn_probabilities(model, tokenizer, lock, n=1024)

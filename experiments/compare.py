@@ -16,8 +16,8 @@ each. Runs are kept in --out: finished ones are not run again, and interrupted o
 
 An experiment writes three files into results/. NAME.json has the numbers of every run, NAME.png is the figure, and
 NAME.md has the tables between two markers. --redraw draws the figure from NAME.json, without any runs. --extend makes
-only the runs that NAME.json does not have. It makes the first kept run once more, and ends with an error if the numbers are
-not the same to the last digit.
+only the runs that NAME.json does not have. It makes the first kept run once more, and ends with an error if a number
+is not the same to the last digit.
 """
 import argparse
 import json
@@ -282,8 +282,8 @@ def main(argv=None):
                         "40 for thinning.")
     parser.add_argument("--budget-tokens", type=count,
                         help="Sets the generated tokens of a run. The default is 128000.")
-    parser.add_argument("--extend", action="store_true", help="Makes only the runs whose numbers are not kept, which is "
-                        "for more arms or seeds. The default is to make all.")
+    parser.add_argument("--extend", action="store_true", help="Makes only the runs whose numbers are not kept: for "
+                        "more arms or seeds. The default is to make all of them.")
     add_common_flags(parser, "runs/compare")
     args = parser.parse_args(argv)
     experiment = EXPERIMENTS[args.experiment]

@@ -32,9 +32,10 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 class Arm(NamedTuple):
-    """What is compared: its name in tables and figures, and its flags of train_gsm8k.py."""
+    """What is compared: its name in tables and figures, its flags of train_gsm8k.py, and the module that runs it."""
     label: str
     flags: str
+    module: str = "train_gsm8k"                      # or another one, with words that come before the flags
 
 
 class Experiment(NamedTuple):
@@ -112,8 +113,8 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False, known=()) -
     with tqdm(total=total, unit="token", unit_scale=True, desc="generated") as bar:
         while waiting or running:
             while waiting and len(running) < jobs:
-                directory = waiting.pop(0)[2]
-                running[directory] = start_run(directory, commands[directory])
+                arm, _, directory = waiting.pop(0)
+                running[directory] = start_run(directory, commands[directory], experiment.arms[arm].module)
             time.sleep(0.5)
             for directory, process in list(running.items()):
                 if enough(directory):
@@ -150,15 +151,14 @@ def check_settings(directory, flags) -> None:
                          f"{wanted.get(name)!r}: delete it, or choose another --out")
 
 
-def start_run(directory, flags) -> subprocess.Popen:
+def start_run(directory, flags, module="train_gsm8k") -> subprocess.Popen:
     """Start one training run as a process with one thread; its output goes to a .log beside its directory."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     interrupted = (directory / "config.json").exists()
-    command = [sys.executable, str(Path(__file__).parents[1] / "train_gsm8k.py"),
-               *(["--resume", str(directory)] if interrupted else flags)]
+    command = [sys.executable, "-m", *module.split(), *(["--resume", str(directory)] if interrupted else flags)]
     with open(log_of(directory), "w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])})
 
 
 def log_of(run_dir) -> Path:

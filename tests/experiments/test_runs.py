@@ -24,8 +24,9 @@ class FinishedRun:
     """What start_run() gets here in place of a process: the training run has ended before it is returned."""
 
     def __init__(self, command, stdout, stderr, env):
-        python, script, *flags = command
-        assert python == sys.executable and Path(script) == ROOT / "train_gsm8k.py" and env["OMP_NUM_THREADS"] == "1"
+        python, option, module, *flags = command
+        assert (python, option, module) == (sys.executable, "-m", "train_gsm8k")
+        assert Path(env["PYTHONPATH"]) == ROOT and env["OMP_NUM_THREADS"] == "1"
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
                 self.returncode = train_gsm8k.main(flags)

@@ -1,0 +1,145 @@
+r"""Which failures are worth branching, where only half of them are branched?
+
+    python -m experiments.choice                        # four ways to choose, 20 seeds: 40 minutes on two cores
+    python -m experiments.choice --redraw               # the figure again, from the kept numbers
+    python -m experiments.choice run depth FLAGS        # one run, with flags of train_gsm8k.py
+
+With `--branch-share S` (variants/thin.py) the failures that are branched are drawn at random. Here a rule prefers those
+whose branches will probably not all get the same reward, because only these have advantages. The probability comes from
+a logistic regression on earlier pivots of the same run, with the penalty of Eq. (P). It is fitted again in every step.
+What it knows is the depth of the pivot, or log(1 + correct rollouts of its question), or both. A tenth of the failures
+that are branched is drawn at random, so that the regression keeps learning about all of them. All rules branch equally
+many failures on average, and all runs generate equally many tokens per update.
+
+On the embedded task all questions are equally hard, so a question would tell nothing. Here half of them have one hard
+turn and the other half has three. The base policy does a hard turn right with probability .1.
+
+Writes results/choice.json, results/choice.png, and the tables of results/choice.md.
+"""
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+
+import train_gsm8k
+from deep_grpo import Group
+from experiments.calibrate import fit_logistic
+from experiments.compare import EQUAL, RARE, measure, plot_comparison, tables
+from experiments.figures import save_figure
+from experiments.runs import (
+    Arm,
+    Experiment,
+    add_common_flags,
+    kept_numbers,
+    make_base,
+    write_page,
+    written_by,
+)
+from recoverability import sigmoid
+from tasks.lock import make_rows
+from trainer.settings import OneLineParser, count
+
+RULES = {"depth": [0], "rate": [1], "both": [0, 1]}      # columns of features()
+EXPLORED = 0.1
+HALF = "--method deep_grpo --branch-share .5"
+ARMS = {"random": Arm("at random", HALF)} | {
+    rule: Arm(label, HALF, f"experiments.choice run {rule}")
+    for rule, label in (("depth", "by depth"), ("rate", "by the question's rate"), ("both", "by both"))}
+TITLE = "Which failures are worth branching?"
+
+
+# ---- one run ----
+
+def features(depth, correct) -> np.ndarray:
+    """What a rule may know of pivots, [n, 2]: their depth, and log(1 + correct rollouts of the question)."""
+    return np.column_stack([depth, np.log1p(correct)])
+
+
+def earlier_pivots(run, group_size) -> tuple[np.ndarray, np.ndarray]:
+    """(features [n, 2], did its branches get different rewards? [n]) of the pivots in pivots.csv, which may be none."""
+    path = run / "pivots.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    column = {name: np.array([float(row[name]) for row in rows])
+              for name in ("depth", "question_rate", "right_branches", "branches")}
+    living = (column["right_branches"] > 0) & (column["right_branches"] < column["branches"])
+    return features(column["depth"], column["question_rate"] * group_size), living.astype(float)
+
+
+def preferred(rule, run) -> Callable:
+    """What stands in the place of thinned() of variants/thin.py: it keeps the forks that the rule prefers."""
+    def thinned(choose_pivots, share):
+        def choose(policy, questions, groups, config, recoverability, rng):
+            groups = choose_pivots(policy, questions, groups, config, recoverability, rng)
+            forked = [(x, i) for x, g in enumerate(groups) for i, t in enumerate(g.trajectories) if t.forks]
+            n = int(len(forked) * share + rng.random())
+            known, living = earlier_pivots(run, config.group_size)
+            order = rng.permutation(len(forked))
+            if len(np.unique(living)) == 2:              # else there is nothing to learn from yet
+                own = features([groups[x].trajectories[i].forks[0].ratio for x, i in forked],
+                               [sum(t.reward for t in groups[x].trajectories) for x, i in forked])
+                w = fit_logistic(known[:, RULES[rule]], living)
+                p = sigmoid(own[:, RULES[rule]] @ w[:-1] + w[-1])
+                best = order[np.argsort(-p[order], kind="stable")]                  # ties stay in random order
+                random = int(EXPLORED * n + rng.random())
+                order = [*best[:n - random], *rng.permutation(best[n - random:])]
+            kept = {forked[j] for j in order[:n]}
+            return [Group(g.prompt, [t if (x, i) in kept else replace(t, forks=[])
+                                     for i, t in enumerate(g.trajectories)]) for x, g in enumerate(groups)]
+
+        return choose
+    return thinned
+
+
+def run_one(rule, flags) -> int:
+    """train_gsm8k.py with this rule. flags: its flags, --out or --resume among them. Returns the exit code."""
+    out = next(flags[i + 1] for i, flag in enumerate(flags) if flag in ("--out", "--resume"))
+    with patch.object(train_gsm8k, "thinned", preferred(rule, Path(out))):
+        return train_gsm8k.main(flags)
+
+
+# ---- all runs ----
+
+def make_task(folder) -> str:
+    """Make the base policy and its questions, half with one hard turn and half with three; returns the flags."""
+    make_base(RARE, folder)
+    for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
+        easy, hard = (make_rows(replace(RARE, hard=turns), n // 2, seed) for turns in (1, 3))
+        rows = [row for pair in zip(easy, hard) for row in pair]
+        (folder / f"mixed-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (f"--model {folder} --data {folder / 'mixed-train.jsonl'} --eval-data {folder / 'mixed-eval.jsonl'} "
+            "--eval-rows 128")
+
+
+def main(argv=None):
+    """Run what is missing, then write numbers, figure and tables."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=count, default=20, help="Sets how many seeds each rule has. The default is 20.")
+    parser.add_argument("--budget-tokens", type=count, default=128_000,
+                        help="Sets the generated tokens of a run. The default is 128000.")
+    add_common_flags(parser, "runs/choice")
+    args = parser.parse_args(argv)
+    numbers, picture, page = (args.results / f"choice.{ending}" for ending in ("json", "png", "md"))
+    if args.redraw:
+        measured = kept_numbers(parser, numbers)
+    else:
+        flags = f"{EQUAL} --lr 1.6e-4"
+        experiment = Experiment(TITLE, args.seeds, args.budget_tokens, flags, ARMS, RARE)
+        measured = measure(experiment, args.out, args.jobs, make_task(args.out / "base"))
+        args.results.mkdir(parents=True, exist_ok=True)
+        numbers.write_text(json.dumps(measured, indent=1) + "\n")
+        about = written_by("-m experiments.choice", argv, f"{flags} {HALF}, {args.budget_tokens:,} tokens; half of the "
+                           f"questions of {RARE}, the others with one hard turn")
+        write_page(page, TITLE, picture.name, f"{about}\n\n{tables(measured)}")
+        print(tables(measured))
+    save_figure(plot_comparison(measured, TITLE), picture)
+    print(picture)
+
+
+if __name__ == "__main__":
+    sys.exit(run_one(sys.argv[2], sys.argv[3:]) if sys.argv[1:2] == ["run"] else main())

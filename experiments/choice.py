@@ -128,7 +128,7 @@ def main(argv=None):
     if args.redraw:
         measured = kept_numbers(parser, numbers)
     else:
-        flags = f"{EQUAL} --lr 1.6e-4"
+        flags = f"{EQUAL} --lr 8e-5"
         experiment = Experiment(TITLE, args.seeds, args.budget_tokens, flags, ARMS, RARE)
         measured = measure(experiment, args.out, args.jobs, make_task(args.out / "base"))
         args.results.mkdir(parents=True, exist_ok=True)

@@ -286,9 +286,11 @@ def written_by(program, argv, settings) -> str:
 def write_page(path, title, figure, text) -> None:
     """Put `text` between the two markers of a page; people write the rest of it, and it stays as it is.
 
-    A page that does not exist is made, with title, figure and markers. A page without markers gets them at its end.
+    A page that does not exist is made, with title, figure (None: without one) and markers. A page without markers gets
+    them at its end.
     """
-    page = path.read_text() if path.exists() else f"# {title}\n\n![{title}]({figure})\n"
+    picture = f"\n![{title}]({figure})\n" if figure else ""
+    page = path.read_text() if path.exists() else f"# {title}\n{picture}"
     if (page.count(BEGIN), page.count(END)) == (0, 0):
         page = f"{page.rstrip()}\n\n{BEGIN}\n{END}\n"
     before, begin, rest = page.partition(BEGIN)

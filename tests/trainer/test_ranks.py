@@ -752,6 +752,7 @@ def pid_of_rank(launcher, rank):
             return int(pid)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_and_it_resumes(on_ranks, tmp_path):
     """Within a minute, on a machine that does nothing else. Without torchrun the others would wait for two hours."""
     out, data = tmp_path / "run", tmp_path / "rows.jsonl"        # the other processes of this file make fewer rows

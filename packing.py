@@ -213,7 +213,10 @@ def batch_tensors(rows: list[Row], device, multiple: int = 1) -> tuple[torch.Ten
         rectangles[:, b, :len(row.ids)] = row[:4]
     predictors = np.concatenate([b * width + row.predictors for b, row in enumerate(rows)])
     targets = np.concatenate([row.targets for row in rows])
-    return *torch.from_numpy(rectangles).to(device), *torch.from_numpy(np.stack([predictors, targets])).to(device)
+    both = (torch.from_numpy(array) for array in (rectangles, np.stack([predictors, targets])))
+    if torch.device(device).type == "cuda":          # from pinned memory, so that the host does not wait for the GPU
+        both = (array.pin_memory() for array in both)
+    return tuple(part for array in both for part in array.to(device, non_blocking=True))
 
 
 def score_tokens(head, hidden, targets, temperature: float, entropies: bool):
@@ -256,11 +259,11 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     mask = masks(rows, model.base_model.config, segments, prefixes, positions)
     hidden = model.base_model(input_ids=ids, position_ids=None if mask is None else positions, attention_mask=mask,
                               use_cache=False).last_hidden_state                               # (B, L, d)
-    hidden = hidden.flatten(0, 1)[predictors]                                                  # (N, d)
+    hidden = hidden.flatten(0, 1)                                                              # (B * L, d)
 
     # The last chunk is the first one of the backward pass, so keeping it takes no more memory than computing it again.
     score = partial(score_tokens, model.get_output_embeddings(), temperature=temperature, entropies=entropies)
-    chunks = list(zip(hidden.split(chunk), targets.split(chunk)))
+    chunks = [(hidden[i], y) for i, y in zip(predictors.split(chunk), targets.split(chunk))]
     again = [torch.is_grad_enabled() and i < len(chunks) - 1 for i in range(len(chunks))]
     pairs = [checkpoint(score, *c, use_reentrant=False) if r else score(*c) for c, r in zip(chunks, again)]
     logps, found = zip(*pairs)

@@ -18,6 +18,7 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -34,8 +35,9 @@ from trainer.memory import USABLE, of_row
 from trainer.model import Ranks, gathered, layers_of, precision
 from trainer.ranks import first_line
 
-HEALTHY_GAP = 0.03                       # nats; trainer/README.md (sampler_gap) says what was measured
+HEALTHY_GAP = 0.03                       # nats, of a step's tokens; trainer/README.md (sampler_gap) has measurements
 BLOCK = 64                               # tokens between two looks at which rows have ended
+ALIGNED = 8                              # columns; matrix products in bf16 are fast where rows begin at 16 bytes
 PREFILL_TOKENS = 16384                   # padded tokens of prefixes in one forward pass
 
 
@@ -54,36 +56,64 @@ def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_toke
 @torch.no_grad()
 def decode_rows(model, prefixes, rows, caps, settings, compile_layers=False) -> list[Continuation]:
     """Continue as many of the first rows as memory holds. The arguments are those of resample.generate_rows."""
-    new = max(caps[n] for n in rows)
-    rows = rows[:rows_that_fit(model, max(len(prefixes[n]) for n in rows) + new)]
-    width, new = max(len(prefixes[n]) for n in rows), max(caps[n] for n in rows)
-    # One column is never used. Otherwise attention would at times read the whole tensor, a case of its own to torch.
-    fixed = FixedCache(len(rows), width - 1 + new + 1, model.device)
+    def size():
+        return max(len(prefixes[n]) for n in rows), max(caps[n] for n in rows)
+
+    rows = rows[:rows_that_fit(model, columns_for(*size()), compile_layers)]
+    width, new = size()
+    fixed = FixedCache(len(rows), columns_for(width, new), model.device)
     continued_by = defaultdict(list)                 # prefix -> the rows that continue it
     for row, n in enumerate(rows):
         continued_by[n].append(row)
-    for part in prefill_batches(prefixes, continued_by):
-        grown = prefill(model, [prefixes[n] for n in part], settings["pad_token_id"])[2]
-        if grown is not None:
-            fixed.fill(grown, [continued_by[n] for n in part], width - 1)
-    del grown
-    ids, mask = left_padded([prefixes[n] for n in rows], settings["pad_token_id"], model.device)
-    return model.generate(ids, attention_mask=mask, past_key_values=fixed, synced_gpus=False,
-                          generation_config=GenerationConfig(max_new_tokens=new, **settings),
-                          custom_generate=partial(decode, caps=[caps[n] for n in rows], compile_layers=compile_layers))
+    try:
+        for part in prefill_batches(prefixes, continued_by):
+            grown = prefill(model, [prefixes[n] for n in part], settings["pad_token_id"])[2]
+            if grown is not None:
+                fixed.fill(grown, [continued_by[n] for n in part], width - 1)
+        del grown
+        ids, mask = left_padded([prefixes[n] for n in rows], settings["pad_token_id"], model.device)
+        loop = partial(decode, caps=[caps[n] for n in rows], compile_layers=compile_layers)
+        return model.generate(ids, attention_mask=mask, past_key_values=fixed, synced_gpus=False, custom_generate=loop,
+                              generation_config=GenerationConfig(max_new_tokens=new, **settings))
+    finally:                                         # cache and layers refer to each other: else their tensors, which
+        fixed.layers.clear()                         # are gigabytes, would stay until Python looks for such cycles
 
 
-def rows_that_fit(model, tokens) -> int:
-    """How many rows of this many tokens the free memory of a GPU holds; at least 1."""
-    compute = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
-    return max(1, int(USABLE * free_memory(model.device) // sum(of_row(model, tokens, compute).values())))
+def columns_for(width, new) -> int:
+    """The columns of the cache for prefixes of `width` tokens and `new` more, of which the last is never written.
+
+    Some columns are never read: otherwise attention would at times read the whole tensor, a case of its own to torch.
+    """
+    return aligned(width - 1 + new) + ALIGNED
+
+
+def aligned(columns) -> int:
+    """The next multiple of ALIGNED."""
+    return -(-columns // ALIGNED) * ALIGNED
+
+
+def rows_that_fit(model, columns, compile_layers=False) -> int:
+    """How many rows of so many columns the free memory of a GPU holds; at least 1.
+
+    Under autocast, copies of the weights take a part of it: those of the prefill, and those of compiled layers.
+    """
+    autocast = torch.is_autocast_enabled("cuda")
+    compute = torch.get_autocast_dtype("cuda") if autocast else model.dtype
+    copies = autocast * (1 + compile_layers) * compute.itemsize * sum(p.numel() for p in model.parameters())
+    free = USABLE * free_memory(model.device) - copies
+    return max(1, int(free // sum(of_row(model, columns, compute).values())))
 
 
 def free_memory(device) -> int:
-    """Bytes of a GPU that nobody uses, with those that torch holds in reserve. Those of the host are not counted."""
+    """Bytes of a GPU that nobody uses, with those that torch holds in reserve, and at most what this process may have.
+
+    Those of the host are not counted.
+    """
     if device.type != "cuda":
         return sys.maxsize
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    mine, fraction = torch.cuda.memory_allocated(device), torch.cuda.get_per_process_memory_fraction(device)
+    return min(free + torch.cuda.memory_reserved(device) - mine, int(fraction * total) - mine)
 
 
 def prefill_batches(prefixes, wanted) -> list[list[int]]:
@@ -113,7 +143,7 @@ class FixedCache(Cache):
 
     def begin_block(self, column, tokens):
         """The next token goes to this column, and so many will come before the rows are looked at."""
-        self.length = column + tokens
+        self.length = aligned(column + tokens)
         self.column = torch.tensor([column], device=self.device)
 
     @torch.compiler.disable
@@ -226,12 +256,13 @@ def draw(logits, temperature):
 
 
 def exponential(u):
-    """Exp(1) from uniform numbers of torch.rand in fp32: multiples of 2^-24, from 0 on.
+    """Exp(1) from uniform numbers of torch.rand in fp32, from 0 on. On a CPU they are multiples of 2^-24, and on a GPU,
+    near 0, of 2^-31 or less.
 
     Half a step more keeps E away from 0, which would win against every other token. Small E, with which unlikely tokens
     win, come from small u, where log1p rounds least.
     """
-    return -torch.log1p(-(u + 2**-25))
+    return -torch.log1p(-(u + (2**-32 if u.device.type == "cuda" else 2**-25)))
 
 
 def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, caps, compile_layers, **inputs):
@@ -292,10 +323,14 @@ def draw_block(model, fixed, seen, token, position, pick, block) -> list[list]:
             count.add_(1)
         return len(found)
 
-    kinds, replay = step(), step                     # the first token is drawn without a graph, to warm up
-    if block > 1 and makes_graphs(model):
-        replay = captured(step)
-    for _ in range(block - 1):
+    kinds, replay, left = step(), step, block - 1    # the first token is drawn without a graph, to warm up
+    if left and makes_graphs(model):
+        if model not in ASKS_THE_HOST:
+            ASKS_THE_HOST[model] = asks_the_host(step)
+            left -= 1
+        if left and not ASKS_THE_HOST[model]:
+            replay = captured(step)
+    for _ in range(left):
         replay()
     if not all(torch.isfinite(values).all() for values in made[1:]):
         raise FloatingPointError("the policy's logits are not finite; a smaller learning rate may help")
@@ -330,16 +365,40 @@ def makes_graphs(model) -> bool:
     return model.device.type == "cuda" and not isinstance(model, FSDPModule)
 
 
+ASKS_THE_HOST = WeakKeyDictionary()                      # model -> found by asks_the_host()
+
+
+def asks_the_host(step) -> bool:
+    """Run step(). Does it wait for numbers of the GPU, as some experts do? No CUDA graph can be made of it then.
+
+    A capture that fails would leave its stream and its memory in a state that torch does not recover from. So this is
+    found out before. step() may break off within the model, and begins again: what it has written until then, it writes
+    once more.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        return False
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = first_line(error)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    warnings.warn(f"no CUDA graph can be made of this model, so sampling is slower: {why}", stacklevel=2)
+    step()
+    return True
+
+
 def captured(step):
-    """A function that replays the kernels of step(), and step itself, with a warning, where they cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
+    """A function that replays the kernels of step()."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             step()
-    except RuntimeError as error:                    # a layer that asks the host, as some experts do
-        warnings.warn(f"no CUDA graph can be made of this model, so sampling is slower: {first_line(error)}",
-                      stacklevel=2)
-        return step
+    finally:
+        torch.cuda.set_stream(stream)                # a capture that fails would leave another one
     return graph.replay
 
 
@@ -353,21 +412,24 @@ def greedy(logits):
 def warm_up(model, compile_layers: bool) -> str | None:
     """Try the loop on the model's device, and compile what it needs. Returns why it cannot be used so, or None.
 
-    What is drawn from several rows, and from one, is scored by packing.score_rows: both must be one policy.
+    What is drawn from several rows, and from one, is scored by packing.score_rows: both must be one policy. The prompts
+    are random tokens, for which bf16 rounds more than for text: two real models had gaps of .016 to .055 nats on a CPU.
+    A wrong mask or position makes gaps of nats.
     """
+    many = 64 if model.device.type == "cuda" else 1  # torch chooses kernels by the sizes that it sees first
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    for prefixes in ([ids[0], ids[1][:7]], ids[:1]):
+    for prefixes, k in (([ids[0], ids[1][:7]], many), (ids[:1], 1)):
         try:
             with precision(model), gathered(model):
-                drawn = sample(model, prefixes, 1, max_new_tokens=BLOCK + 2, eos_token_id=vocabulary, pad_token_id=0,
+                drawn = sample(model, prefixes, k, max_new_tokens=BLOCK + 2, eos_token_id=vocabulary, pad_token_id=0,
                                compile_layers=compile_layers)
         except Exception as error:                   # any type: what a compiler does is not ours to say
             return f"{type(error).__name__}: {first_line(error)}"
         with torch.no_grad(), gathered(model):
-            rows = [pack(prefix, y) for prefix, (y,) in zip(prefixes, drawn)]
+            rows = [pack(prefix, y) for prefix, (y, *_) in zip(prefixes, drawn)]
             logps, _ = Ranks().score(model, rows, 1.0, entropies=False)
-        gap = (logps.cpu() - torch.from_numpy(np.concatenate([y.logps for (y,) in drawn]))).abs().mean().item()
-        if not gap <= HEALTHY_GAP:
+        gap = (logps.cpu() - torch.from_numpy(np.concatenate([y.logps for (y, *_) in drawn]))).abs().mean().item()
+        if not gap <= 0.1:
             return f"the log-probabilities of what it draws differ by {gap:.2g} nats from those of the update"
     return None

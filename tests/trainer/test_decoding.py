@@ -1,5 +1,8 @@
 """The decoding loop of GPUs, on a CPU without graphs: all tests of sampling once more, and what is its own."""
+import contextlib
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -73,7 +76,8 @@ def test_prefixes_are_prefilled_in_batches_the_shortest_first(monkeypatch):
 def test_what_does_not_fit_into_memory_is_not_tried(monkeypatch, recwarn):
     model, sizes, draw_block = make_model(), [], decoding.draw_block
     expected = greedy_of(model, k=3)
-    row = sum(of_row(model, 11 + 9, torch.float64).values())             # the longest prefix and its continuation
+    columns = decoding.columns_for(11, 9)                                # the longest prefix and its continuation
+    row = sum(of_row(model, columns, torch.float64).values())
 
     def watched(model, fixed, *args):
         sizes.append(fixed.shape[0])
@@ -103,19 +107,65 @@ def test_attention_of_one_token_is_that_of_torch():
         decoding.attend(None, query, key, value, mask, softcap=30.0)
 
 
-def test_rows_are_counted_in_the_type_of_the_computation(monkeypatch):
+@pytest.mark.parametrize("width, new, columns", [(11, 9, 32), (1, 1, 16), (5, 4, 16), (5, 5, 24)])
+def test_columns_are_a_multiple_of_eight_and_some_are_never_read(width, new, columns):
+    assert decoding.columns_for(width, new) == columns
+    fixed = decoding.FixedCache(2, columns, torch.device("cpu"))
+    for column in range(width - 1, width + new - 1):
+        fixed.begin_block(column, width + new - 1 - column)
+        assert fixed.length % 8 == 0 and width + new - 1 <= fixed.length < columns
+
+
+def test_rows_are_counted_in_the_type_of_the_computation_beside_the_copies_of_the_weights(monkeypatch):
     model = make_model(dtype=torch.float32)
+    P = sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(decoding, "free_memory", lambda device: 10**7)
-    assert decoding.rows_that_fit(model, 20) == int(0.9 * 10**7 // sum(of_row(model, 20, torch.float32).values()))
+    assert decoding.rows_that_fit(model, 24) == int(0.9 * 10**7 // sum(of_row(model, 24, torch.float32).values()))
+    assert decoding.rows_that_fit(model, 24, True) == decoding.rows_that_fit(model, 24)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
-    assert decoding.rows_that_fit(model, 20) == int(0.9 * 10**7 // sum(of_row(model, 20, torch.bfloat16).values()))
+    row = sum(of_row(model, 24, torch.bfloat16).values())
+    for layers, copies in ((False, 2 * P), (True, 4 * P)):
+        assert decoding.rows_that_fit(model, 24, layers) == int((0.9 * 10**7 - copies) // row)
 
 
-def test_free_memory_is_what_the_driver_has_and_what_torch_holds_in_reserve(monkeypatch):
-    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 30)):
+@pytest.mark.parametrize("fraction, free", [(1.0, 100 + 70 - 30), (0.15, 150 - 30)])
+def test_free_memory_is_what_the_driver_has_and_torch_holds_in_reserve(monkeypatch, fraction, free):
+    """And not more than the part of it that this process may have."""
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 30),
+                        ("get_per_process_memory_fraction", fraction)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert decoding.free_memory(torch.device("cuda")) == 100 + 70 - 30
+    assert decoding.free_memory(torch.device("cuda")) == free
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_cache_is_gone_when_the_call_ends(monkeypatch, fails):
+    """On a GPU it has gigabytes. Python's collector of cycles would look for it much later, so it is off here."""
+    tensors, initialize = [], decoding.FixedLayer.lazy_initialization
+
+    def watched(layer, *states):
+        initialize(layer, *states)
+        tensors.extend(weakref.ref(x) for x in (layer.keys, layer.values))
+
+    monkeypatch.setattr(decoding.FixedLayer, "lazy_initialization", watched)
+    model, draw_block, calls = make_model(), decoding.draw_block, []
+
+    def out_of_memory(*args):
+        calls.append(sum(x() is not None for x in tensors))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError
+        return draw_block(*args)
+
+    monkeypatch.setattr(decoding, "draw_block", out_of_memory if fails else draw_block)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match="out of memory") if fails else contextlib.nullcontext():
+            assert greedy_of(model, k=2)
+        assert len(tensors) == (4 if not fails else 12) and not any(x() is not None for x in tensors)
+        assert calls in ([], [4] * 3)                                    # those of the own attempt, and no others
+    finally:
+        gc.enable()
 
 
 def test_a_batch_of_prefixes_may_have_all_of_its_tokens(monkeypatch):
@@ -244,29 +294,89 @@ def test_a_token_step_can_be_replayed(monkeypatch):
     monkeypatch.setattr(decoding, "draw_block", watched)
     monkeypatch.setattr(decoding, "makes_graphs", lambda model: True)
     monkeypatch.setattr(decoding, "captured", traced)
+    monkeypatch.setitem(decoding.ASKS_THE_HOST, model, False)
     monkeypatch.setattr(decoding, "BLOCK", 8)
     assert drawn_by(decoding, model, k=2, max_new_tokens=40) == expected
     assert len(blocks) == 5 and len({len(args[3]) for args in blocks}) > 1           # rows have left
 
 
-def test_a_model_without_a_graph_is_sampled_step_by_step(monkeypatch):
-    class Refuses:
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """The loop makes graphs, which here are functions that run anew. Returns what it did, in order."""
+    did, graph_step = [], decoding.captured
+    monkeypatch.setattr(decoding, "makes_graphs", lambda model: True)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", did.append)
+    monkeypatch.setattr(decoding, "captured", lambda step: did.append("capture") or step)
+    return did, graph_step
+
+
+def test_a_model_that_asks_the_host_is_found_before_a_capture(like_a_gpu, monkeypatch):
+    """It is sampled step by step, and nothing is captured. The step that broke off is made again."""
+    did, _ = like_a_gpu
+    model, calls = make_model(), []
+    expected = [[argmax_step_by_step(model, p, 9, {EOS})] for p in RAGGED]
+
+    def synchronizes(*_):
+        calls.append(did[-1:])
+        if did[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation\nmore")
+
+    handle = model.base_model.layers[1].register_forward_hook(synchronizes)
+    with pytest.warns(UserWarning, match="sampling is slower: called a synchronizing CUDA operation$"):
+        assert greedy_of(model) == expected
+    assert did == ["error", 0] and calls.count(["error"]) == 1
+    assert greedy_of(model) == expected and did == ["error", 0]          # it is asked once
+    handle.remove()
+
+
+def test_a_model_that_does_not_ask_is_captured_once_a_block(like_a_gpu, monkeypatch):
+    did, _ = like_a_gpu
+    monkeypatch.setattr(decoding, "BLOCK", 4)
+    model = make_model()
+    expected = [[argmax_step_by_step(model, p, 9, {EOS})] for p in RAGGED]
+    assert greedy_of(model) == expected and greedy_of(model) == expected
+    assert did[:3] == ["error", 0, "capture"] and set(did[3:]) == {"capture"} and len(did) > 4
+
+
+def test_no_memory_for_a_graph_is_no_other_failure(like_a_gpu, monkeypatch, recwarn):
+    """It reaches resample.sample, which halves the rows, and the stream is the one of before."""
+    did, captured = like_a_gpu
+    streams = []
+
+    class Graph:
         def __init__(self, *_):
             self.replay = None
 
         def __enter__(self):
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
         def __exit__(self, *_):
             return False
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Refuses)
-    monkeypatch.setattr(torch.cuda, "graph", Refuses)
-    monkeypatch.setattr(decoding, "makes_graphs", lambda model: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "mine")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(decoding, "captured", captured)
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy_of(make_model())
+    assert streams == ["mine"] * 3 and ["generating 4" in str(w.message) for w in recwarn] == [True, False]
+
+
+def test_no_memory_in_the_step_that_is_tried_is_no_question_to_the_host(like_a_gpu, recwarn):
+    did, _ = like_a_gpu
     model = make_model()
-    expected = [[argmax_step_by_step(model, p, 9, {EOS})] for p in RAGGED]
-    with pytest.warns(UserWarning, match="sampling is slower: operation not permitted when stream is capturing$"):
-        assert greedy_of(model) == expected
+
+    def full(*_):
+        if did[-1:] == ["error"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.base_model.layers[1].register_forward_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy_of(model)
+    assert did == ["error", 0] * 3 and model not in decoding.ASKS_THE_HOST
+    assert all("out of memory while generating" in str(w.message) for w in recwarn)
 
 
 # ---- which loop a run has ----
@@ -385,13 +495,13 @@ def test_sampling_goes_on_without_what_cannot_be_compiled(monkeypatch):
 
     def wrong(*args, compile_layers, **settings):
         drawn = sample(*args, **settings)
-        drawn[0][0].logps += 0.1
+        drawn[0][0].logps += 0.3
         return drawn
 
     monkeypatch.setattr(decoding, "sample", fails)
     assert decoding.warm_up(model, True) == "RuntimeError: no compiler here"
     monkeypatch.setattr(decoding, "sample", wrong)
-    assert "differ by 0.05 nats" in decoding.warm_up(model, True)              # of one of two rows
+    assert "differ by 0.15 nats" in decoding.warm_up(model, True)              # of one of two rows
     monkeypatch.setattr(decoding, "sample", lambda *args, compile_layers, **settings: sample(*args, **settings))
     assert decoding.warm_up(model, True) is None
 

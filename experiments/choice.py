@@ -2,14 +2,15 @@ r"""Which failures are worth branching, where only half of them are branched?
 
     python -m experiments.choice                        # four ways to choose, 20 seeds: 40 minutes on two cores
     python -m experiments.choice --redraw               # the figure again, from the kept numbers
-    python -m experiments.choice run depth FLAGS        # one run, with flags of train_gsm8k.py
+    python -m experiments.choice run depth FLAGS        # one run, with flags of train_gsm8k.py; --out is needed
 
 With `--branch-share S` (variants/thin.py) the failures that are branched are drawn at random. Here a rule prefers those
 whose branches will probably not all get the same reward, because only these have advantages. The probability comes from
 a logistic regression on earlier pivots of the same run, with the penalty of Eq. (P). It is fitted again in every step.
 What it knows is the depth of the pivot, or log(1 + correct rollouts of its question), or both. A tenth of the failures
 that are branched is drawn at random, so that the regression keeps learning about all of them. All rules branch equally
-many failures on average, and all runs generate equally many tokens per update.
+many failures on average, and all runs generate equally many tokens per update. A run that was interrupted goes on with
+the same command. (`train_gsm8k.py --resume` would go on without the rule.)
 
 On the embedded task all questions are equally hard, so a question would tell nothing. Here half of them have one hard
 turn and the other half has three. The base policy does a hard turn right with probability .1.
@@ -47,7 +48,7 @@ from trainer.settings import OneLineParser, count
 
 RULES = {"depth": [0], "rate": [1], "both": [0, 1]}      # columns of features()
 EXPLORED = 0.1
-HALF = "--method deep_grpo --branch-share .5"
+HALF = "--method deep_grpo --branch-share .5 --questions 4"      # a rule chooses among the failures of four questions
 ARMS = {"random": Arm("at random", HALF)} | {
     rule: Arm(label, HALF, f"experiments.choice run {rule}")
     for rule, label in (("depth", "by depth"), ("rate", "by the question's rate"), ("both", "by both"))}
@@ -96,11 +97,15 @@ def preferred(rule, run) -> Callable:
     return thinned
 
 
-def run_one(rule, flags) -> int:
+def run_one(rule=None, *flags) -> int:
     """train_gsm8k.py with this rule. flags: its flags, --out or --resume among them. Returns the exit code."""
-    out = next(flags[i + 1] for i, flag in enumerate(flags) if flag in ("--out", "--resume"))
+    out = next((after for flag, after in zip(flags, flags[1:]) if flag in ("--out", "--resume")), None)
+    if rule not in RULES or out is None:
+        print(f"error: choice run: needs a rule of {', '.join(RULES)}, got {rule!r}, and --out DIR or --resume DIR",
+              file=sys.stderr)
+        return 2
     with patch.object(train_gsm8k, "thinned", preferred(rule, Path(out))):
-        return train_gsm8k.main(flags)
+        return train_gsm8k.main(list(flags))
 
 
 # ---- all runs ----
@@ -142,4 +147,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_one(sys.argv[2], sys.argv[3:]) if sys.argv[1:2] == ["run"] else main())
+    sys.exit(run_one(*sys.argv[2:]) if sys.argv[1:2] == ["run"] else main())

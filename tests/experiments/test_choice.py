@@ -92,8 +92,8 @@ def test_a_run_with_a_rule_branches_half_of_its_failures(tmp_path, monkeypatch):
     out, asked = tmp_path / "run", []
     monkeypatch.setattr(choice, "earlier_pivots", lambda run, G: asked.append((run, G)) or earlier_pivots(run, G))
     flags = [*SHORT.split(), "--method", "deep_grpo", "--branch-share", ".5", "--seed", "1", "--budget-tokens", "1500",
-             "--steps", "9", "--out", str(out)]
-    assert run_one("both", flags) == 0
+             "--steps", "9", "--questions", "2", "--out", str(out)]
+    assert run_one("both", *flags) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     failures = sum((1 - row["reward"]) * row["questions"] * 8 for row in rows[1:])
     pivots = len((out / "pivots.csv").read_text().splitlines()) - 1
@@ -116,8 +116,14 @@ def test_commands_differ_in_the_rule_alone():
     experiment = Experiment("", 20, 128_000, "--preset tiny-deep", ARMS)
     settings = [vars(parse_args(flags_of(experiment, arm, 3, Path("x")))) for arm in ARMS]
     assert all(s == settings[0] for s in settings) and settings[0]["branch_share"] == 0.5
+    assert settings[0]["questions"] > 1             # else a rule could not choose between questions
     modules = ["train_gsm8k", *(f"experiments.choice run {rule}" for rule in RULES)]
     assert [arm.module for arm in ARMS.values()] == modules
+
+
+def test_a_run_without_a_rule_or_a_directory_is_named(capsys):
+    for words in ((), ("depth",), ("deep", "--out", "x"), ("depth", "--seed", "1")):
+        assert run_one(*words) == 2 and "needs a rule of depth, rate, both, got " in capsys.readouterr().err
 
 
 def test_nothing_can_be_drawn_without_numbers(tmp_path, capsys):

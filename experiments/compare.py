@@ -1,7 +1,7 @@
 r"""Methods side by side on the embedded task, at an equal budget of generated tokens and of updates.
 
     python -m experiments.compare                          # `make compare`: all methods, 5 seeds
-    python -m experiments.compare --experiment rare        # all methods where correct answers are rare, 10 seeds
+    python -m experiments.compare --experiment rare        # eight of them where correct answers are rare, 10 seeds
     python -m experiments.compare --experiment branches    # K = 4, 8, 16 and TreeRL there, 20 seeds
     python -m experiments.compare --experiment prefix      # the prefix of a branch masked, and trained
     python -m experiments.compare --experiment stapo       # with and without STAPO
@@ -16,11 +16,12 @@ each. Runs are kept in --out: finished ones are not run again, and interrupted o
 
 An experiment writes three files into results/. NAME.json has the numbers of every run, NAME.png is the figure, and
 NAME.md has the tables between two markers. --redraw draws the figure from NAME.json, without any runs. --extend makes
-only the runs that NAME.json does not have. It makes the first kept run once more, and ends with an error if a number
-is not the same to the last digit.
+only the runs that NAME.json does not have. Before, it makes the first kept run once more, and ends with an error if a
+number is not the same to the last digit.
 """
 import argparse
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -88,14 +89,16 @@ def arms(names) -> dict[str, Arm]:
     return {name: ARMS[name] for name in names.split()}
 
 
-EVERY_METHOD = arms("grpo grpo64 dr_grpo deep_grpo treerl attnrl fr3e rrpo spo_chain spo_tree spo_tree_all vcpo "
-                    "goldilocks deep_goldilocks")
+FIRST_METHODS = "grpo grpo64 dr_grpo deep_grpo treerl attnrl fr3e rrpo"
+LATER_METHODS = "spo_chain spo_tree spo_tree_all vcpo goldilocks deep_goldilocks"
 EXPERIMENTS = {                                      # the last line of each is the message of the kept result
     "methods": Experiment(
-        "The methods at equal budget", 5, 128_000, EQUAL, EVERY_METHOD, None,
+        "The methods at equal budget", 5, 128_000, EQUAL,
+        arms(f"{FIRST_METHODS} {LATER_METHODS}"), None,
         "At equal tokens, no method is ahead of GRPO with G = 8"),
     "rare": Experiment(
-        "The methods where correct answers are rare", 10, 128_000, f"{EQUAL} --lr 1.6e-4", EVERY_METHOD, RARE,
+        "The methods where correct answers are rare", 10, 128_000, f"{EQUAL} --lr 1.6e-4",
+        arms(FIRST_METHODS), RARE,
         "Where correct answers are rare, only TreeRL is measurably ahead of GRPO"),
     "branches": Experiment(
         "How many branches where correct answers are rare", 20, 128_000, f"{EQUAL} --lr 1.6e-4",
@@ -128,10 +131,15 @@ def settings_of(experiment) -> dict:
 
 def known_runs(measured, experiment) -> dict[tuple[str, int], dict]:
     """(arm, seed) -> the numbers of a run, of all runs that collect() had; ends the program if it had other runs."""
-    settings = settings_of(experiment)
-    if other := [name for name in settings if name != "seeds" and measured.get(name) != settings[name]]:
-        sys.exit(f"error: --extend: the kept runs have {other[0]} {measured.get(other[0])}, here it is "
-                 f"{settings[other[0]]}: choose another --results")
+    then, now = {"first_seed": 0} | measured, settings_of(experiment)    # old results do not name their first seed
+    for arm, kept in measured["arms"].items():
+        now[f"flags of {arm}"] = experiment.arms[arm].flags
+        then[f"flags of {arm}"] = kept.get("flags", experiment.arms[arm].flags)
+    if other := [name for name in now if name != "seeds" and then[name] != now[name]]:
+        sys.exit(f"error: --extend: the kept runs have {other[0]} {then[other[0]]}, here it is {now[other[0]]}: "
+                 "choose another --results")
+    if now["seeds"] < then["seeds"]:
+        sys.exit(f"error: --extend: {then['seeds']} seeds are kept, here there are {now['seeds']}: raise --seeds")
     if any("accuracy_half" not in run for kept in measured["arms"].values() for run in kept["seeds"]):
         sys.exit("error: --extend: of some kept runs only the mean accuracy is kept: make all runs, without --extend")
     return {(arm, experiment.first_seed + i): run for arm, kept in measured["arms"].items()
@@ -145,15 +153,15 @@ def measure(experiment, out, jobs, base="", kept=None) -> dict:
     again; the program ends if it gives other numbers.
     """
     known = known_runs(kept, experiment) if kept else {}
-    again = next(iter(known), None)
     made = experiment._replace(flags=f"{experiment.flags} {base}")
-    directories = run_all(made, out, jobs, known=known.keys() - {again})
-    if again is not None:
-        now, then = read_run(directories[again[0]][0]), known[again]
+    for arm, seed in list(known)[:1]:
+        shutil.rmtree(out / "again", ignore_errors=True)                 # it may be of another version
+        once = made._replace(arms={arm: made.arms[arm]}, seeds=1, first_seed=seed)
+        now, then = read_run(run_all(once, out / "again", jobs)[arm][0]), known[arm, seed]
         if other := [name for name in then if name != "seconds" and now[name] != then[name]]:
-            sys.exit(f"error: --extend: {directories[again[0]][0]} has {other[0]} {now[other[0]]}, the kept run has "
+            sys.exit(f"error: --extend: {out / 'again'} has {other[0]} {now[other[0]]}, the kept run has "
                      f"{then[other[0]]}: the kept runs were made with other versions, or on another kind of CPU")
-    return collect(experiment, directories, known)
+    return collect(experiment, run_all(made, out, jobs, known=known), known)
 
 
 def collect(experiment, directories, known=()) -> dict:
@@ -161,7 +169,8 @@ def collect(experiment, directories, known=()) -> dict:
 
     A summary is the mean over seeds, except tokens_to_first_correct, which is the median (None: half of the runs or
     more have no correct answer). relative_time compares with the run of the first arm that has the same seed.
-    known: (arm, seed) -> the numbers of runs that are not read from their directories.
+    known: (arm, seed) -> the numbers of runs that are not read from their directories. As they may be of another
+    machine, there is no relative_time then.
     """
     seeds = {arm: [known[arm, seed] if (arm, seed) in known else read_run(d)
                    for seed, d in enumerate(paths, experiment.first_seed)] for arm, paths in directories.items()}
@@ -173,8 +182,10 @@ def collect(experiment, directories, known=()) -> dict:
         first = [run["tokens_to_first_correct"] for run in runs]
         median = float(np.median([np.inf if tokens is None else tokens for tokens in first]))
         summary["tokens_to_first_correct"] = median if np.isfinite(median) else None
-        summary["relative_time"] = float(np.mean([run["seconds"] / other["seconds"] for run, other in zip(runs, base)]))
-        measured["arms"][arm] = {"label": experiment.arms[arm].label, "summary": summary, "seeds": runs}
+        times = [run["seconds"] / other["seconds"] for run, other in zip(runs, base)]
+        summary["relative_time"] = None if known else float(np.mean(times))
+        measured["arms"][arm] = {"label": experiment.arms[arm].label, "flags": experiment.arms[arm].flags,
+                                 "summary": summary, "seeds": runs}
     return measured
 
 
@@ -219,7 +230,7 @@ def tables(measured) -> str:
         first = summary["tokens_to_first_correct"]
         yield "-" if first is None else f"{first:,.0f}"
         yield f"{summary['dead_groups']:.2f}"
-        yield f"{summary['relative_time']:.2f}"
+        yield "-" if summary["relative_time"] is None else f"{summary['relative_time']:.2f}"
 
     return "\n".join([
         f"The table has the greedy accuracy on held-out questions: mean of {measured['seeds']} seeds \u00b1 95 %",
@@ -293,12 +304,13 @@ def main(argv=None):
         save_figure(plot_comparison(measured, headline(experiment, measured)), picture)
         print(picture)
         return
-    kept = kept_numbers(parser, numbers) if args.extend else None
+    kept = kept_numbers(parser, numbers, "--extend") if args.extend else None
     names = args.arms.split(",") if args.arms else list(experiment.arms)
     names = list(dict.fromkeys([*(kept["arms"] if kept else ()), *names]))
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"argument --arms: {', '.join(unknown)}: choose from {', '.join(ARMS)}")
-    chosen = experiment._replace(arms={name: ARMS[name] for name in names}, seeds=args.seeds or experiment.seeds,
+    chosen = experiment._replace(arms={name: ARMS[name] for name in names},
+                                 seeds=args.seeds or (kept or {}).get("seeds", experiment.seeds),
                                  budget_tokens=args.budget_tokens or experiment.budget_tokens)
     start, out, base = time.time(), args.out, ""
     if chosen.lock:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.runs import Arm, log_of, start_run, write_page, written_by
+from experiments.runs import Arm, check_settings, log_of, start_run, write_page, written_by
 from trainer.plot import read_metrics
 from trainer.settings import OneLineParser, count
 
@@ -45,21 +45,24 @@ def tokens_of_a_step(run) -> int:
 
 def run_arm(arm, seed, steps, out, others) -> Path:
     """Run one arm unless it is finished; returns its directory. others: flags of train_gsm8k.py, which win."""
-    directory = out / f"{arm}-{seed}"
-    if not (directory / "run.png").exists():         # written last
-        flags = [*FLAGS.split(), *ARMS[arm].flags.split(), "--steps", str(steps), "--eval-every", str(steps)]
-        if arm in SAME_TOKENS:
-            flags += ["--step-tokens", str(tokens_of_a_step(out / f"deep-{seed}"))]
+    directory, finished = out / f"{arm}-{seed}", out / f"{arm}-{seed}" / "run.png"           # which is written last
+    flags = [*FLAGS.split(), *ARMS[arm].flags.split(), "--steps", str(steps), "--eval-every", str(steps)]
+    if arm in SAME_TOKENS:
+        flags += ["--step-tokens", str(tokens_of_a_step(out / f"deep-{seed}"))]
+    flags += [*others, "--seed", str(seed), "--out", str(directory)]
+    check_settings(directory, flags)
+    if not finished.exists():
         print(f"{directory}: {ARMS[arm].label}; its progress is in {log_of(directory)}", flush=True)
-        if start_run(directory, [*flags, *others, "--seed", str(seed), "--out", str(directory)]).wait():
-            sys.exit(f"error: {directory} failed, its last line: {log_of(directory).read_text().splitlines()[-1]}")
+        if start_run(directory, flags).wait() or not finished.exists():
+            sys.exit(f"error: {directory} is not finished, its last line: "
+                     f"{log_of(directory).read_text().splitlines()[-1]}")
     return directory
 
 
 def row_of(run) -> list[str]:
     """The cells of one run. The standard error of its accuracy is that of a share of the test questions."""
     metrics = read_metrics(run)
-    n = json.loads((run / "config.json").read_text())["settings"]["eval_rows"]
+    n = json.loads((run / "config.json").read_text())["evaluation_questions"]
 
     def mean(name, steps=slice(None)):
         values = metrics[name][1][steps] if name in metrics else ()
@@ -97,6 +100,8 @@ def main(argv=None):
     parser.add_argument("--results", type=Path, default=Path("results/gsm8k"),
                         help="Names the folder for the table and the logs. The default is results/gsm8k.")
     args, others = parser.parse_known_args(argv)
+    if taken := {flag.partition("=")[0] for flag in others} & {"--seed", "--method", "--step-tokens", "--eval-every"}:
+        parser.error(f"argument {min(taken)}: every arm has its own")
     names = args.arms.split(",")
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"argument --arms: {', '.join(unknown)}: choose from {', '.join(ARMS)}")

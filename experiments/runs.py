@@ -158,7 +158,8 @@ def start_run(directory, flags, module="train_gsm8k") -> subprocess.Popen:
     command = [sys.executable, "-m", *module.split(), *(["--resume", str(directory)] if interrupted else flags)]
     with open(log_of(directory), "w") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])})
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.getenv("PYTHONPATH")])])})
 
 
 def log_of(run_dir) -> Path:
@@ -264,10 +265,10 @@ def add_common_flags(parser, out) -> None:
                         help="Draws the figure again from the kept numbers and ends. The default is to run.")
 
 
-def kept_numbers(parser, path) -> dict:
-    """The numbers that a program has kept; ends it where there are none."""
+def kept_numbers(parser, path, flag="--redraw") -> dict:
+    """The numbers that a program has kept; ends it where there are none. flag: the one that needs them."""
     if not path.exists():
-        parser.error(f"argument --redraw: {path} does not exist, so there are no numbers to draw")
+        parser.error(f"argument {flag}: {path} does not exist, so there are no kept numbers")
     try:
         return json.loads(path.read_text())
     except ValueError as error:

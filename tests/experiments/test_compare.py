@@ -173,8 +173,9 @@ def test_kept_runs_are_not_made_again_but_for_the_first(tmp_path, monkeypatch):
     made, accuracies = [], {"grpo-0": (0.0, 0.4, 0.6), "grpo-1": (0.1, 0.4, 0.6), "treerl-0": (0.0, 0.2, 0.4),
                             "treerl-1": (0.3, 0.2, 0.4)}
 
-    def run_all(experiment, out, jobs, known):
-        seeds, made[:] = range(experiment.first_seed, experiment.first_seed + experiment.seeds), []
+    def run_all(experiment, out, jobs, known=()):
+        seeds = range(experiment.first_seed, experiment.first_seed + experiment.seeds)
+        made.append("again" if out.name == "again" else "rest")
         for name in (f"{arm}-{seed}" for arm in experiment.arms for seed in seeds if (arm, seed) not in known):
             made.append(name)
             if not (out / name).exists():
@@ -182,27 +183,45 @@ def test_kept_runs_are_not_made_again_but_for_the_first(tmp_path, monkeypatch):
         return {arm: [out / f"{arm}-{seed}" for seed in seeds] for arm in experiment.arms}
 
     monkeypatch.setattr(compare, "run_all", run_all)
+    monkeypatch.setitem(EXPERIMENTS, "methods", EXPERIMENTS["methods"]._replace(arms={"grpo": ARMS["grpo"]}))
 
     def main(*flags):
+        made.clear()
         compare.main(["--results", str(tmp_path), "--out", str(tmp_path / made_in), *flags])
         return json.loads((tmp_path / "methods.json").read_text())
 
     made_in = "whole"
     whole = main("--arms", "grpo,treerl", "--seeds", "2")
-    assert sorted(made) == sorted(accuracies)
+    assert made == ["rest", "grpo-0", "grpo-1", "treerl-0", "treerl-1"]
     made_in = "parts"
     main("--arms", "grpo", "--seeds", "1")
     extended = main("--extend", "--arms", "treerl", "--seeds", "2")
-    assert sorted(made) == sorted(accuracies) and extended == whole          # grpo-0 once more
-    made_in = "elsewhere"
-    assert main("--extend", "--arms", "treerl", "--seeds", "2") == whole and made == ["grpo-0"]
-    made_in = "changed"
-    with pytest.raises(SystemExit, match="the kept runs have budget_tokens 128000, here it is 5: choose another"):
-        main("--extend", "--budget-tokens", "5")
+    assert made == ["again", "grpo-0", "rest", "grpo-1", "treerl-0", "treerl-1"]
+    for kept in whole["arms"].values():
+        assert kept["summary"].pop("relative_time") > 0
+    for kept in extended["arms"].values():
+        assert kept["summary"].pop("relative_time") is None              # the runs may be of two machines
+    assert extended == whole
+    # Without --seeds, those that are kept; what was made again before is made anew.
     accuracies["grpo-0"] = (0.0, 0.4, 0.7)
-    with pytest.raises(SystemExit, match=r"grpo-0 has accuracy_end 0\.7, the kept run has 0\.6: the kept runs were"):
-        main("--extend", "--arms", "treerl", "--seeds", "2")
+    with pytest.raises(SystemExit, match=r"again has accuracy_end 0\.7, the kept run has 0\.6: the kept runs were"):
+        main("--extend", "--arms", "treerl")
+    accuracies["grpo-0"] = (0.0, 0.4, 0.6)
+    assert len(main("--extend", "--arms", "treerl")["arms"]["grpo"]["seeds"]) == 2
+    for flags, message in ((("--budget-tokens", "5"), "have budget_tokens 128000, here it is 5: choose another"),
+                           (("--seeds", "1"), "2 seeds are kept, here there are 1: raise --seeds")):
+        with pytest.raises(SystemExit, match=message):
+            main("--extend", *flags)
+    with monkeypatch.context() as patch:
+        patch.setitem(ARMS, "treerl", ARMS["treerl"]._replace(flags="--method treerl --questions 3"))
+        with pytest.raises(SystemExit, match="flags of treerl --method treerl --questions 2, here it is --method"):
+            main("--extend")
+    for kept in whole["arms"].values():
+        kept["summary"]["relative_time"] = None
     assert json.loads((tmp_path / "methods.json").read_text()) == whole
+    del whole["first_seed"], whole["arms"]["treerl"]["flags"]                # as older results are
+    (tmp_path / "methods.json").write_text(json.dumps(whole))
+    main("--extend")
     for run in whole["arms"]["treerl"]["seeds"]:
         del run["accuracy_half"]
     (tmp_path / "methods.json").write_text(json.dumps(whole))

@@ -63,20 +63,28 @@ def test_a_row_by_hand(tmp_path):
               "peak_memory_gb": 40 + step} for step in range(1, 8)]
     for name, lines in (("metrics", rows), ("timing", times)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "config.json").write_text('{"settings": {"eval_rows": 100}}')
+    (tmp_path / "config.json").write_text('{"settings": {"eval_rows": 400}, "evaluation_questions": 100}')
     # sqrt(36 * 64 / 100) = 4.8; rewards of steps 1 to 5 and 3 to 7
     assert row_of(tmp_path) == ["25.0", "**36.0** ± 4.8", "0.300", "0.500", "0.500", "0.800", "0.200", "64", "4,000",
                                 "4.0", "2.0", "3.0", "47"]
 
 
 def test_arms_that_need_the_first_one_are_named(tmp_path, capsys):
-    for arms, message in (("ppo", "--arms: ppo: choose from deep, grpo"), ("more,deep", "which must be the first arm")):
+    for flags, message in ((["--arms", "ppo"], "--arms: ppo: choose from deep, grpo"),
+                           (["--arms", "more,deep"], "which must be the first arm"),
+                           (["--seed", "3"], "--seed: every arm has its own"),
+                           (["--method=grpo"], "--method: every arm has its own")):
         with pytest.raises(SystemExit):
-            gsm8k_trial.main(["--arms", arms, "--out", str(tmp_path)])
+            gsm8k_trial.main([*flags, "--out", str(tmp_path)])
         assert message in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
+def test_a_run_that_fails_or_ends_early_is_named(tmp_path, data, monkeypatch):
     run_here(monkeypatch)
-    with pytest.raises(SystemExit, match="deep-0 failed, its last line: error: argument --lr: "):
-        gsm8k_trial.main(["--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--lr", "-1"])
+    flags = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    with pytest.raises(SystemExit, match="deep-0 is not finished, its last line: error: "):
+        gsm8k_trial.main([*flags, "--model", "no-such-folder/model"])
+    with pytest.raises(SystemExit, match="deep-0 is not finished, its last line: "):
+        gsm8k_trial.main([*flags, *SMALL, *data, "--max-hours", "1e-9"])
+    with pytest.raises(SystemExit, match="deep-0 holds a run with steps = 2, here it is 3: delete it"):
+        gsm8k_trial.main([*flags, *SMALL, *data, "--max-hours", "1e-9", "--steps", "3"])

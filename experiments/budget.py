@@ -1,6 +1,6 @@
 r"""At equal tokens per update: should they go to more questions, to more rollouts, or to branches?
 
-    python -m experiments.budget             # eight splits in four locks, 10 seeds: four hours on two cores
+    python -m experiments.budget             # eight splits in four locks, 10 seeds: two to three hours on two cores
     python -m experiments.budget --extend    # only the seeds that results/budget.json does not have
     python -m experiments.budget --redraw    # the figure again, from the kept numbers
 

@@ -93,6 +93,8 @@ def main(argv=None):
                            allow_abbrev=False)       # else a flag of train_gsm8k.py could be taken for one of these
     parser.add_argument("--arms", default=",".join(ARMS), help="Runs only these arms, separated by commas. The default "
                         f"is {','.join(ARMS)}.")
+    parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct", help="Names the model, a folder or a name on "
+                        "the hub. The default is Qwen/Qwen2.5-0.5B-Instruct.")
     parser.add_argument("--seeds", type=count, default=1, help="Sets how many seeds each arm has. The default is 1.")
     parser.add_argument("--steps", type=count, default=25, help="Sets the steps of a run. The default is 25.")
     parser.add_argument("--out", type=Path, default=Path("runs/gsm8k_trial"),
@@ -102,7 +104,7 @@ def main(argv=None):
     args, others = parser.parse_known_args(argv)
     if taken := {flag.partition("=")[0] for flag in others} & {"--seed", "--method", "--step-tokens", "--eval-every"}:
         parser.error(f"argument {min(taken)}: every arm has its own")
-    names = args.arms.split(",")
+    others, names = ["--model", args.model, *others], args.arms.split(",")
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"argument --arms: {', '.join(unknown)}: choose from {', '.join(ARMS)}")
     if names[0] != "deep" and set(names) & set(SAME_TOKENS):

@@ -1,0 +1,91 @@
+r"""The methods at an equal budget once more, each with a learning rate of its own.
+
+    python -m experiments.tuned                        # all methods: an hour and a half on two cores
+    python -m experiments.tuned --experiment rare      # where correct answers are rare
+
+experiments.compare has one learning rate for all methods. It was chosen for none of them, but it may suit some better
+than others. Here each method first runs with three learning rates, half of that one, the same and twice as much, and
+with the seeds 100 to 102. The one with the highest mean accuracy over the run is taken. The seeds that are reported
+are those of experiments.compare, and were not used for this choice.
+
+Writes results/NAME-tuned.json, .png, and the tables of .md.
+"""
+import argparse
+import json
+
+from experiments.compare import EXPERIMENTS, measure, plot_comparison, tables
+from experiments.figures import save_figure
+from experiments.runs import Arm, add_common_flags, base_flags, kept_numbers, make_base, write_page, written_by
+from trainer.settings import OneLineParser, count
+
+RATES = {"methods": ("2e-5", "4e-5", "8e-5"), "rare": ("8e-5", "1.6e-4", "3.2e-4")}
+SEEDS, FIRST_SEED = 3, 100                           # of the choice
+
+
+def with_rate(arm, rate) -> Arm:
+    """An arm with this learning rate."""
+    return arm._replace(label=f"{arm.label}, {rate}", flags=f"{arm.flags} --lr {rate}")
+
+
+def choose_rates(experiment, rates, out, jobs, base) -> dict[str, dict[str, float]]:
+    """arm -> learning rate -> mean accuracy over the runs of the choice."""
+    trials = {f"{name}-{rate}": with_rate(arm, rate) for name, arm in experiment.arms.items() for rate in rates}
+    measured = measure(experiment._replace(arms=trials, seeds=SEEDS, first_seed=FIRST_SEED), out, jobs, base)
+    return {name: {rate: measured["arms"][f"{name}-{rate}"]["summary"]["accuracy_mean"] for rate in rates}
+            for name in experiment.arms}
+
+
+def choice_table(experiment, found) -> str:
+    """Markdown: the mean accuracy of each method with each learning rate; the highest is taken."""
+    rates = list(next(iter(found.values())))
+    lines = [f"The learning rate of each method is the one with the highest mean accuracy over {SEEDS} runs, with the",
+             f"seeds {FIRST_SEED} to {FIRST_SEED + SEEDS - 1}, which the tables above do not have.", "",
+             f"| method | {' | '.join(rates)} |", "|---" * (len(rates) + 1) + "|"]
+    for name, means in found.items():
+        cells = [f"**{mean:.3f}**" if rate == best_rate(means) else f"{mean:.3f}" for rate, mean in means.items()]
+        lines.append(f"| {experiment.arms[name].label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def best_rate(means) -> str:
+    """The learning rate with the highest mean; of equal ones, the first."""
+    return max(means, key=means.get)
+
+
+def main(argv=None):
+    """Choose, run what is missing, then write numbers, figure and tables."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", choices=RATES, default="methods",
+                        help="Selects what is compared. The default is methods.")
+    parser.add_argument("--seeds", type=count, help="Sets how many seeds are reported. The default is 5, and 10 for "
+                        "rare.")
+    parser.add_argument("--budget-tokens", type=count, default=128_000,
+                        help="Sets the generated tokens of a run. The default is 128000.")
+    add_common_flags(parser, "runs/tuned")
+    args = parser.parse_args(argv)
+    experiment = EXPERIMENTS[args.experiment]
+    experiment = experiment._replace(seeds=args.seeds or experiment.seeds, budget_tokens=args.budget_tokens)
+    numbers, picture, page = (args.results / f"{args.experiment}-tuned.{ending}" for ending in ("json", "png", "md"))
+    title = f"{experiment.title}, each with its own learning rate"
+    if args.redraw:
+        measured = kept_numbers(parser, numbers)
+    else:
+        out, base = args.out / args.experiment, ""
+        if experiment.lock:
+            make_base(experiment.lock, out / "base")
+            base = base_flags(out / "base")
+        found = choose_rates(experiment, RATES[args.experiment], out / "choice", args.jobs, base)
+        tuned = {name: with_rate(arm, best_rate(found[name])) for name, arm in experiment.arms.items()}
+        measured = measure(experiment._replace(arms=tuned), out, args.jobs, base) | {"choice": found}
+        args.results.mkdir(parents=True, exist_ok=True)
+        numbers.write_text(json.dumps(measured, indent=1) + "\n")
+        about = written_by("-m experiments.tuned", argv, f"{experiment.flags}, {args.budget_tokens:,} tokens; "
+                           f"{experiment.lock or 'the lock of the preset'}")
+        write_page(page, title, picture.name, "\n\n".join([about, tables(measured), choice_table(experiment, found)]))
+        print(choice_table(experiment, found), tables(measured), sep="\n\n")
+    save_figure(plot_comparison(measured, title), picture)
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -83,7 +83,7 @@ def test_a_run_that_fails_or_ends_early_is_named(tmp_path, data, monkeypatch):
     run_here(monkeypatch)
     flags = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
     with pytest.raises(SystemExit, match="deep-0 is not finished, its last line: error: "):
-        gsm8k_trial.main([*flags, "--model", "no-such-folder/model"])
+        gsm8k_trial.main([*flags, *data, "--model", str(tmp_path)])
     with pytest.raises(SystemExit, match="deep-0 is not finished, its last line: "):
         gsm8k_trial.main([*flags, *SMALL, *data, "--max-hours", "1e-9"])
     with pytest.raises(SystemExit, match="deep-0 holds a run with steps = 2, here it is 3: delete it"):

@@ -59,6 +59,7 @@ ARMS = {
     "spo_tree_all": Arm("SPO-tree without its mask",
                         "--method spo_tree --questions 2 --group-size 3 --branches 2 --prob-mask 1"),
     "vcpo": Arm("VCPO, G = 8", "--method vcpo --questions 4"),
+    "maspo": Arm("GRPO + MASPO", "--method grpo --questions 4 --maspo"),
     "goldilocks": Arm("GRPO + Goldilocks", "--method grpo --questions 4 --select goldilocks"),
     "deep_goldilocks": Arm("DEEP-GRPO + Goldilocks", "--method deep_grpo --select goldilocks"),
     "prefix": Arm("DEEP-GRPO, prefix trained", "--method train_prefix"),
@@ -90,7 +91,7 @@ def arms(names) -> dict[str, Arm]:
 
 
 FIRST_METHODS = "grpo grpo64 dr_grpo deep_grpo treerl attnrl fr3e rrpo"
-LATER_METHODS = "spo_chain spo_tree spo_tree_all vcpo goldilocks deep_goldilocks"
+LATER_METHODS = "spo_chain spo_tree spo_tree_all vcpo goldilocks deep_goldilocks maspo"
 EXPERIMENTS = {                                      # the last line of each is the message of the kept result
     "methods": Experiment(
         "The methods at equal budget", 5, 128_000, EQUAL,

@@ -91,7 +91,7 @@ def arms(names) -> dict[str, Arm]:
 
 
 FIRST_METHODS = "grpo grpo64 dr_grpo deep_grpo treerl attnrl fr3e rrpo"
-LATER_METHODS = "spo_chain spo_tree spo_tree_all vcpo goldilocks deep_goldilocks maspo"
+LATER_METHODS = "spo_chain spo_tree spo_tree_all vcpo goldilocks deep_goldilocks"
 EXPERIMENTS = {                                      # the last line of each is the message of the kept result
     "methods": Experiment(
         "The methods at equal budget", 5, 128_000, EQUAL,

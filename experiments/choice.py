@@ -49,10 +49,10 @@ from trainer.settings import OneLineParser, count
 RULES = {"depth": [0], "rate": [1], "both": [0, 1]}      # columns of features()
 EXPLORED = 0.1
 HALF = "--method deep_grpo --branch-share .5 --questions 4"      # a rule chooses among the failures of four questions
-ARMS = {"random": Arm("at random", HALF)} | {
+ARMS = {"random": Arm("a random choice", HALF)} | {
     rule: Arm(label, HALF, f"experiments.choice run {rule}")
     for rule, label in (("depth", "by depth"), ("rate", "by the question's rate"), ("both", "by both"))}
-TITLE = "Which failures are worth branching?"
+TITLE = "Choosing which failures are branched brings nothing"
 
 
 # ---- one run ----

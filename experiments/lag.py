@@ -43,18 +43,20 @@ def read_curve(run, lag) -> dict:
     """Of one run: its numbers of updates, from 0 on, where it was evaluated, and the accuracy after each of them.
 
     Also the mean ess_share (None without VCPO), the median norm of the gradient, and the mean share of tokens that the
-    clip holds, over the steps with an update.
+    clip holds, over the steps with an update (None if there is none).
     """
+    def over(reduce, name):
+        values = metrics[name][1][metrics["optimizer_steps"][1] > 0]
+        return float(reduce(values)) if len(values) else None
+
     metrics = read_metrics(run)
     steps, accuracy = metrics["eval_accuracy"]
     updates = np.maximum(steps - lag, 0)
     first = np.flatnonzero(updates == 0)[-1]             # nothing is learned until then
-    learned = metrics["optimizer_steps"][1] > 0
     shares = metrics.get("ess_share", (np.zeros(0), np.zeros(0)))[1]
     return {"updates": updates[first:].tolist(), "accuracy": accuracy[first:].tolist(),
             "ess_share": float(shares.mean()) if len(shares) else None,
-            "grad_norm": float(np.median(metrics["grad_norm"][1][learned])),
-            "clip_fraction": float(metrics["clip_fraction"][1][learned].mean())}
+            "grad_norm": over(np.median, "grad_norm"), "clip_fraction": over(np.mean, "clip_fraction")}
 
 
 def collect(directories, settings) -> dict:

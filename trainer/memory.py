@@ -12,6 +12,8 @@ has T tokens. A chunk of the head has C = min(T, 4096) loss tokens (packing.scor
                                     Sampling: 2 P.
                                     Update, one GPU: 2 P by autocast, and 6 B in a layer, which are its gradient in bf16
                                     and fp32.
+                                    Autocast does not copy an input embedding that is not also the head. It is looked
+                                    up, and in no product, so these are 2 (P - V h) then.
                                     Update, sharded: 2 R + 2 V h, which are the weights of R and the gradient of the
                                     head. The backward pass of a layer adds 10 B: its weights and gradients, the weights
                                     of the layer to come, and the gradients of the one before in fp32, which are on
@@ -68,12 +70,14 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     s = compute.itemsize
     sharded = gpus > 1
     autocast = s == 2 and not sharded
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    cast = P if tied or sharded else P - vocabulary * h
     residual = 4 if autocast else s                  # bytes per number that flows from layer to layer
     static = {"weights": 4 * P / gpus, "gradients": 4 * P / gpus, "moments": 8 * P / gpus}
     static = dict.fromkeys(static, 0) if offload else static
     static["reference"] = 4 * P / gpus if reference else 0
 
-    sampling = {"gradients": 0, "gathered": 0 if s == 4 else 2 * P,
+    sampling = {"gradients": 0, "gathered": 0 if s == 4 else 2 * cast,
                 **{name: rows * n for name, n in of_row(model, row_tokens, compute).items()}, "activations": 0}
 
     mask = 0 if compiled else T * s
@@ -82,9 +86,9 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     moments = {                                      # points in time of the update, not Adam's moments
         "at the head": {"activations": kept + T * (4 + 3 * residual) * h,
                         "logits": max(12 * C, 6 * h if autocast else 0) * vocabulary,
-                        "gathered": sharded * outside + autocast * 2 * P},
+                        "gathered": sharded * outside + autocast * 2 * cast},
         "in the last layer": {"activations": kept + checkpointing * layer + T * 3 * inner * s, "logits": 0,
-                              "gathered": sharded * (outside + 10 * B) + autocast * (2 * P + 6 * B)}}
+                              "gathered": sharded * (outside + 10 * B) + autocast * (2 * cast + 6 * B)}}
     update = max(moments.values(), key=lambda parts: sum(parts.values()))
     return {"sampling": static | sampling, "update": static | {"KV cache": 0} | update}
 

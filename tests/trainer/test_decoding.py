@@ -495,13 +495,13 @@ def test_sampling_goes_on_without_what_cannot_be_compiled(monkeypatch):
 
     def wrong(*args, compile_layers, **settings):
         drawn = sample(*args, **settings)
-        drawn[0][0].logps += 0.3
+        drawn[0][0].logps += 0.1
         return drawn
 
     monkeypatch.setattr(decoding, "sample", fails)
     assert decoding.warm_up(model, True) == "RuntimeError: no compiler here"
     monkeypatch.setattr(decoding, "sample", wrong)
-    assert "differ by 0.15 nats" in decoding.warm_up(model, True)              # of one of two rows
+    assert "differ by 0.05 nats" in decoding.warm_up(model, True)              # of one of two rows
     monkeypatch.setattr(decoding, "sample", lambda *args, compile_layers, **settings: sample(*args, **settings))
     assert decoding.warm_up(model, True) is None
 

@@ -98,7 +98,7 @@ def update_estimate(model, tokens, gpus, compute, checkpointing):
 # In each of them another term is the largest: the MLP, the logits, the attention, the mask, layer inputs, copies.
 SHAPES = {"inner": (dict(inner=1024), 512), "vocabulary": (dict(vocabulary=4096), 256),
           "hidden": (dict(hidden=256), 256),
-          "mask": (dict(hidden=32, inner=64), 512), "untied": (dict(tied=False, hidden=192, vocabulary=1024), 48),
+          "mask": (dict(hidden=32, inner=64), 512), "untied": (dict(tied=False, hidden=192, vocabulary=1024), 64),
           "inputs": (dict(depth=12, inner=64, vocabulary=32, hidden=128), 512)}
 
 
@@ -149,15 +149,12 @@ def test_the_update_sharded(shape, checkpointing, fake_ranks):
 
 @pytest.mark.parametrize("tied, vocabulary", [(True, 4096), (False, 2048)])
 def test_the_weights_of_the_sharded_update(tied, vocabulary, fake_ranks):
-    """With next to no tokens there is nothing else: 10 B of a layer, and 2 R + 2 V h.
-
-    A CPU without bf16 arithmetic copies a weight once more in a product: 6 % of the peak.
-    """
+    """With next to no tokens there is nothing else: 10 B of a layer, and 2 R + 2 V h."""
     model = make(hidden=256, inner=1024, vocabulary=vocabulary, tied=tied, checkpointing=True)
     gathered = estimate(model, fake_ranks, micro_batch_tokens=16)["update"]["gathered"]
     gradients = sum(4 * p.numel() / fake_ranks for p in model.parameters())
     peak = update_peak(shard(model, torch.bfloat16), 16, 2 * fake_ranks) - gradients
-    assert 0.92 < gathered / peak < 1
+    assert 0.95 < gathered / peak < 1
 
 
 def test_sampling_sharded(fake_ranks):

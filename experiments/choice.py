@@ -21,15 +21,14 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 
 import train_gsm8k
-from deep_grpo import Group
 from experiments.calibrate import fit_logistic
 from experiments.compare import EQUAL, RARE, measure, plot_comparison, tables
 from experiments.figures import save_figure
@@ -72,29 +71,19 @@ def earlier_pivots(run, group_size) -> tuple[np.ndarray, np.ndarray]:
     return features(column["depth"], column["question_rate"] * group_size), living.astype(float)
 
 
-def preferred(rule, run) -> Callable:
-    """What stands in the place of thinned() of variants/thin.py: it keeps the forks that the rule prefers."""
-    def thinned(choose_pivots, share):
-        def choose(policy, questions, groups, config, recoverability, rng):
-            groups = choose_pivots(policy, questions, groups, config, recoverability, rng)
-            forked = [(x, i) for x, g in enumerate(groups) for i, t in enumerate(g.trajectories) if t.forks]
-            n = int(len(forked) * share + rng.random())
-            known, living = earlier_pivots(run, config.group_size)
-            order = rng.permutation(len(forked))
-            if len(np.unique(living)) == 2:              # else there is nothing to learn from yet
-                own = features([groups[x].trajectories[i].forks[0].ratio for x, i in forked],
-                               [sum(t.reward for t in groups[x].trajectories) for x, i in forked])
-                w = fit_logistic(known[:, RULES[rule]], living)
-                p = sigmoid(own[:, RULES[rule]] @ w[:-1] + w[-1])
-                best = order[np.argsort(-p[order], kind="stable")]                  # ties stay in random order
-                random = int(EXPLORED * n + rng.random())
-                order = [*best[:n - random], *rng.permutation(best[n - random:])]
-            kept = {forked[j] for j in order[:n]}
-            return [Group(g.prompt, [t if (x, i) in kept else replace(t, forks=[])
-                                     for i, t in enumerate(g.trajectories)]) for x, g in enumerate(groups)]
-
-        return choose
-    return thinned
+def preferred(rule, run, groups, forked, n, config, rng) -> np.ndarray:
+    """What stands in the place of at_random() of variants/thin.py: the forks that the rule prefers come first."""
+    known, living = earlier_pivots(run, config.group_size)
+    order = rng.permutation(len(forked))
+    if len(np.unique(living)) < 2:                       # there is nothing to learn from yet
+        return order
+    own = features([groups[x].trajectories[i].forks[0].ratio for x, i in forked],
+                   [sum(t.reward for t in groups[x].trajectories) for x, i in forked])
+    w = fit_logistic(known[:, RULES[rule]], living)
+    p = sigmoid(own[:, RULES[rule]] @ w[:-1] + w[-1])
+    best = order[np.argsort(-p[order], kind="stable")]   # ties stay in random order
+    random = int(EXPLORED * n + rng.random())
+    return np.concatenate([best[:n - random], rng.permutation(best[n - random:])])
 
 
 def run_one(rule=None, *flags) -> int:
@@ -104,7 +93,8 @@ def run_one(rule=None, *flags) -> int:
         print(f"error: choice run: needs a rule of {', '.join(RULES)}, got {rule!r}, and --out DIR or --resume DIR",
               file=sys.stderr)
         return 2
-    with patch.object(train_gsm8k, "thinned", preferred(rule, Path(out))):
+    order = partial(preferred, rule, Path(out))
+    with patch.object(train_gsm8k, "thinned", partial(train_gsm8k.thinned, order=order)):
         return train_gsm8k.main(list(flags))
 
 

@@ -12,17 +12,24 @@ its branches to know the value of a state.
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from deep_grpo import Group
 from loss import Span, paper_weights
 
 
-def thinned(choose_pivots: Callable, share: float) -> Callable:
+def at_random(groups, forked, n, config, rng) -> np.ndarray:
+    """An order of `forked`, the (group, rollout) of all rollouts with forks. The first n of it keep theirs."""
+    return rng.permutation(len(forked))
+
+
+def thinned(choose_pivots: Callable, share: float, order: Callable = at_random) -> Callable:
     """Another choose_pivots, which keeps the forks of a share of the rollouts that have any. share: 0 < share <= 1."""
     def choose(policy, questions, groups, config, recoverability, rng) -> list[Group]:
         groups = choose_pivots(policy, questions, groups, config, recoverability, rng)
         forked = [(x, i) for x, g in enumerate(groups) for i, t in enumerate(g.trajectories) if t.forks]
         n = int(len(forked) * share + rng.random())                      # on average len(forked) * share
-        kept = {forked[j] for j in rng.permutation(len(forked))[:n]}
+        kept = {forked[j] for j in order(groups, forked, n, config, rng)[:n]}
         return [Group(g.prompt, [t if (x, i) in kept else replace(t, forks=[]) for i, t in enumerate(g.trajectories)])
                 for x, g in enumerate(groups)]
 

@@ -1,5 +1,6 @@
 """The choice of failures: what a rule knows and keeps, by hand, a run with a rule, commands that differ in it alone."""
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from experiments.runs import Experiment, flags_of
 from tasks.lock import HARD, Lock, make_rows
 from trainer.session import PIVOT_COLUMNS, pivot_lines
 from trainer.settings import parse_args
+from variants.thin import thinned
 
 CONFIG = SimpleNamespace(group_size=4)
 
@@ -34,8 +36,8 @@ def write_pivots(run, groups):
 
 def kept_of(rule, run, groups, share, seed=0):
     """The depths of the forks that are left, question by question."""
-    thinned = preferred(rule, run)(lambda policy, questions, groups, *rest: groups, share)
-    left = thinned(None, None, groups, CONFIG, None, np.random.default_rng(seed))
+    choose = thinned(lambda policy, questions, groups, *rest: groups, share, partial(preferred, rule, run))
+    left = choose(None, None, groups, CONFIG, None, np.random.default_rng(seed))
     assert [len(g.trajectories) for g in left] == [len(g.trajectories) for g in groups]
     return [[fork.ratio for t in g.trajectories for fork in t.forks] for g in left]
 

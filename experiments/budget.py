@@ -19,7 +19,7 @@ import json
 
 import numpy as np
 
-from experiments.compare import EQUAL, differences, measure, tables
+from experiments.compare import EQUAL, differences, known_runs, measure, tables
 from experiments.figures import GREY_TO_ACCENT, INK, new_figure, save_figure
 from experiments.runs import (
     Arm,
@@ -66,9 +66,10 @@ def signs(measured) -> dict[str, float]:
 
 def measure_lock(lock, out, args, kept=None) -> dict:
     """The numbers of all runs with one lock, as compare.collect returns them. kept: those that are not made again."""
-    make_base(lock, out / "base")
     experiment = Experiment(TITLE, args.seeds, args.budget_tokens, FLAGS, ARMS, lock)
-    return measure(experiment, out, args.jobs, base_flags(out / "base"), kept)
+    known = known_runs(kept, experiment)
+    make_base(lock, out / "base")
+    return measure(experiment, out, args.jobs, base_flags(out / "base"), known)
 
 
 def grid(kept) -> tuple[np.ndarray, np.ndarray]:

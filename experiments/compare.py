@@ -131,7 +131,12 @@ def settings_of(experiment) -> dict:
 
 
 def known_runs(measured, experiment) -> dict[tuple[str, int], dict]:
-    """(arm, seed) -> the numbers of a run, of all runs that collect() had; ends the program if it had other runs."""
+    """(arm, seed) -> the numbers of a run, of all runs that collect() had; ends the program if it had other runs.
+
+    measured: what collect() returned before; None: there are no runs.
+    """
+    if measured is None:
+        return {}
     then, now = {"first_seed": 0} | measured, settings_of(experiment)    # old results do not name their first seed
     for arm, kept in measured["arms"].items():
         now[f"flags of {arm}"] = experiment.arms[arm].flags
@@ -147,13 +152,12 @@ def known_runs(measured, experiment) -> dict[tuple[str, int], dict]:
             for i, run in enumerate(kept["seeds"])}
 
 
-def measure(experiment, out, jobs, base="", kept=None) -> dict:
-    """Make the runs that `kept` does not have, and return what collect() returns for all of them.
+def measure(experiment, out, jobs, base="", known=()) -> dict:
+    """Make the runs that are not known, and return what collect() returns for all of them.
 
-    base: flags of the base policy. kept: what collect() returned before, or None. The first of the kept runs is made
-    again; the program ends if it gives other numbers.
+    base: flags of the base policy. known: that of known_runs(). The first of these runs is made again; the program ends
+    if it gives other numbers.
     """
-    known = known_runs(kept, experiment) if kept else {}
     made = experiment._replace(flags=f"{experiment.flags} {base}")
     for arm, seed in list(known)[:1]:
         shutil.rmtree(out / "again", ignore_errors=True)                 # it may be of another version
@@ -313,12 +317,13 @@ def main(argv=None):
     chosen = experiment._replace(arms={name: ARMS[name] for name in names},
                                  seeds=args.seeds or (kept or {}).get("seeds", experiment.seeds),
                                  budget_tokens=args.budget_tokens or experiment.budget_tokens)
+    known = known_runs(kept, chosen)                 # before a base policy is made, which takes minutes
     start, out, base = time.time(), args.out, ""
     if chosen.lock:
         out = out / args.experiment
         make_base(chosen.lock, out / "base")
         base = base_flags(out / "base")
-    measured = measure(chosen, out, args.jobs, base, kept)
+    measured = measure(chosen, out, args.jobs, base, known)
     args.results.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(measured, indent=1) + "\n")
     save_figure(plot_comparison(measured, headline(experiment, measured)), picture)

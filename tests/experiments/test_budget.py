@@ -65,6 +65,16 @@ def test_unknown_locks_and_missing_numbers_are_named(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_fewer_seeds_are_refused_before_a_base_policy_is_made(tmp_path, monkeypatch):
+    kept = {"late error, rare": kept_of()["a lock"] | {"flags": FLAGS, "first_seed": 0, "lock": {
+        "turns": [12, 14], "hard": 1, "place": [1, 2], "p": 0.01}}}
+    (tmp_path / "budget.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(program, "make_base", None)
+    with pytest.raises(SystemExit, match="3 seeds are kept, here there are 2: raise --seeds"):
+        program.main(["--locks", "late error, rare", "--seeds", "2", "--budget-tokens", "9", "--extend",
+                      "--results", str(tmp_path)])
+
+
 def test_locks_of_other_settings_do_not_come_into_one_file(tmp_path, capsys):
     """The text above the table has one number of seeds and one budget for all locks."""
     (tmp_path / "budget.json").write_text(json.dumps(kept_of()))

@@ -9,8 +9,8 @@ whose branches will probably not all get the same reward, because only these hav
 a logistic regression on earlier pivots of the same run, with the penalty of Eq. (P). It is fitted again in every step.
 What it knows is the depth of the pivot, or log(1 + correct rollouts of its question), or both. A tenth of the failures
 that are branched is drawn at random, so that the regression keeps learning about all of them. All rules branch equally
-many failures on average, and all runs generate equally many tokens per update. A run that was interrupted goes on with
-the same command. (`train_gsm8k.py --resume` would go on without the rule.)
+many failures on average, and all runs generate equally many tokens. A run that was interrupted goes on with the same
+command. (`train_gsm8k.py --resume` would go on without the rule.)
 
 On the embedded task all questions are equally hard, so a question would tell nothing. Here half of them have one hard
 turn and the other half has three. The base policy does a hard turn right with probability .1.

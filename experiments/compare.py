@@ -7,7 +7,7 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
     python -m experiments.compare --experiment stapo       # with and without STAPO
     python -m experiments.compare --experiment ablations   # DEEP-GRPO without one of its parts
     python -m experiments.compare --experiment thinning    # a share of the failures branched, 40 seeds
-    python -m experiments.compare --extend --arms mine     # one more arm beside the kept ones, minutes
+    python -m experiments.compare --extend --arms mine     # an arm that you added to ARMS beside the kept ones
 
 Every update of every method has the same number of generated tokens (--step-tokens). The number of updates is therefore
 equal, too, and a method that needs fewer tokens for a question gets more questions. All runs of an experiment start
@@ -16,8 +16,8 @@ each. Runs are kept in --out: finished ones are not run again, and interrupted o
 
 An experiment writes three files into results/. NAME.json has the numbers of every run, NAME.png is the figure, and
 NAME.md has the tables between two markers. --redraw draws the figure from NAME.json, without any runs. --extend makes
-only the runs that NAME.json does not have. Before, it makes the first kept run once more, and ends with an error if a
-number is not the same to the last digit.
+only the runs that NAME.json does not have. First it repeats one kept run, and ends with an error if a number is not the
+same to the last digit. (The kept numbers of rare, branches, prefix and ablations are too few for it.)
 """
 import argparse
 import json

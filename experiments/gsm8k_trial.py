@@ -1,6 +1,6 @@
 r"""A short trial on real GSM8K with one GPU: what do branches do at equal questions, and what at equal tokens?
 
-    python -m experiments.gsm8k_trial --model FOLDER                   # four arms, 25 steps each: half an hour
+    python -m experiments.gsm8k_trial --model FOLDER                   # four arms, 25 steps each; not run yet
     python -m experiments.gsm8k_trial --model FOLDER --arms deep,grpo --steps 10 --no-compile
 
     deep    DEEP-GRPO with 64 questions a step, G = 8 and K = 8

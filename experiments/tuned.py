@@ -1,6 +1,6 @@
 r"""The methods at an equal budget once more, each with a learning rate of its own.
 
-    python -m experiments.tuned                        # all methods: an hour and a half on two cores
+    python -m experiments.tuned                        # all methods: an hour and a half on two cores; not run yet
     python -m experiments.tuned --experiment rare      # where correct answers are rare
 
 experiments.compare has one learning rate for all methods. It was chosen for none of them, but it may suit some better

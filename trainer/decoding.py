@@ -341,8 +341,8 @@ def draw_block(model, fixed, seen, token, position, pick, block) -> list[list]:
 def compiled_for_one_token(model):
     """The layers run compiled until the end of the block, for one token of each row.
 
-    One compilation serves all layers, although they differ in a number (layer_idx), and all sizes: two that are equal
-    by chance are not taken for the same one. Under autocast, compiled code would cast the weights anew for every token.
+    One compilation serves all layers, although they differ in a number (layer_idx), and all sizes: two sizes that
+    happen to be equal stay two to the compiler. Under autocast, compiled code would cast the weights anew for every token.
     So those of the linear layers are in its type until the end of the block.
     """
     kind, kept = model.device.type, []
@@ -412,9 +412,9 @@ def greedy(logits):
 def warm_up(model, compile_layers: bool) -> str | None:
     """Try the loop on the model's device, and compile what it needs. Returns why it cannot be used so, or None.
 
-    What is drawn from several rows, and from one, is scored by packing.score_rows: both must be one policy. The prompts
-    are random tokens, for which bf16 rounds more than for text: two real models had gaps of .016 to .055 nats on a CPU.
-    A wrong mask or position makes gaps of nats.
+    What is drawn from several rows, and from one, is scored by packing.score_rows: both must be one policy. On a GPU
+    the types are those of autocast, so the bound is wider than on a CPU: of random tokens, as the prompts are here, two
+    real models had gaps of .016 to .055 nats in bf16. A wrong mask or position makes gaps of nats.
     """
     gpu = model.device.type == "cuda"
     many = 64 if gpu else 1                          # torch chooses kernels by the sizes that it sees first

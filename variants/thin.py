@@ -6,7 +6,7 @@ run, most branch tokens teach nothing. With --step-tokens, the tokens that are s
 Differs from deep_grpo.py in: line 2, whose groups lose the forks of some rollouts. They are drawn at random. Of n
 rollouts with forks, n S keep them on average. T_fail of Eq. (J) are the failures that are branched, so the branches
 that are left weigh more. `--method light_branches` removes this effect: its T_fail are all failures, and a branch
-weighs what it weighs with S = 1. Other methods that branch are thinned in the same way, but for SPO, which needs all of
+weighs what it weighs with S = 1. Other methods that branch are thinned in the same way, except SPO, which needs all of
 its branches to know the value of a state.
 """
 from collections.abc import Callable

@@ -342,8 +342,8 @@ def compiled_for_one_token(model):
     """The layers run compiled until the end of the block, for one token of each row.
 
     One compilation serves all layers, although they differ in a number (layer_idx), and all sizes: two sizes that
-    happen to be equal stay two to the compiler. Under autocast, compiled code would cast the weights anew for every token.
-    So those of the linear layers are in its type until the end of the block.
+    happen to be equal stay two to the compiler. Under autocast, compiled code would cast the weights anew for every
+    token. So those of the linear layers are in its type until the end of the block.
     """
     kind, kept = model.device.type, []
     if torch.is_autocast_enabled(kind) and not isinstance(model, FSDPModule):

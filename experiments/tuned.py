@@ -8,12 +8,14 @@ than others. Here each method first runs with three learning rates, half of that
 with the seeds 100 to 102. The one with the highest mean accuracy over the run is taken. The seeds that are reported
 are those of experiments.compare, and were not used for this choice.
 
-Writes results/NAME-tuned.json, .png, and the tables of .md.
+Writes results/NAME-tuned.json, .png, and the tables of .md. The choice takes most of the time, and is written first. A
+program that was stopped after it goes on from there.
 """
 import argparse
 import json
+import sys
 
-from experiments.compare import EXPERIMENTS, measure, plot_comparison, tables
+from experiments.compare import EXPERIMENTS, measure, plot_comparison, settings_of, tables
 from experiments.figures import save_figure
 from experiments.runs import Arm, add_common_flags, base_flags, kept_numbers, make_base, write_page, written_by
 from trainer.settings import OneLineParser, count
@@ -35,11 +37,24 @@ def choose_rates(experiment, rates, out, jobs, base) -> dict[str, dict[str, floa
             for name in experiment.arms}
 
 
+def chosen_before(numbers, experiment, rates) -> dict[str, dict[str, float]] | None:
+    """The choice of a program that was stopped after it, as `numbers` has it; None if there is none to go on from."""
+    kept = json.loads(numbers.read_text()) if numbers.exists() else {}
+    if "choice" not in kept or "arms" in kept:
+        return None
+    same = {name: list(means) for name, means in kept["choice"].items()} == {name: [*rates] for name in experiment.arms}
+    if not same or any(kept[name] != value for name, value in settings_of(experiment).items() if name != "seeds"):
+        sys.exit(f"error: {numbers} has a choice with other methods, learning rates or settings: remove it to choose "
+                 "again")
+    print(f"the learning rates are those that {numbers} has; remove it to choose again")
+    return kept["choice"]
+
+
 def choice_table(experiment, found) -> str:
     """Markdown: the mean accuracy of each method with each learning rate; the highest is taken."""
     rates = list(next(iter(found.values())))
     lines = [f"The learning rate of each method is the one with the highest mean accuracy over {SEEDS} runs, with the",
-             f"seeds {FIRST_SEED} to {FIRST_SEED + SEEDS - 1}, which the tables above do not have.", "",
+             f"seeds {FIRST_SEED} to {FIRST_SEED + SEEDS - 1}. They are used for nothing else.", "",
              f"| method | {' | '.join(rates)} |", "|---" * (len(rates) + 1) + "|"]
     for name, means in found.items():
         cells = [f"**{mean:.3f}**" if rate == best_rate(means) else f"{mean:.3f}" for rate, mean in means.items()]
@@ -69,18 +84,25 @@ def main(argv=None):
     title = f"{experiment.title}, each with its own learning rate"
     if args.redraw:
         measured = kept_numbers(parser, numbers)
+        if "arms" not in measured:
+            parser.error(f"argument --redraw: {numbers} has the learning rates that were chosen, but no runs with them")
     else:
+        about = written_by("-m experiments.tuned", argv, f"{experiment.flags}, {args.budget_tokens:,} tokens; "
+                           f"{experiment.lock or 'the lock of the preset'}")
+        rates = RATES[args.experiment]
+        found = chosen_before(numbers, experiment, rates)        # before a base policy is made, which takes minutes
         out, base = args.out / args.experiment, ""
         if experiment.lock:
             make_base(experiment.lock, out / "base")
             base = base_flags(out / "base")
-        found = choose_rates(experiment, RATES[args.experiment], out / "choice", args.jobs, base)
+        if found is None:
+            found = choose_rates(experiment, rates, out / "choice", args.jobs, base)
+            args.results.mkdir(parents=True, exist_ok=True)
+            numbers.write_text(json.dumps(settings_of(experiment) | {"choice": found}, indent=1) + "\n")
+            write_page(page, title, "", f"{about}\n\n{choice_table(experiment, found)}")
         tuned = {name: with_rate(arm, best_rate(found[name])) for name, arm in experiment.arms.items()}
         measured = measure(experiment._replace(arms=tuned), out, args.jobs, base) | {"choice": found}
-        args.results.mkdir(parents=True, exist_ok=True)
         numbers.write_text(json.dumps(measured, indent=1) + "\n")
-        about = written_by("-m experiments.tuned", argv, f"{experiment.flags}, {args.budget_tokens:,} tokens; "
-                           f"{experiment.lock or 'the lock of the preset'}")
         write_page(page, title, picture.name, "\n\n".join([about, tables(measured), choice_table(experiment, found)]))
         print(choice_table(experiment, found), tables(measured), sep="\n\n")
     save_figure(plot_comparison(measured, title), picture)

@@ -44,6 +44,37 @@ def test_the_best_rate_of_other_seeds_is_reported(tmp_path, monkeypatch):
     assert (tmp_path / "methods-tuned.png").exists()
 
 
+def test_a_program_that_was_stopped_after_the_choice_goes_on_from_it(tmp_path, monkeypatch, capsys):
+    """The runs of the choice are not made again. A choice among other methods or with another budget is refused."""
+    made = []
+
+    def run_all(experiment, out, jobs, known=()):
+        made.append(experiment)
+        if experiment.first_seed == 0:
+            raise KeyboardInterrupt                  # the program is stopped before the runs that are reported
+        return {arm: [write_run(out / f"{arm}-{i}", (0.0, 0.9 if arm.endswith("8e-5") else 0.2, 0.3)) for i in range(3)]
+                for arm in experiment.arms}
+
+    monkeypatch.setattr(compare, "run_all", run_all)
+    arms = {name: ARMS[name] for name in ("grpo", "treerl")}
+    monkeypatch.setitem(EXPERIMENTS, "methods", EXPERIMENTS["methods"]._replace(arms=arms))
+    flags = ["--seeds", "2", "--results", str(tmp_path), "--out", str(tmp_path / "runs")]
+    for seeds in ([100, 0], [0]):
+        with pytest.raises(KeyboardInterrupt):
+            tuned.main(flags)
+        assert [experiment.first_seed for experiment in made] == seeds
+        assert [arm.flags.split()[-1] for arm in made[-1].arms.values()] == ["8e-5", "8e-5"]
+        made.clear()
+    assert "| TreeRL, 6 trees | " in (tmp_path / "methods-tuned.md").read_text()
+    with pytest.raises(SystemExit):
+        tuned.main([*flags, "--redraw"])
+    assert "no runs with them" in capsys.readouterr().err
+    for change in ({"arms": {"grpo": ARMS["grpo"]}}, {"flags": "--preset tiny"}):
+        monkeypatch.setitem(EXPERIMENTS, "methods", EXPERIMENTS["methods"]._replace(**{"arms": arms} | change))
+        with pytest.raises(SystemExit, match="remove it to choose again"):
+            tuned.main(flags)
+
+
 @pytest.mark.parametrize("name", tuned.RATES)
 def test_the_rates_are_half_the_same_and_twice(name):
     experiment = EXPERIMENTS[name]

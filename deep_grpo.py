@@ -3,20 +3,22 @@ r"""Deep Dense Exploration for LLM Reinforcement Learning via Pivot-Driven Resam
 DEEP-GRPO is one function, `step`, at the end of this file: one step on a batch of questions x. Its lines are
 
     1  draw G responses tau^i to each x, and reward them: R_i = 1 if right and finished, else 0
-    2  for every failed tau^i draw one pivot t* ~ Q(t), Q ~ P_phi(success | t/T) (t/T)^gamma           pivot.py
+    2  for every failed tau^i draw one pivot t* from Q(t), which is proportional to
+       P_phi(success | t/T) (t/T)^gamma                                                               pivot.py
     3  draw K continuations y^{i,k} of the prefix s_{<t*}, and reward prefix + suffix               resample.py
     4  y = 1 if any of the K is right: add (r_t*, y) to the buffer M, fit P_phi again         recoverability.py
     5  A_global from the G rewards of x, A_local from the K rewards of a pivot                          loss.py
-    6  J = E_x [ 1/G sum_i L_main(tau^i) + lambda/|T_fail| sum_i 1/K sum_k L_aux(y^{i,k}) ]             loss.py
+    6  J = E_x [ 1/G sum_i L_main(tau^i) + lambda/|T_fail| sum_{i in T_fail} 1/K sum_k L_aux(y^{i,k}) ]  loss.py
     7  the prefix of a branch carries no loss: it was judged once already, in L_main                 packing.py
     8  one clipped AdamW step on -J; with config.updates > 1 several, on the same batch
 
 GRPO is K = 0: lines 2 to 4 vanish, and the first half of J is left. The methods that the paper compares itself with
 are other functions in the place of line 2 or of the weights of J (variants/).
 
-Departures from the paper: a step t is a sentence of a response (pivot.py), phi is the exact L2-regularised fit
-(recoverability.py), a response that does not end within the cap has reward 0, and a branch has the room that its
-prefix left. The form of the authors' code is Config.objective = "authors" (loss.py).
+Departures from the paper: a step t is a sentence of a response, and its depth is t/(T + 1) (pivot.py). phi is the exact
+L2-regularised fit to the last 10,000 outcomes, and P is 1 until there are enough of them (recoverability.py). A
+response that does not end within the cap has reward 0, and a branch has the room that its prefix left. The form of the
+authors' code is Config.objective = "authors" (loss.py).
 
     python deep_grpo.py        # runs one step on the embedded task and tells what happens
 """
@@ -36,7 +38,7 @@ from pivot import draw_pivot, fixed_ends, sentence_ends
 @dataclass
 class Fork:
     """A state of a rollout from which branches were drawn: the pivot of DEEP-GRPO; tree methods have several."""
-    pivot: int                                   # t*: number of response tokens that the branches keep
+    pivot: int                                   # the length of the prefix s_{<t*} in response tokens; t* counts steps
     ratio: float                                 # r_t*: relative depth of that state
     branches: list[list[int]] = field(default_factory=list)      # K suffixes y^{i,k}, token ids
     rewards: list[float] = field(default_factory=list)           # of prefix + suffix
@@ -119,33 +121,34 @@ def segment_ends(response, config, decode) -> list[int]:
 
 
 def choose_pivots(policy, questions, groups, config, recoverability, rng) -> list[Group]:
-    """Line 2: the same groups, with a Fork at one pivot t* ~ Q(t) of every failed rollout. rng: numpy Generator."""
-    def with_pivot(t):
-        if t.reward != 0 or config.branches == 0:
-            return t
-        ends = segment_ends(t.response, config, policy.text)
-        return replace(t, forks=[Fork(*draw_pivot(ends, recoverability, config.gamma, rng))])
+    """Line 2: the same groups, with a Fork at one pivot t* of every failed rollout, drawn from Q(t) by the numpy
+    Generator rng."""
+    def with_pivot(tau):
+        if tau.reward != 0 or config.branches == 0:
+            return tau
+        ends = segment_ends(tau.response, config, policy.text)
+        return replace(tau, forks=[Fork(*draw_pivot(ends, recoverability, config.gamma, rng))])
 
-    return [Group(g.prompt, [with_pivot(t) for t in g.trajectories]) for g in groups]
+    return [Group(g.prompt, [with_pivot(tau) for tau in g.trajectories]) for g in groups]
 
 
 def resample_failures(policy, questions, groups, config) -> list[Group]:
     """Line 3: the same groups, with K rewarded branches on every Fork. All are drawn in one call."""
-    forked = [(q, g, t, fork) for q, g in zip(questions, groups) for t in g.trajectories for fork in t.forks]
+    forked = [(q, g, tau, fork) for q, g in zip(questions, groups) for tau in g.trajectories for fork in tau.forks]
     if not forked or config.branches == 0:
         return groups
-    drawn = policy.sample([g.prompt + t.response[:fork.pivot] for _, g, t, fork in forked], config.branches,
+    drawn = policy.sample([g.prompt + tau.response[:fork.pivot] for _, g, tau, fork in forked], config.branches,
                           [config.max_new_tokens - fork.pivot for *_, fork in forked],      # what the prefix left
-                          [len(t.response) - fork.pivot for *_, t, fork in forked])         # the expected length
-    rewards = iter(policy.rewards([(q, t.response[:fork.pivot] + y)
-                                   for (q, _, t, fork), branches in zip(forked, drawn) for y in branches]))
+                          [len(tau.response) - fork.pivot for *_, tau, fork in forked])         # the expected length
+    rewards = iter(policy.rewards([(q, tau.response[:fork.pivot] + y)
+                                   for (q, _, tau, fork), branches in zip(forked, drawn) for y in branches]))
     drawn = iter(drawn)
 
     def branched(fork):
         branches = next(drawn)
         return replace(fork, branches=branches, rewards=[next(rewards) for _ in branches])
 
-    return [Group(g.prompt, [replace(t, forks=[branched(fork) for fork in t.forks]) for t in g.trajectories])
+    return [Group(g.prompt, [replace(tau, forks=[branched(fork) for fork in tau.forks]) for tau in g.trajectories])
             for g in groups]
 
 
@@ -153,7 +156,7 @@ def learn_recoverability(groups, recoverability) -> None:
     """Line 4: one outcome per pivot into the buffer M, then the fit of Eq. (P). None: the method has no such fit."""
     if recoverability is None:
         return
-    for fork in (fork for g in groups for t in g.trajectories for fork in t.forks if fork.branches):
+    for fork in (fork for g in groups for tau in g.trajectories for fork in tau.forks if fork.branches):
         recoverability.observe(fork.ratio, any(fork.rewards))
     recoverability.fit()
 
@@ -163,7 +166,7 @@ def learn_recoverability(groups, recoverability) -> None:
 
 @torch.no_grad()
 def score_groups(model, groups, config, micro_batch_tokens=None, ranks=ALONE):
-    """(log pi, entropies, tokens that went through the model): what the policy thinks of all loss tokens, in nats.
+    """(log-probabilities, entropies, tokens that went through the model) of all loss tokens under the policy, in nats.
 
     The first two are lists with a tensor per rollout, [response | branch 1 | ... | branch K], fp64 on the CPU.
     """
@@ -175,7 +178,7 @@ def score_groups(model, groups, config, micro_batch_tokens=None, ranks=ALONE):
         both = torch.stack(ranks.score(model, [rows[i] for i in batch], config.temperature))             # (2, n)
         for i, part in zip(batch, both.split([sizes[i] for i in batch], dim=1)):
             of_row[i].copy_(part)
-    lengths = [len(t.response) + sum(len(y) for _, y in t.branches) for g in groups for t in g.trajectories]
+    lengths = [len(tau.response) + sum(len(y) for _, y in tau.branches) for g in groups for tau in g.trajectories]
     logps, entropies = ranks.total(scores).cpu()
     return list(logps.split(lengths)), list(entropies.split(lengths)), sum(len(row.ids) for row in rows)
 
@@ -190,10 +193,10 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     loss is detached. ranks: which micro-batches this process computes; loss and metrics are those of all processes.
 
     Other methods replace weights(groups, config), which gives the Spans of loss.py, or surrogate(logp, old_logp, A),
-    the clipped part of Eq. (L). reweigh(table, logp, entropy) gives a changed table of loss tokens, from what the
-    policy thinks of them.
+    the clipped part of Eq. (L). reweigh(table, logp, entropy) gives a changed table of loss tokens, from their
+    log-probabilities and entropies under the policy.
 
-    Sequences without an advantage and, with a reference, without a KL term have no weight and are not computed.
+    A sequence is not computed when its advantage is 0 and no KL term acts on it.
     metrics: kl, the mean k3 over the tokens of rollouts that are computed, in nats (None: there are none);
     clip_fraction, the share of all computed loss tokens that the clip holds; trained_tokens (neither A nor w is 0);
     sampler_gap and sampler_gap_max, the mean and largest |log pi - log pi when it was sampled| over trained tokens
@@ -247,17 +250,18 @@ def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
     weighs = table[:, 0] * table[:, 1] != 0
     if has_kl:
         weighs |= table[:, 2] != 0
-    lengths = torch.tensor([len(y) for g in groups for t in g.trajectories
-                            for y in (t.response, *(suffix for _, suffix in t.branches))], dtype=torch.long)
+    lengths = torch.tensor([len(y) for g in groups for tau in g.trajectories
+                            for y in (tau.response, *(suffix for _, suffix in tau.branches))], dtype=torch.long)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     weight = torch.cat([ends[:1], weighs.cumsum(0)])[ends].diff()        # how many tokens of it have a weight
     return (weight > 0).tolist(), (weight > 0).repeat_interleave(lengths)
 
 
 def sampled_logps(groups) -> torch.Tensor:
-    """What the policy thought of all tokens when they were drawn, [N], in the order of the table; nan: not known."""
+    """log pi of all tokens under the policy that drew them, [N], in the order of the table; nan: not known."""
     parts = [np.zeros(0)]
-    for y in (y for g in groups for t in g.trajectories for y in (t.response, *(suffix for _, suffix in t.branches))):
+    for y in (y for g in groups for tau in g.trajectories
+              for y in (tau.response, *(suffix for _, suffix in tau.branches))):
         logps = getattr(y, "logps", None)                # those of resample.Continuation
         parts.append(np.full(len(y), math.nan) if logps is None else logps)
     return torch.from_numpy(np.concatenate(parts))
@@ -305,8 +309,8 @@ def update(model, optimizer, groups, config, ref_model=None, micro_batch_tokens=
            **options) -> dict:
     """Line 8: config.updates clipped optimizer steps on -J, all on the same batch. options: those of objective().
 
-    stale: the batch was drawn by an earlier policy. pi_old is then that policy, and log pi_old what it thought of the
-    tokens when it drew them (known_logps).
+    stale: the batch was drawn by an earlier policy. pi_old is then that policy, and log pi_old was kept when it
+    drew the tokens (known_logps).
 
     Returns the metrics of the last one, with loss, grad_norm (before clipping), optimizer_steps, all tokens that were
     forwarded, and the sampler_gap of the first: later, the policy is another one. Where no sequence has a weight there
@@ -350,7 +354,7 @@ def step(policy, batches, config, recoverability, rng, optimizer, ref_model=None
     for questions in batches:
         # 1    G responses to every question, rewarded
         drawn = roll_out(policy, questions, config)
-        # 2    one pivot t* ~ Q(t) for every failure
+        # 2    one pivot t* from Q(t) for every failure
         drawn = choose_pivots(policy, questions, drawn, config, recoverability, rng)
         # 3    K continuations from each pivot, rewarded
         drawn = resample_failures(policy, questions, drawn, config)

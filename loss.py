@@ -17,9 +17,10 @@ Every normaliser of (J) is a constant of its sequence. So J is one weighted sum 
 and the constants A, w and w_kl of every token stand in one table (`loss_table`). The table is made once for the whole
 batch. How the batch is then cut into micro-batches cannot change the gradient.
 
-The authors' code has another form of (J), `authors_weights`. Three of its rules are left out: the dual clip and the
-clamp of log rho have no effect with one optimizer step per fresh batch, k3 is cut at 10 there (where a token is 14
-times likelier under the reference), and all branches of a step are dropped when fewer than 128 survive.
+The authors' code has another form of (J), `authors_weights`. Four of its rules are left out. The dual clip and the
+clamp of log rho have no effect while every batch is fresh and has one optimizer step; with --updates above 1 or --lag
+they would. k3 is cut at 10 there, which happens where a token is 14 times likelier under the reference. And all
+branches of a step are dropped when fewer than 128 have an advantage.
 """
 from typing import NamedTuple
 
@@ -100,16 +101,16 @@ def paper_weights(groups, config, normalize: bool = True) -> list[Span]:
     """
     spans = []
     for g in groups:
-        T_fail = sum(bool(t.branches) for t in g.trajectories)
-        A_global = advantages_of([t.reward for t in g.trajectories], normalize)
-        for t, A_i in zip(g.trajectories, A_global):
-            w = 1 / (len(groups) * len(g.trajectories) * max(1, len(t.response)))            # E_x, 1/G, 1/|y|
-            spans.append(Span(len(t.response), A_i, w, config.beta * w))
-            K = len(t.branches)
-            for fork in t.forks:
+        n_fail = sum(bool(tau.branches) for tau in g.trajectories)                           # |T_fail|
+        A_global = advantages_of([tau.reward for tau in g.trajectories], normalize)
+        for tau, A_i in zip(g.trajectories, A_global):
+            w = 1 / (len(groups) * len(g.trajectories) * max(1, len(tau.response)))            # E_x, 1/G, 1/|y|
+            spans.append(Span(len(tau.response), A_i, w, config.beta * w))
+            K = len(tau.branches)
+            for fork in tau.forks:
                 A_local = advantages_of(fork.rewards, normalize)
                 for y, A_k in zip(fork.branches, A_local):
-                    w = config.lam / (len(groups) * T_fail * K * max(1, len(y)))     # also lambda, 1/|T_fail|, 1/K
+                    w = config.lam / (len(groups) * n_fail * K * max(1, len(y)))     # also lambda, 1/|T_fail|, 1/K
                     spans.append(Span(len(y), A_k, w, config.beta * w))
     return spans
 
@@ -124,10 +125,10 @@ def authors_weights(groups, config) -> list[Span]:
     """
     sequences = []                                   # (tokens, A, is it of the main stream?), in the order of groups
     for g in groups:
-        A_global = advantages_of([t.reward for t in g.trajectories], normalize=False)
-        for t, A_i in zip(g.trajectories, A_global):
-            sequences.append((len(t.response), A_i, True))
-            for fork in t.forks:
+        A_global = advantages_of([tau.reward for tau in g.trajectories], normalize=False)
+        for tau, A_i in zip(g.trajectories, A_global):
+            sequences.append((len(tau.response), A_i, True))
+            for fork in tau.forks:
                 A_local = advantages_of(fork.rewards, normalize=False)
                 sequences += [(len(y), A_k, False) for y, A_k in zip(fork.branches, A_local)]
 
@@ -154,8 +155,8 @@ def loss_table(groups, spans: list[Span], old_logps: list[Tensor] | None = None)
     tokens = constants[:, 0].long()
     table = torch.zeros(int(tokens.sum()), 5, dtype=torch.float64)
     table[:, :3] = constants[:, 1:].repeat_interleave(tokens, dim=0)
-    streams = [(len(y), main) for g in groups for t in g.trajectories
-               for y, main in [(t.response, 1.0), *((y, 0.0) for _, y in t.branches)]]
+    streams = [(len(y), main) for g in groups for tau in g.trajectories
+               for y, main in [(tau.response, 1.0), *((y, 0.0) for _, y in tau.branches)]]
     lengths, main = torch.tensor(streams, dtype=torch.float64).view(-1, 2).T
     table[:, 3] = main.repeat_interleave(lengths.long())
     if old_logps is not None:

@@ -78,7 +78,8 @@ def pack_groups(groups, a: float, limit: float = float("inf"), needed: list[bool
     needed = repeat(True) if needed is None else iter(needed)
     trees = []                                       # (prompt, response, [(pivot, suffix), ...])
     for g in groups:
-        scored = [(t.response, next(needed), [branch for branch in t.branches if next(needed)]) for t in g.trajectories]
+        scored = [(tau.response, next(needed), [branch for branch in tau.branches if next(needed)])
+                  for tau in g.trajectories]
         if any(branches for *_, branches in scored):
             for response, itself, branches in scored:
                 if itself:

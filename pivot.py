@@ -1,6 +1,6 @@
 r"""Eq. (Q): which state of a failed rollout should be resampled?   (arXiv 2602.14169)
 
-    Q(t)  ~  P_phi(success | r_t) * r_t^gamma,      r_t = t / T
+    Q(t)  is proportional to  P_phi(success | r_t) * r_t^gamma,      r_t = t / T
 
 Deep states (large r_t) are those that sampling from the question rarely reaches. Recoverable states (large P) are those
 from which a correct answer is still possible. The paper has gamma = 2. With gamma = 0 only recoverability counts, and a

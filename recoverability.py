@@ -7,10 +7,10 @@ the branches is correct, and 0 otherwise. phi minimises the binary cross-entropy
 a few thousand points. Instead of following the gradient online, we therefore solve for the exact minimum with Newton's
 method after every step.
 
-There are two departures from the paper. First, an L2 penalty of l2/2 * w^2 (there is none on b) keeps w finite when r
-separates the classes. This is the LogisticRegression(C=1) of the authors' code. Second, P is 1 everywhere until there
-are more than `min_observations` outcomes and both classes among them, as in the authors' code. Eq. (Q) then goes by
-depth alone.
+There are three more departures from the paper, all of them as in the authors' code. First, M keeps the last `window`
+outcomes. Second, an L2 penalty of l2/2 * w^2 (there is none on b) keeps w finite when r separates the classes. This is
+their LogisticRegression(C=1). Third, P is 1 everywhere until there are more than `min_observations` outcomes and both
+classes among them. Eq. (Q) then goes by depth alone.
 
     python recoverability.py        # fits simulated outcomes and prints truth against estimate
 """

@@ -26,7 +26,7 @@ BLOCK = 16                               # tokens between two looks at which row
 
 
 class Continuation(list):
-    """The token ids of a continuation, and what the policy thought of each of them when it was drawn.
+    """The token ids of a continuation, with their log-probabilities and entropies when they were drawn.
 
     logps: log softmax(logits / T) of the tokens. entropies: those of the distributions that they were drawn from. Both
     are in nats, float32 [tokens]. They are None after greedy decoding.

@@ -4,7 +4,7 @@ r"""Train DEEP-GRPO, GRPO or another method on GSM8K or on the embedded task: on
     python train_gsm8k.py --preset gsm8k                   # Qwen2.5-0.5B-Instruct, the authors' numbers
     python train_gsm8k.py --preset gsm8k --method grpo     # the baseline: the same code with K = 0
     python train_gsm8k.py --preset gsm8k --method treerl   # another method of variants/
-    python train_gsm8k.py --model FOLDER --data FILE.jsonl # your own: question, and answer ending in #### n
+    python train_gsm8k.py --preset gsm8k --model FOLDER --data FILE.jsonl        # your own model and questions
     torchrun --nproc-per-node 8 train_gsm8k.py --preset math-7b        # the same over 8 GPUs (ranks.py, model.py)
     python train_gsm8k.py --preset math-7b --dry-run --gpus 8          # the memory that this takes on each GPU
 

@@ -51,7 +51,7 @@ def tell(run, questions, groups, metrics):
     yield ""
     yield f"Line 1   Its {G} rollouts have the rewards {' '.join(f'{r:.0f}' for r in rewards)}."
     yield (f"Line 2   Rollout {number} failed. It can be cut before each of its steps; "
-           f"Q(t) ~ P(success | r) r^{config.gamma:g}:")
+           f"Q(t) is proportional to P(success | r) r^{config.gamma:g}:")
     ends = segment_ends(failed.response, config, text)
     ratios = candidate_ratios(len(ends))
     before = pivot_distribution(ratios, Recoverability().predict(ratios), config.gamma)

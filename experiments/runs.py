@@ -217,7 +217,9 @@ def read_run(run) -> dict[str, float | None]:
                "correct_per_1000_tokens": 1000 * correct[:third].sum() / spent[third - 1],
                "tokens_to_first_correct": next((spent[i] for i in np.flatnonzero(correct)), None),
                "dead_groups": metrics["dead_groups"][1].mean(), "early_dead_groups": early("dead_groups"),
-               "early_recovered": early("recovered"), "seconds": seconds_of(metrics).sum()}
+               "early_recovered": early("recovered"),
+               "silenced_tokens": np.sum(metrics.get("silenced_tokens", ((), ()))[1]),
+               "seconds": seconds_of(metrics).sum()}
     return {name: None if value is None else float(value) for name, value in numbers.items()}
 
 

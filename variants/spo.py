@@ -22,7 +22,7 @@ rollout are a node of level 1, the next M tokens are the first child of it, and 
 child. A node trains its own tokens once, although all of its descendants have them in their prefix. The paper also has
 the form (V(node) - V(parent)) / s with the population std s of the siblings, which is not built here.
 
-The mask. M_t = [p_t < P] is a factor of all weights, where p_t is what the policy thought of a token when it was drawn.
+The mask. M_t = [p_t < P] is a factor of all weights, where p_t is the probability with which a token was drawn.
 With it, the weights 1/N and 1/Z become 1/(sum of M_t), and the KL term becomes beta 1/n sum_t M_t k3_t.
 
 Differs from deep_grpo.py in: line 2 (states of all rollouts; spo_tree also adds trajectories), and the weights of J.
@@ -75,7 +75,7 @@ def chain_weights(groups, config) -> list[Span]:
 
 
 def joined(response, n: int, suffix) -> Continuation:
-    """The first n tokens of a response and then the suffix, with what the policy thought of them when it drew them."""
+    """The first n tokens of a response and then the suffix, with their log-probabilities and entropies."""
     def both(name):
         first, second = getattr(response, name, None), getattr(suffix, name, None)
         return None if first is None or second is None else np.concatenate([first[:n], second])

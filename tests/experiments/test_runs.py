@@ -121,6 +121,16 @@ def test_the_first_correct_answer_may_be_a_branch_or_never_come(tmp_path):
         assert read_run(run)["tokens_to_first_correct"] == first and read_run(run)["correct_per_1000_tokens"] == 0
 
 
+def test_silenced_tokens_are_summed_and_0_without_stapo(tmp_path):
+    run = write_run(tmp_path / "run", (0.0, 0.6, 0.8))
+    assert read_run(run)["silenced_tokens"] == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row, silenced in zip(rows[1:], (3, 0, 2)):
+        row["silenced_tokens"] = silenced
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_run(run)["silenced_tokens"] == 5
+
+
 def test_early_is_the_first_quarter_of_the_updates(tmp_path):
     """One of three updates, two of eight. A step without a pivot has no value, and later ones do not take its place."""
     run = write_run(tmp_path / "run", (0.0, 0.6, 0.8))

@@ -174,7 +174,7 @@ def score_groups(model, groups, config, micro_batch_tokens=None, ranks=ALONE):
     sizes = [len(row.targets) for row in rows]
     scores = torch.zeros(2, sum(sizes), dtype=torch.float64, device=model.device)    # log pi, entropy of loss tokens
     of_row = scores.split(sizes, dim=1)                                  # views of it
-    for batch in ranks.mine(micro_batches(rows, micro_batch_tokens, ranks.size)):
+    for batch in ranks.mine(micro_batches(rows, micro_batch_tokens, ranks.size, ranks.multiple)):
         both = torch.stack(ranks.score(model, [rows[i] for i in batch], config.temperature))             # (2, n)
         for i, part in zip(batch, both.split([sizes[i] for i in batch], dim=1)):
             of_row[i].copy_(part)
@@ -211,7 +211,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     needed, tokens = needed_sequences(groups, table, has_kl)
     table, sampled = table[tokens].to(model.device), sampled_logps(groups)[tokens].to(model.device)
     rows = pack_groups(groups, attention_length(model), micro_batch_tokens or math.inf, needed)
-    batches = micro_batches(rows, micro_batch_tokens, ranks.size)
+    batches = micro_batches(rows, micro_batch_tokens, ranks.size, ranks.multiple)
     lengths = [len(row.targets) for row in rows]
     of_row, sampled_of_row = table.split(lengths), sampled.split(lengths)
     clipped = surrogate is None
@@ -240,7 +240,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
         more, gap = token_sums(logp.detach(), ref, A, w, main, old, then, config if clipped else None)
         sums, worst = sums.to(more) + more, torch.maximum(worst.to(gap), gap)
 
-    costs = batch_costs(rows, batches, ranks.size)
+    costs = batch_costs(rows, batches, ranks.size, ranks.multiple)
     costs["forwarded_tokens"] += scored
     return ranks.total(loss), objective_metrics(table, ranks.total(sums), ranks.largest(worst)) | costs
 

@@ -173,12 +173,18 @@ def needed_masks(rows, *batch):
     return tree_masks(*batch) if any(len(row.lengths) > 1 for row in rows) else None
 
 
-def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[list[int]]:
+def padded(row: Row, multiple: int) -> int:
+    """The length of a row that is padded to a multiple of so many tokens."""
+    return -(-len(row.ids) // multiple) * multiple
+
+
+def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1, multiple: int = 1) -> list[list[int]]:
     """Return the indices of rows, longest first, in batches of at most `tokens` padded tokens (None: one per rank).
 
     Without rows there are no batches. A row is never cut. One that is longer than `tokens` is a batch of its own. Each
     of several ranks takes every ranks-th batch. The number of batches is therefore a multiple of `ranks`, and they are
-    as even as that allows. Where there are fewer rows than batches, the batches at the end are empty.
+    as even as that allows. Where there are fewer rows than batches, the batches at the end are empty. multiple: that of
+    batch_tensors().
     """
     if not rows:
         return []
@@ -187,14 +193,14 @@ def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[l
     def cut(limit):
         batches: list[list[int]] = []
         for i in longest_first:
-            longest = len(rows[batches[-1][0]].ids) if batches else 0
+            longest = padded(rows[batches[-1][0]], multiple) if batches else 0
             if batches and longest * (len(batches[-1]) + 1) <= limit:
                 batches[-1].append(i)
             else:
                 batches.append([i])
         return batches
 
-    limit = sum(len(row.ids) for row in rows) * len(rows) if tokens is None else tokens      # more than all of them
+    limit = sum(padded(row, multiple) for row in rows) * len(rows) if tokens is None else tokens     # more than all
     batches = cut(limit)
     if ranks > 1:
         wanted = -(-len(batches) // ranks) * ranks
@@ -207,7 +213,7 @@ def micro_batches(rows: list[Row], tokens: int | None, ranks: int = 1) -> list[l
 def batch_tensors(rows: list[Row], device, multiple: int = 1) -> tuple[torch.Tensor, ...]:
     """A batch on the device: ids, positions, segments and prefixes, [B, L], and of its N loss tokens predictors (their
     index in B * L) and targets. L is a multiple of `multiple`."""
-    width = -(-max(len(row.ids) for row in rows) // multiple) * multiple
+    width = max(padded(row, multiple) for row in rows)
     rectangles = np.zeros((4, len(rows), width), dtype=np.int64)
     rectangles[2] = -1                                               # the segment of padding
     for b, row in enumerate(rows):
@@ -272,16 +278,16 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     return torch.cat(logps), torch.cat(found) if entropies else None
 
 
-def batch_costs(rows: list[Row], batches: list[list[int]], ranks: int = 1) -> dict:
+def batch_costs(rows: list[Row], batches: list[list[int]], ranks: int = 1, multiple: int = 1) -> dict:
     """Return what the micro-batches cost: forwarded_tokens, padding (its share of what is computed), and imbalance.
 
     In every round each rank takes one micro-batch and waits for the largest. imbalance is the sum of these largest
-    over the mean load of a rank. It is 1 when all ranks have the same load.
+    over the mean load of a rank. It is 1 when all ranks have the same load. multiple: that of batch_tensors().
     """
     if not rows:
         return {"forwarded_tokens": 0, "padding": 0.0, "imbalance": 1.0}
     forwarded = sum(len(row.ids) for row in rows)
-    loads = [len(batch) * len(rows[batch[0]].ids) if batch else 0 for batch in batches]      # longest row first
+    loads = [len(batch) * padded(rows[batch[0]], multiple) if batch else 0 for batch in batches]     # longest row first
     rounds = [loads[i:i + ranks] for i in range(0, len(loads), ranks)]                       # one batch per rank
     return {"forwarded_tokens": forwarded, "padding": 1 - forwarded / sum(loads),
             "imbalance": sum(map(max, rounds)) * ranks / sum(loads)}
@@ -293,6 +299,7 @@ class Alone:
     trainer.model.Ranks does the same for several processes.
     """
     size = 1
+    multiple = 1                                     # rows are padded to a multiple of so many tokens
 
     def mine(self, batches):
         """The micro-batches that this process computes."""

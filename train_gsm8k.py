@@ -46,19 +46,32 @@ from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_val
 from trainer import compiling, decoding
 from trainer.check import check_length, check_model, choose_sampler
 from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
-from trainer.compiling import compiled_layers, compiled_rows, plain_rows, stopwatch
+from trainer.compiling import compiled_layers, compiled_rows, padded_to, plain_rows, stopwatch
 from trainer.memory import largest_draw, report
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
 from trainer.plot import last_words, plot_run
 from trainer.policy import Clock, Policy
-from trainer.ranks import agree, distributed, end, fail, first, gather, rank, seed_rank, start, world_size
+from trainer.ranks import (
+    agree,
+    distributed,
+    end,
+    fail,
+    first,
+    first_line,
+    gather,
+    rank,
+    seed_rank,
+    start,
+    world_size,
+)
 from trainer.session import (
     Run,
     check_empty,
     check_questions,
     check_start,
     ended_by,
+    keep_changes,
     log,
     owned,
     read_config,
@@ -109,6 +122,7 @@ def prepare(args) -> Run:
     (questions, eval_questions, val_questions, skipped), tokenizer, model_config, date, start, sampler = first(load)
     model = place(weights, model_config, args.offload_optimizer)
     ref_model = place(weights, model_config, frozen=True) if config.beta > 0 else None
+    weights.clear()                                  # under torchrun a whole model in the memory of rank 0
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
@@ -261,7 +275,8 @@ def train_step(run) -> tuple[dict, dict, list, list]:
 def loss_options(run, silenced) -> dict:
     """The options of deep_grpo.objective for this run. silenced: a list, to which --stapo adds a number per update."""
     args, method = run.args, METHODS[run.args.method]
-    options = {"micro_batch_tokens": args.micro_batch_tokens, "ranks": Ranks(run.score), "weights": method.weights}
+    options = {"micro_batch_tokens": args.micro_batch_tokens, "ranks": Ranks(run.score, padded_to(run.score)),
+               "weights": method.weights}
 
     def silence(table, logp, entropy):
         changed = silence_spurious(table, logp, entropy)
@@ -309,9 +324,9 @@ def selection(run):
     return "val_accuracy" if run.val_questions and not run.args.select_on_test else "eval_accuracy"
 
 
-def train(run) -> int:
-    """Run the loop: step, log, evaluate, save. Returns the exit code."""
-    args, start, longest = run.args, time.perf_counter(), 0.0
+def train(run, start) -> int:
+    """Run the loop: step, log, evaluate, save. start: when the program began. Returns the exit code."""
+    args, longest, saving = run.args, 0.0, 0.0           # the last two: seconds of a step, and of writing a checkpoint
     received = stop_after_this_step(run, (signal.SIGINT, signal.SIGTERM))
     shown, warned, unread = {}, False, []
     if run.step == 0 and args.eval_every:
@@ -320,7 +335,7 @@ def train(run) -> int:
         shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
     why = None                                           # what ended the run before its last step
     with tqdm(total=args.steps, initial=run.step, desc=args.method, unit="step", disable=rank() > 0) as bar:
-        while not run.finished and not (why := ended_by(args, received, start, longest)):
+        while not run.finished and not (why := ended_by(args, received, start, longest + saving)):
             began, before, updates = time.perf_counter(), moving_parts(run), updates_of(run.optimizer)
             try:
                 metrics, timing, batch, groups = train_step(run)
@@ -345,9 +360,11 @@ def train(run) -> int:
             first(partial(log, run, metrics, timing, samples, groups))
             bar.set_postfix(shown)
             bar.update()
-            if run.best_step == run.step or args.save_every and run.step % args.save_every == 0 or run.finished:
-                save_run(run, moving_parts(run))
             longest = max(longest, time.perf_counter() - began)
+            if run.best_step == run.step or args.save_every and run.step % args.save_every == 0 or run.finished:
+                began = time.perf_counter()
+                save_run(run, moving_parts(run))
+                saving = max(saving, time.perf_counter() - began)
     return conclude(run, why)
 
 
@@ -394,6 +411,7 @@ def conclude(run, why) -> int:
 
 def main(argv=None) -> int:
     """Parse the flags, prepare the run, train. Returns the exit code."""
+    began = time.perf_counter()                          # --max-hours are counted from here
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()          # it would print a line per checkpoint
     start()
@@ -416,11 +434,15 @@ def main(argv=None) -> int:
         except (ValueError, OSError) as error:
             return fail(error, 2)
         try:
-            if args.resume is None:
-                first(lambda: write_config(run))
-            code = train(run)
+            first(lambda: write_config(run) if args.resume is None else keep_changes(args))
+            code = train(run, began)
             end()
             return code
+        except torch.OutOfMemoryError as error:          # the other ranks may not know of it: torchrun ends them
+            print(f"error: the memory of the GPU is full: {first_line(error)} Lower --micro-batch-tokens (it is "
+                  f"{args.micro_batch_tokens}), or add --gradient-checkpointing; --dry-run says what fits. Go on with "
+                  f"--resume {args.out} and these flags", file=sys.stderr)
+            return 1
         except OSError as error:                         # most often a full disk
             return fail(f"{error}. What was saved is still there: make room, then --resume {args.out}", 1)
 

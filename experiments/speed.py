@@ -59,7 +59,7 @@ from deep_grpo import Config, Fork, Group, Trajectory, objective, score_groups
 from loss import authors_weights, clipped_surrogate, k3_kl, loss_table, paper_weights
 from packing import attention_length, batch_tensors, micro_batches, pack, pack_groups, score_rows
 from trainer import decoding
-from trainer.compiling import compiled_layers, compiled_rows, plain_rows
+from trainer.compiling import compiled_layers, compiled_rows, padded_to, plain_rows
 from trainer.memory import estimate, of_row
 from trainer.model import Ranks, checkpoint_activations, gathered, precision, shard
 from trainer.settings import OneLineParser, command_line, count
@@ -166,7 +166,8 @@ def compiled_models(*models):
 
 def our_ranks(compile=True):
     """How a run scores rows: compiled, with a GPU."""
-    return Ranks(compiled_rows if compile and torch.cuda.is_available() else plain_rows)
+    score = compiled_rows if compile and torch.cuda.is_available() else plain_rows
+    return Ranks(score, padded_to(score))
 
 
 def update_ours(model, groups, config, ref_model=None, tokens=4096, compile=True):

@@ -156,7 +156,7 @@ def save_run(run, parts) -> None:
     sharded run is in optimizer/ instead, which all ranks write.
     """
     parts = parts | {name: gather(lambda name=name: parts[name]) for name in ("torch_rng", "cuda_rng")}
-    optimizer = get_optimizer_state_dict(run.policy.model, run.optimizer)
+    optimizer = optimizer_state(run)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True) if distributed() else None
     weights = get_model_state_dict(run.policy.model, options=whole)             # whole on rank 0 only, if sharded
 
@@ -166,6 +166,18 @@ def save_run(run, parts) -> None:
         torch.save(parts if distributed() else {"optimizer": optimizer, **parts}, folder / "trainer.pt")
 
     save_checkpoint(run.args.out, parts["step"], write, parts["best_step"], optimizer if distributed() else None)
+
+
+def optimizer_state(run) -> dict:
+    """The state of the optimizer, also of one that has made no step yet: then its moments and its step are 0.
+
+    torch makes a state in that case by a step without an effect on the weights, which it counts as one.
+    """
+    if not run.optimizer.state:
+        get_optimizer_state_dict(run.policy.model, run.optimizer)
+        for state in run.optimizer.state.values():
+            state["step"].zero_()
+    return get_optimizer_state_dict(run.policy.model, run.optimizer)
 
 
 def load_run(run) -> int:

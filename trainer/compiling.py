@@ -10,7 +10,7 @@ is there on GPUs only, so on a CPU --compile compiles layers and head.
 """
 import time
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 
 import torch
@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packing import layer_masks, needed_masks, pack, score_rows, tree_masks
 from trainer.model import Ranks, layers_of
-from trainer.ranks import first_line
+from trainer.ranks import device, first_fault, first_line
 
 BLOCK = 128                              # tokens; the sides of a block of FlexAttention
 
@@ -118,20 +118,29 @@ def compiled_layers(*models, attend=attend):
 
 def compiled_rows(model, rows, temperature=1.0, entropies=True):
     """packing.score_rows, within compiled_layers()."""
-    flex = model.device.type == "cuda"
-    return score_rows(model, rows, temperature, entropies=entropies, masks=block_masks if flex else dense_masks,
-                      score_tokens=compiled(fused_scores), multiple=BLOCK if flex else 1)
+    masks = block_masks if model.device.type == "cuda" else dense_masks
+    return score_rows(model, rows, temperature, entropies=entropies, masks=masks, score_tokens=compiled(fused_scores),
+                      multiple=padded_to(compiled_rows))
 
 
 def plain_rows(model, rows, temperature=1.0, entropies=True):
     """packing.score_rows, with masks and lengths that suit a GPU."""
     if model.device.type == "cpu":
         return score_rows(model, rows, temperature, entropies=entropies)
-    return score_rows(model, rows, temperature, entropies=entropies, masks=additive_masks, multiple=8)
+    return score_rows(model, rows, temperature, entropies=entropies, masks=additive_masks,
+                      multiple=padded_to(plain_rows))
+
+
+def padded_to(score) -> int:
+    """The length of rows in a micro-batch is a multiple of so many tokens. score: one of the two functions above."""
+    if device().type == "cpu":
+        return 1
+    return BLOCK if score is compiled_rows else 8
 
 
 def warm_up(model, ref_model, temperature) -> str | None:
-    """Compile all that an update needs, before the first step. Returns why a run has to go on without, or None.
+    """Compile all that an update needs, before the first step. Returns why a run has to go on without, or None, on all
+    ranks alike.
 
     Log-probabilities and gradients of several rows and of one are compared with those of plain_rows(). On a GPU it is
     the mean difference of log-probabilities, because bf16 rounds single tokens by more: two real models had .02 and .05
@@ -148,8 +157,9 @@ def warm_up(model, ref_model, temperature) -> str | None:
         model.zero_grad()
         return logp.detach(), grads
 
-    exact = model.device.type == "cpu"
-    for part in (rows, rows[:1]):
+    exact = device().type == "cpu"                   # (offloaded weights are in host memory now)
+
+    def fault(part):
         right, right_grads = learn(plain_rows, part)
         try:
             with compiled_layers(model, *([] if ref_model is None else [ref_model])):
@@ -164,7 +174,9 @@ def warm_up(model, ref_model, temperature) -> str | None:
         difference = get_total_norm([a - b for a, b in zip(grads, right_grads)]) / get_total_norm(right_grads)
         if not (gap <= (1e-3 if exact else 0.1) and difference <= (1e-3 if exact else 0.05)):
             return f"log-probabilities differ by {gap:.2g} nats, gradients by {100 * difference:.1f} %"
-    return None
+        return None
+
+    return first_fault(partial(fault, part) for part in (rows, rows[:1]))
 
 
 # ---- how long it takes ----

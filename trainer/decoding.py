@@ -33,7 +33,7 @@ from resample import Continuation, append_block, as_read, cut, left_padded, pref
 from trainer.compiling import attention, compiled, compiled_layers
 from trainer.memory import USABLE, of_row
 from trainer.model import Ranks, gathered, layers_of, precision
-from trainer.ranks import first_line
+from trainer.ranks import device, first_fault, first_line
 
 HEALTHY_GAP = 0.03                       # nats, of a step's tokens; trainer/README.md (sampler_gap) has measurements
 BLOCK = 64                               # tokens between two looks at which rows have ended
@@ -410,17 +410,18 @@ def greedy(logits):
 # ---- before the first step ----
 
 def warm_up(model, compile_layers: bool) -> str | None:
-    """Try the loop on the model's device, and compile what it needs. Returns why it cannot be used so, or None.
+    """Try the loop on the device, and compile what it needs. Returns why it cannot be used so, or None, on all ranks.
 
     What is drawn from several rows, and from one, is scored by packing.score_rows: both must be one policy. On a GPU
     the types are those of autocast, so the bound is wider than on a CPU: of random tokens, as the prompts are here, two
     real models had gaps of .016 to .055 nats in bf16. A wrong mask or position makes gaps of nats.
     """
-    gpu = model.device.type == "cuda"
+    gpu = device().type == "cuda"                    # (offloaded weights are in host memory now)
     many = 64 if gpu else 1                          # torch chooses kernels by the sizes that it sees first
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    for prefixes, k in (([ids[0], ids[1][:7]], many), (ids[:1], 1)):
+
+    def fault(prefixes, k):
         try:
             with precision(model), gathered(model):
                 drawn = sample(model, prefixes, k, max_new_tokens=BLOCK + 2, eos_token_id=vocabulary, pad_token_id=0,
@@ -433,4 +434,6 @@ def warm_up(model, compile_layers: bool) -> str | None:
         gap = (logps.cpu() - torch.from_numpy(np.concatenate([y.logps for (y, *_) in drawn]))).abs().mean().item()
         if not gap <= (0.1 if gpu else 1e-3):
             return f"the log-probabilities of what it draws differ by {gap:.2g} nats from those of the update"
-    return None
+        return None
+
+    return first_fault(partial(fault, *case) for case in (([ids[0], ids[1][:7]], many), (ids[:1], 1)))

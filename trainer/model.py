@@ -242,8 +242,9 @@ class Ranks:
     Scores are computed in bf16 on a GPU. A sharded model gathers its weights for them.
     """
 
-    def __init__(self, score_rows=None):
+    def __init__(self, score_rows=None, multiple=1):
         self.score_rows = score_rows                 # None: packing.score_rows
+        self.multiple = multiple                     # rows are padded to a multiple of so many tokens
 
     @property
     def size(self) -> int:

@@ -109,6 +109,17 @@ def first(function: Callable):
     return gather(lambda: function() if rank() == 0 else None)[0]
 
 
+def first_fault(checks) -> str | None:
+    """What the first of these functions that returns something returns, on any rank; None when none of them does.
+
+    All ranks call the same ones: a rank that went on alone would wait for the others in its next forward pass.
+    """
+    for check in checks:
+        if faults := [fault for fault in gather(check) if fault is not None]:
+            return faults[0]
+    return None
+
+
 def first_line(error) -> str:
     """What an error says, on one line; where it says nothing, its name."""
     return (str(error).strip() or repr(error)).splitlines()[0]

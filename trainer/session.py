@@ -36,6 +36,8 @@ from variants.goldilocks import Teacher
 ROOT = Path(__file__).parents[1]
 PIVOT_COLUMNS = "step,response_tokens,pivot,depth,right_branches,branches,question_rate\n"
 LISTS = ("training", "evaluation", "validation")     # of questions
+# A run that goes on may get other values of these: how far it goes, and what changes memory and time but no result.
+MAY_CHANGE = ("steps", "budget_tokens", "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "compile")
 
 
 @dataclass
@@ -138,9 +140,17 @@ def check_start(run_dir, before, start) -> None:
                              "now; put the model back as it was, or start a new run")
 
 
+def git_revision() -> str | None:
+    """The commit of this code; None where it is not in a repository, or there is no git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
 def write_config(run) -> None:
     """config.json: all settings, and what the numbers depend on besides."""
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.args).items()
                 if k not in ("resume", "max_hours", "dry_run", "gpus")}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -153,13 +163,22 @@ def write_config(run) -> None:
              "start": run.start,
              "digests": {name: digests(questions) for name, questions in asked.items()}, "parameters": parameters,
              "device": hardware, "ranks": world_size(), "versions": versions,
-             "git_revision": revision.stdout.strip() or None}
+             "git_revision": git_revision()}
     write_whole(run.args.out / "config.json", json.dumps(about, indent=2) + "\n")
     print(" ".join(f"{name}={value}" for name, value in settings.items()))
     if run.date:
         print(f"the chat template asks for the date: it is {run.date} in all prompts of this run")
     print(f"{len(run.questions)} training and {len(run.eval_questions)} evaluation questions, "
           f"{parameters / 1e6:.1f} M parameters, {world_size()} x {hardware}; writing to {run.args.out}")
+
+
+def keep_changes(args) -> None:
+    """What a run that goes on has been given anew (MAY_CHANGE) goes into its config.json."""
+    about = read_config(args.out)
+    changed = {name: getattr(args, name) for name in MAY_CHANGE}
+    if about["settings"] | changed != about["settings"]:
+        about["settings"] |= changed
+        write_whole(args.out / "config.json", json.dumps(about, indent=2) + "\n")
 
 
 def log(run, metrics, timing, samples=(), groups=()) -> None:

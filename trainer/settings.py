@@ -14,7 +14,7 @@ from deep_grpo import Config
 from grading import GRADERS
 from tasks import SETS, TEMPLATES
 from trainer.ranks import distributed
-from trainer.session import read_config
+from trainer.session import MAY_CHANGE, read_config
 from variants import METHODS
 
 EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64,
@@ -79,6 +79,8 @@ def parse_args(argv=None, description=None):
     add_method_flags(parser.add_argument_group("the method (the paper's letters; deep_grpo.Config)"))
     add_memory_flags(parser.add_argument_group("the update, and memory"))
     args = parser.parse_args(argv)
+    if args.offload_optimizer and not distributed() and not args.dry_run:
+        parser.error("argument --offload-optimizer: FSDP does it, so start with torchrun --nproc-per-node N")
     if args.resume is not None:
         restore_settings(parser, args)
     else:
@@ -127,8 +129,8 @@ def add_run_flags(group):
                        "0: never; default: the preset's")
     group.add_argument("--save-every", type=int, help="save a checkpoint every N steps, besides the best one and "
                        "the last; 0: only those; default: the preset's")
-    group.add_argument("--max-hours", type=float, help="save and end before this many hours are over, to go on with "
-                       "--resume; default: no such end")
+    group.add_argument("--max-hours", type=float, help="save and end before this many hours since the start are "
+                       "over, to go on with --resume; default: no such end")
     group.add_argument("--dry-run", action="store_true", help="print the GPU memory that each phase takes, and end; "
                        "default: train")
     group.add_argument("--gpus", type=count, help="the number of GPUs that --dry-run reckons with; default: 1")
@@ -214,8 +216,6 @@ def fill_settings(parser, args):
     print(f"preset {args.preset}: {why}")
     if args.gpus is not None and not args.dry_run:
         parser.error("argument --gpus: is for --dry-run; a run has as many as torchrun --nproc-per-node N starts")
-    if args.offload_optimizer and not distributed() and not args.dry_run:
-        parser.error("argument --offload-optimizer: FSDP does it, so start with torchrun --nproc-per-node N")
     args.method = args.method or "deep_grpo"
     settings = METHODS[args.method].settings
     if settings.get("branches") == 0 and args.branches not in (None, 0):
@@ -262,7 +262,7 @@ def fill_settings(parser, args):
 
 
 def restore_settings(parser, args):
-    """The settings of the run that goes on; only --steps, --budget-tokens and --max-hours may change."""
+    """The settings of the run that goes on. Only --max-hours and those of MAY_CHANGE may be others."""
     asked = vars(args).copy()
     try:
         settings = read_config(args.resume)["settings"]
@@ -276,8 +276,9 @@ def restore_settings(parser, args):
                      "a --method of its own: it has to begin again")
     for name, value in (NEW | settings | {"out": args.resume}).items():  # a folder may be moved
         new = asked.get(name) not in (None, parser.get_default(name), value)
-        if new and name not in ("steps", "budget_tokens"):
+        if new and name not in MAY_CHANGE:
             parser.error(f"argument --{name.replace('_', '-')}: the run that goes on has {value}, not {asked[name]}; "
-                         "only --steps, --budget-tokens and --max-hours may change")
+                         f"only {', '.join(f'--{other}' for other in MAY_CHANGE).replace('_', '-')} and --max-hours "
+                         "may change")
         setattr(args, name, asked[name] if new else value)
     print(f"preset {args.preset}: that of the run {args.out}, which goes on")

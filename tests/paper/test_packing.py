@@ -261,6 +261,19 @@ def test_micro_batches_of_several_ranks_are_even():
     assert micro_batches(rows, 1, ranks=4) == [[1], [4], [2], [3], [0], [5], [], []]
 
 
+def test_micro_batches_count_the_padding_to_a_multiple():
+    """Rows of 3, 10, 5, 4, 10 and 2 tokens are 4, 12, 8, 4, 12 and 4 tokens long, and it is those that have to fit."""
+    rows = [pack([1], [2] * (n - 1)) for n in (3, 10, 5, 4, 10, 2)]
+    assert micro_batches(rows, 24, multiple=4) == [[1, 4], [2, 3, 0], [5]]
+    assert micro_batches(rows, 23, multiple=4) == [[1], [4], [2, 3], [0, 5]]
+    assert len(micro_batches(rows, None, multiple=4)) == 1
+    for tokens in (8, 24, 30):
+        for batch in micro_batches(rows, tokens, multiple=4):
+            ids, *_ = batch_tensors([rows[i] for i in batch], "cpu", 4)
+            assert ids.numel() <= tokens or len(batch) == 1
+    assert batch_costs(rows, [[1, 4], [2, 3, 0], [5]], multiple=4)["padding"] == 1 - 34 / (24 + 24 + 4)
+
+
 @pytest.mark.parametrize("tokens", [4096, 8192, 16384])
 def test_padding_is_under_a_tenth_with_lengths_as_on_gsm8k(tokens):
     # 64 questions x 8: prompts of 60 to 160 tokens, responses around 220, 45 % of them with 8 branches at 70 % depth.

@@ -9,12 +9,21 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_model
 
 from trainer import checkpoint
-from trainer.checkpoint import append_lines, cut_logs, find_checkpoints, save_checkpoint, write_whole
+from trainer.checkpoint import (
+    append_lines,
+    cut_logs,
+    find_checkpoints,
+    optimizer_state,
+    save_checkpoint,
+    write_whole,
+)
 
 ROOT = Path(__file__).parents[2]
 RUN = ["--preset", "tiny", "--group-size", "2", "--branches", "2", "--questions", "1", "--steps", "6",
@@ -70,7 +79,7 @@ def prepare(kind, n):
         torch.save = at(n, torch.save, half_the_weights)
     elif kind == "time":
         loop = train_gsm8k.train
-        train_gsm8k.train = lambda run: (threading.Timer(n, die).start(), loop(run))[1]
+        train_gsm8k.train = lambda *run: (threading.Timer(n, die).start(), loop(*run))[1]
     elif kind == "disk":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
@@ -211,6 +220,20 @@ def test_max_hours_ends_in_time_and_goes_on(train, whole, tmp_path):
     assert code == 0 and "--max-hours 1e-09: ended after step 0 of 6" in printed
     assert train(["--resume", out])[0] == 0              # the limit is not one of the run's settings
     assert_same(out, whole)
+
+
+def test_an_optimizer_is_saved_before_its_first_step_as_it_is():
+    """torch makes its state by a step, and a count of 1 would change the size of the first real one."""
+    models = [make_model(seed=0) for _ in range(2)]
+    saved, fresh = (torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01) for model in models)
+    state = optimizer_state(SimpleNamespace(policy=SimpleNamespace(model=models[0]), optimizer=saved))
+    assert all(s["step"] == 0 and not s["exp_avg"].any() for s in state["state"].values()) and state["state"]
+    for model, optimizer in zip(models, (saved, fresh)):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
+    assert all(s["step"] == 1 for s in saved.state.values())
 
 
 def test_a_full_disk_is_one_line_and_the_previous_checkpoint_resumes(train, whole, tmp_path):

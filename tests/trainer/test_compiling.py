@@ -19,6 +19,7 @@ from trainer.compiling import (
     compiled_layers,
     compiled_rows,
     fused_scores,
+    padded_to,
     plain_rows,
     stopwatch,
     warm_up,
@@ -180,6 +181,26 @@ def test_a_run_goes_on_without_what_cannot_be_compiled(monkeypatch):
         monkeypatch.setattr(compiling, "compiled_rows", wrong)
         assert why in warm_up(model, None, 1.0)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_bound_of_the_warm_up_is_that_of_the_device_also_where_weights_are_offloaded(monkeypatch):
+    """The weights are in host memory, and .05 nats are rounding of a GPU."""
+    def rounded(*args, **options):
+        logp, entropy = plain_rows(*args, **options)
+        return logp + 0.05, entropy
+
+    model = make_model(0, torch.float32)
+    monkeypatch.setattr(compiling, "compiled", lambda function: function)
+    monkeypatch.setattr(compiling, "compiled_rows", rounded)
+    assert "differ by 0.05 nats" in warm_up(model, None, 1.0)
+    monkeypatch.setattr(compiling, "device", lambda: torch.device("cuda"))
+    assert warm_up(model, None, 1.0) is None
+
+
+def test_rows_are_padded_as_micro_batches_reckon(monkeypatch):
+    assert padded_to(plain_rows) == padded_to(compiled_rows) == 1
+    monkeypatch.setattr(compiling, "device", lambda: torch.device("cuda"))
+    assert (padded_to(plain_rows), padded_to(compiled_rows)) == (8, 128)
 
 
 @pytest.mark.slow

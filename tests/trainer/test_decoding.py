@@ -506,6 +506,22 @@ def test_sampling_goes_on_without_what_cannot_be_compiled(monkeypatch):
     assert decoding.warm_up(model, True) is None
 
 
+def test_the_bound_of_the_warm_up_is_that_of_the_device_also_where_weights_are_offloaded(monkeypatch):
+    """The weights are in host memory, and .05 nats are rounding of a GPU."""
+    model, sample = make_model(), decoding.sample
+
+    def rounded(*args, compile_layers, **settings):
+        drawn = sample(*args, **settings)
+        for response, *_ in drawn:
+            response.logps += 0.05
+        return drawn
+
+    monkeypatch.setattr(decoding, "sample", rounded)
+    assert "differ by 0.05 nats" in decoding.warm_up(model, True)
+    monkeypatch.setattr(decoding, "device", lambda: torch.device("cuda"))
+    assert decoding.warm_up(model, True) is None
+
+
 def test_nan_is_not_a_healthy_gap(monkeypatch):
     model, sample = make_model(), decoding.sample
 

@@ -207,6 +207,22 @@ def test_collectives_give_all_ranks_the_same(on_ranks, n):
         assert got["FileNotFoundError"] == ("OSError", "gone") and got["SystemExit"] == ("SystemExit", "2")
 
 
+def test_a_fault_of_one_rank_ends_the_checks_of_all(on_ranks):
+    """A rank that went on alone would wait for the others in the forward pass of its next check."""
+    assert on_ranks(2, "faults") == [("bad", [0, 1], None)] * 2
+
+
+def faults():
+    ranks.start()
+    tried = []
+
+    def check(n):
+        tried.append(n)
+        return "bad" if (rank(), n) == (1, 1) else None
+
+    return ranks.first_fault(partial(check, n) for n in range(3)), tried, ranks.first_fault([lambda: None])
+
+
 def test_an_error_that_is_a_bug_keeps_its_traceback(on_ranks):
     codes, _, errors = on_ranks.run(2, "bug")
     assert codes == [1, 1] and "ZeroDivisionError" in errors[1]

@@ -1,6 +1,7 @@
 """A run: when it is finished, what its configuration holds, and which texts it keeps."""
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -145,6 +146,14 @@ def test_samples_are_the_first_right_and_the_first_failed_rollout_with_a_line_fo
         ("1 2 3", 0.0, 2, "1 2", [{"text": "4", "reward": 1.0}, {"text": "5 6", "reward": 0.0}]),
         ("1 2 3", 0.0, 0, "", [{"text": "7", "reward": 0.0}]),
         ("8", 0.0, None, None, [])]
+
+
+def test_a_machine_without_git_has_no_revision(monkeypatch, tmp_path):
+    assert re.fullmatch("[0-9a-f]{40}", session.git_revision() or "0" * 40)
+    monkeypatch.setattr(session, "ROOT", tmp_path)       # no repository
+    assert session.git_revision() is None
+    monkeypatch.setenv("PATH", str(tmp_path))            # no git
+    assert session.git_revision() is None
 
 
 @pytest.mark.parametrize("max_hours, received, why", [

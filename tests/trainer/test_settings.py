@@ -11,7 +11,7 @@ import torch
 import eval_math
 import train_gsm8k
 from deep_grpo import Config
-from trainer.session import write_config
+from trainer.session import keep_changes, write_config
 from trainer.settings import PRESETS, RETIRED, OneLineParser, parse_args
 from variants import METHODS
 
@@ -90,6 +90,28 @@ def test_a_resumed_run_takes_over_its_settings_and_may_be_prolonged(saved):
     assert (args.gamma, args.steps, args.max_hours, args.preset) == (3.0, 9, 2.0, "tiny")
     assert args.out == args.resume                   # its folder may have been moved
     assert parse_args(["--resume", str(args.out)]).steps == 3
+
+
+def test_a_run_that_goes_on_may_get_other_sizes_in_memory_and_keeps_them(saved):
+    """As after it ran out of memory. What it is given is written, so that it goes on with it the next time, too."""
+    folder = saved(offload_optimizer=True)
+    flags = ["--micro-batch-tokens", "77", "--gradient-checkpointing", "--compile", "--steps", "9"]
+    args = parse_args(["--resume", str(folder), *flags])
+    before = json.loads((folder / "config.json").read_text())
+    keep_changes(args)
+    after = json.loads((folder / "config.json").read_text())
+    assert after["settings"] == before["settings"] | {
+        "micro_batch_tokens": 77, "gradient_checkpointing": True, "compile": True, "steps": 9}
+    assert {k: v for k, v in after.items() if k != "settings"} == {k: v for k, v in before.items() if k != "settings"}
+    again = parse_args(["--resume", str(folder), "--no-compile"])
+    assert (again.micro_batch_tokens, again.gradient_checkpointing, again.compile, again.steps) == (77, True, False, 9)
+    assert again.offload_optimizer                       # started by torchrun, it may go on alone
+
+
+def test_to_offload_needs_torchrun_also_in_a_run_that_goes_on(saved, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["--resume", str(saved()), "--offload-optimizer"])
+    assert "start with torchrun" in capsys.readouterr().err
 
 
 def test_a_run_from_before_the_probability_mask_goes_on_without_one(saved):

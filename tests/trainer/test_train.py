@@ -440,6 +440,17 @@ def test_a_resumed_run_keeps_its_settings(flags, message, short_run, capsys):
     assert message in capsys.readouterr().err and {p: p.stat().st_mtime_ns for p in short_run.rglob("*")} == before
 
 
+def test_full_memory_is_one_line_that_says_what_to_lower(tmp_path, capsys, monkeypatch):
+    def full(run, start):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand more")
+
+    monkeypatch.setattr(train_gsm8k, "train", full)
+    assert train(*FAST, "--steps", 1, "--micro-batch-tokens", 777, "--out", tmp_path / "run") == 1
+    line, = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error:")]
+    assert "Tried to allocate 20.00 GiB. Lower --micro-batch-tokens (it is 777)" in line
+    assert f"--resume {tmp_path / 'run'}" in line
+
+
 def test_an_output_directory_that_holds_a_run_is_left_alone(short_run, capsys):
     before = {p: p.stat().st_mtime_ns for p in short_run.rglob("*")}
     assert train(*FAST, "--steps", 1, "--out", short_run) == 2

@@ -47,13 +47,14 @@ from trainer import compiling, decoding
 from trainer.check import check_length, check_model, choose_sampler
 from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
 from trainer.compiling import compiled_layers, compiled_rows, padded_to, plain_rows, stopwatch
-from trainer.memory import largest_draw, report
+from trainer.memory import largest_draw, report, update_warning
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
 from trainer.plot import last_words, plot_run
 from trainer.policy import Clock, Policy
 from trainer.ranks import (
     agree,
+    device,
     distributed,
     end,
     fail,
@@ -125,6 +126,10 @@ def prepare(args) -> Run:
     weights.clear()                                  # under torchrun a whole model in the memory of rank 0
     if args.gradient_checkpointing:
         checkpoint_activations(model)
+    if device().type == "cuda":
+        card = torch.cuda.get_device_properties(device()).total_memory
+        if warning := update_warning(args, model, world_size(), card):
+            print(warning)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     score = plain_rows
     if args.compile:

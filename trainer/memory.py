@@ -156,6 +156,24 @@ def largest_draw(args) -> int:
     return args.questions * args.group_size * max(1, args.branches * METHODS[args.method].forks(args))
 
 
+def update_warning(args, model, gpus, card) -> str | None:
+    """What to say before a run whose update may need more than the `card` bytes of a GPU; None where it should fit."""
+    def needed(tokens):
+        return sum(estimate(model, gpus, 1, 1, tokens, args.beta > 0, args.gradient_checkpointing,
+                            args.offload_optimizer, compiled=args.compile)["update"].values())
+
+    try:
+        if needed(args.micro_batch_tokens) <= card:
+            return None
+    except ValueError:                               # a model that cannot be sized
+        return None
+    tokens = largest(needed, USABLE * card) // 256 * 256
+    fits = tokens >= args.max_prompt_tokens + args.max_new_tokens
+    return (f"warning: the update may need {needed(args.micro_batch_tokens) / GB:.0f} GB, and a GPU has "
+            f"{card / GB:.0f}: " + (f"--micro-batch-tokens {tokens} should fit" if fits else
+                                    "--gradient-checkpointing, or more GPUs, may help") + " (--dry-run has the sums)")
+
+
 def report(args, gpus) -> str:
     """Return what --dry-run prints for the settings of a run (trainer.settings.parse_args)."""
     model, width = load_geometry(args.model), args.max_prompt_tokens + args.max_new_tokens

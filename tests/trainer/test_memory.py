@@ -21,6 +21,7 @@ from resample import sample
 from trainer import memory
 from trainer.memory import GB, KNOWN, estimate, largest, load_geometry, of_row
 from trainer.model import Ranks, checkpoint_activations, fsdp_modules, gathered, shard
+from trainer.settings import parse_args
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -260,6 +261,19 @@ def test_compiled_layers_need_no_mask():
         dense, none = (estimate(model, micro_batch_tokens=T, checkpointing=checkpointing, compiled=compiled)["update"]
                        for compiled in (False, True))
         assert dense["activations"] - none["activations"] == (3 if not checkpointing else 1) * T * T * 2
+
+
+@pytest.mark.parametrize("flags, gb, said", [
+    ([], 80, None), ([], 24, "may need 43 GB, and a GPU has 24: --micro-batch-tokens 3328 should fit"),
+    (["--micro-batch-tokens", "3328"], 24, None), (["--gradient-checkpointing"], 24, None),
+    ([], 8, "may need 43 GB, and a GPU has 8: --gradient-checkpointing, or more GPUs, may help")])
+def test_a_run_warns_where_the_update_may_not_fit(flags, gb, said):
+    """The numbers are those of --dry-run, which computes with compiled layers, too."""
+    args = parse_args(["--preset", "gsm8k", "--compile", *flags])
+    got = memory.update_warning(args, load_geometry(args.model), 1, gb * GB)
+    assert got is None if said is None else said in got
+    if not flags:
+        assert "24 GB: " in (text := memory.report(args, 1)) and "--micro-batch-tokens 3328" in text
 
 
 def test_the_estimate_of_seconds_by_hand():

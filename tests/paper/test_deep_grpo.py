@@ -445,7 +445,7 @@ def test_clip_fraction_by_hand(model):
     groups = [Group([3], [Trajectory([5, 6, EOS], 1.0), failed])]
     config = Config(beta=0.0, clip_low=0.3, clip_high=0.2)   # A > 0, rho > 1.2; A < 0, rho < .7
     now, *_ = score_groups(model, groups, config)
-    shift = [torch.tensor([0.5, -0.5, 0.25]),                     # log rho, A > 0: two
+    shift = [torch.tensor([0.5, -0.5, 0.4]),                      # log rho, A > 0: two
              torch.tensor([0.5, -0.5, -0.1, -0.3,                 # A < 0: one
                            0.3, 0.1, -0.9])]                      # a branch with A > 0: one; with A < 0: one
     _, metrics = objective(model, groups, config, old_logps=[a - b for a, b in zip(now, shift)])

@@ -160,3 +160,11 @@ def test_demo_prints_estimates_that_approach_the_truth():
                          cwd=Path(__file__).parents[2]).stdout
     errors = [abs(float(w) + 6) for w in re.findall(r"w +(-?[\d.]+) \(truth -6\.0\)", out)]
     assert len(errors) == 5 and errors[-1] < 0.3 < errors[0]
+
+
+def test_the_saved_state_does_not_change_with_later_outcomes():
+    estimate = Recoverability()
+    estimate.observe(0.5, True)
+    state = estimate.state_dict()
+    estimate.observe(0.2, False)
+    assert state["outcomes"] == [(0.5, True)]                # it is that of then

@@ -296,3 +296,18 @@ def test_what_is_cut_by_hand():
         assert y == [5, 6, 1][:n] and y.logps.tolist() == [-1, -2, -3][:n] and y.entropies.tolist() == [1, 2, 3][:n]
     assert resample.Continuation([5], logps=[-1.0]).entropies is None
     assert resample.Continuation([5], entropies=[1.0]).logps is None
+
+
+def test_a_last_part_that_does_not_fit_is_halved_by_its_own_size():
+    sizes = []
+
+    def draw_rows(model, prefixes, rows, caps, settings):
+        sizes.append(len(rows))
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return [resample.Continuation([EOS]) for _ in rows[:10]]
+
+    with pytest.warns(UserWarning, match="generating 2 sequences at once; going on with 1"):
+        resample.sample(make_model(), [[3]], 12, max_new_tokens=3, eos_token_id=EOS, pad_token_id=0,
+                        draw_rows=draw_rows)
+    assert sizes == [12, 2, 1, 1]

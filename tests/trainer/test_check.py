@@ -236,3 +236,19 @@ def test_sampling_is_checked_where_nothing_is_scored():
     with pytest.raises(ValueError, match="greedy sampling"):
         check_model(random_model("falcon_h1", torch.float32), "x", training=False)
     assert sample(random_model("llama"), [[3]], 1, max_new_tokens=2, eos_token_id=99, pad_token_id=0)
+
+
+def test_nan_is_refused(monkeypatch):
+    monkeypatch.setattr("trainer.check.score_rows", lambda *a: tuple(x * float("nan") for x in score_rows(*a)))
+    with pytest.raises(ValueError, match="rows that share a prefix differs .* by nan nats"):
+        check_model(random_model("llama", torch.float32), "x")
+
+
+def test_a_second_continuation_that_differs_is_refused(monkeypatch):
+
+    def second_differs(*args, **options):
+        return [[y, [*y[:-1], y[-1] ^ 1]] for y, _ in resample.sample(*args, **options)]
+
+    monkeypatch.setattr("trainer.check.sample", second_differs)
+    with pytest.raises(ValueError, match="greedy sampling .* differs"):
+        check_model(random_model("llama", torch.float32), "x")

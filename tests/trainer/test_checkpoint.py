@@ -24,6 +24,7 @@ from trainer.checkpoint import (
     save_checkpoint,
     write_whole,
 )
+from trainer.session import PIVOT_COLUMNS
 
 ROOT = Path(__file__).parents[2]
 RUN = ["--preset", "tiny", "--group-size", "2", "--branches", "2", "--questions", "1", "--steps", "6",
@@ -321,3 +322,22 @@ def test_write_whole_replaces_or_leaves(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_whole(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_checkpoint_gets_its_name_after_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    did, to_disk, rename = [], checkpoint._to_disk, os.replace
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    monkeypatch.setattr(checkpoint, "_to_disk", lambda path: did.append(path.name) or to_disk(path))
+    monkeypatch.setattr(os, "replace", lambda a, b: did.append("rename") or rename(a, b))
+    save_checkpoint(tmp_path, 1, lambda folder: (folder / "file").write_text("x"))
+    assert sorted(did[:2]) == ["file", "metrics.jsonl"] and did[2] == "rename"       # first all of it is on the disk
+
+
+def test_all_logs_are_cut_to_the_step(tmp_path):
+    pivots = "".join(f"{step},9,3,0.5,1,2,0.5\n" for step in (1, 1, 2, 3)) + "3,9"                  # torn
+    (tmp_path / "pivots.csv").write_text(PIVOT_COLUMNS + pivots)
+    (tmp_path / "timing.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 2, 3)))
+    cut_logs(tmp_path, 2)
+    lines = (tmp_path / "pivots.csv").read_text().splitlines(keepends=True)
+    assert lines[0] == PIVOT_COLUMNS and [line[0] for line in lines[1:]] == ["1", "1", "2"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "timing.jsonl").read_text().splitlines()] == [0, 1, 2]

@@ -545,3 +545,8 @@ def test_the_warm_up_draws_two_blocks_of_several_rows_and_of_one(monkeypatch):
     for compile_layers in (True, False):
         assert decoding.warm_up(model, compile_layers) is None
     assert calls == [(2, True, True), (1, True, True), (2, False, True), (1, False, True)]
+
+
+def test_the_smallest_draws_are_those_of_the_middle_of_their_interval():
+    E = decoding.exponential(torch.tensor([0.0, 2.0**-24]))
+    torch.testing.assert_close(E, torch.tensor([2.0**-25, 1.5 * 2**-24]), rtol=1e-6, atol=0)

@@ -5,6 +5,7 @@ import re
 import zlib
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -478,3 +479,59 @@ def test_a_boxed_answer_to_gsm8k_must_be_finished_and_one_to_math_need_not(check
                   for name in ("gsm8k", "amc")}
     assert unfinished == {"gsm8k": {False}, "amc": {False, True}}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["answer"] == "boxed"
+
+
+def test_two_batches_draw_different_samples_for_the_same_question(checkpoint, data, tmp_path):
+    row = (data / "gsm8k_test.jsonl").read_text().splitlines()[0]
+    (tmp_path / "gsm8k_test.jsonl").write_text(f"{row}\n" * 2)
+    assert run(checkpoint, tmp_path, tmp_path / "out", "gsm8k", batch_tokens=1, **SAMPLED) == 0
+    responses = [[x["response"] for x in lines_of(tmp_path / "out") if x["row"] == i] for i in (0, 1)]
+    assert len(responses[0]) == len(responses[1]) == 3 and responses[0] != responses[1]
+
+
+def test_an_answer_that_was_cut_in_its_tag_is_not_stated():
+    question = Question("", "1", [], "boxed")                            # 1 may be cut from 18
+    for finished in (True, False):
+        assert grade(question, "x </think> <answer> 1", finished, "r1") == {"correct": finished}
+
+
+def test_a_closed_tag_of_r1_finishes_an_answer():
+    def answers(text):
+        tokenizer = SimpleNamespace(pad_token_id=0, decode=lambda ids, skip_special_tokens: text)
+        model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+        args = SimpleNamespace(max_new_tokens=4, samples=1, temperature=0.0, template="r1")
+        found, = eval_math.answer_batch(args, model, lambda *_, **__: [[[5, 6, 7, 8]]], tokenizer, [1], "gsm8k",
+                                        [Question("q", "18", [3])], [0])
+        return found
+
+    assert answers("x </think> <answer> #### 18 </answer>")["finished"]              # although no stop id was drawn
+    assert not answers("x </think> <answer> #### 18")["finished"]
+
+
+def test_prompt_and_answer_share_a_context_that_is_shorter_than_the_cap():
+    asked = []
+    tokenizer = SimpleNamespace(pad_token_id=0, decode=lambda ids, skip_special_tokens: "")
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10))
+    args = SimpleNamespace(max_new_tokens=12, samples=1, temperature=0.0, template="chat")
+
+    def sampler(model, prompts, k, *, max_new_tokens, **options):
+        asked.extend(max_new_tokens)
+        return [[[5] * n] for n in max_new_tokens]
+
+    list(eval_math.answer_batch(args, model, sampler, tokenizer, [1], "gsm8k", [Question("q", "18", [3] * 7)], [0]))
+    assert asked == [3]
+
+
+@pytest.mark.parametrize("name, right", [("math_train", True), ("math500", True), ("gsm8k", False)])
+def test_the_sets_whose_unfinished_answers_count(name, right):
+    tokenizer = SimpleNamespace(pad_token_id=0, decode=lambda ids, skip_special_tokens: r"\boxed{18}")
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+    args = SimpleNamespace(max_new_tokens=4, samples=1, temperature=0.0, template="chat")
+    answer, = eval_math.answer_batch(args, model, lambda *_, **__: [[[5, 6, 7, 8]]], tokenizer, [1], name,
+                                     [Question("q", "18", [3], "boxed")], [0])
+    assert not answer["finished"] and answer["correct"] == right
+
+
+def test_reasoning_of_r1_may_name_the_tags_and_a_turn_of_the_user():
+    text = "I end with </answer> User: and so on </think> <answer> 18 </answer>"
+    assert grade(Question("", "18", [], "boxed"), text, True, "r1") == {"correct": True}

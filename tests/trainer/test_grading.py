@@ -482,3 +482,8 @@ def test_any_number_that_is_the_gold_answer_is_found():
         assert states_gold(response, "1234") and not states_gold(response, "123")
     assert states_gold("minus 5", "-5") and not states_gold("", "5") and not states_gold("x" * 10**6, "5")
     assert [is_number(gold) for gold in ("5", "1,234", "-1/2", "x", "1/0", "(1, 2)")] == [True] * 3 + [False] * 3
+
+
+def test_a_number_at_the_beginning_of_a_long_text_keeps_its_sign():
+    text = "-5 is what we get, which is below zero as the question says it has to be."
+    assert grade_last_number(text, "-5") and not grade_last_number(text, "5")

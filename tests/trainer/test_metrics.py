@@ -26,3 +26,10 @@ def test_what_there_is_nothing_of_is_none():
     missing = {name for name, value in metrics.items() if value is None}
     assert missing == {"branch_reward", "dead_branch_groups", "pivot_depth", "recovered", "branch_length", "entropy"}
     assert metrics["pivots"] == 0 and metrics["dead_groups"] == 0
+
+
+def test_branches_that_are_all_right_are_dead():
+    forks = [Fork(1, 0.5, [[4], [5]], rewards) for rewards in ([1.0, 1.0], [1.0, 0.0], [0.0, 0.0])]
+    groups = [Group([3], [Trajectory([6, 7], 0.0, [fork]) for fork in forks])]
+    metrics = summarize(groups, [EOS])
+    assert metrics["live_branches"] == 2 and metrics["dead_branch_groups"] == pytest.approx(2 / 3)

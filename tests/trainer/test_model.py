@@ -3,11 +3,11 @@ import pytest
 from conftest import EOS, argmax_step_by_step, make_model
 from test_packing import check_against_separate_rows
 from test_resample import RAGGED, drawn_by
-from transformers import GenerationConfig
+from transformers import Gemma3Config, GenerationConfig
 
 import resample
 from trainer import decoding
-from trainer.model import checkpoint_activations, savable
+from trainer.model import checkpoint_activations, savable, without_noise
 
 
 @pytest.mark.parametrize("chunk", [3, 4096])
@@ -53,3 +53,9 @@ def test_only_what_cannot_be_saved_is_left_out_of_a_generation_config(settings, 
 def test_a_generation_config_that_is_valid_or_missing_stays_the_same_object():
     config = GenerationConfig(do_sample=True, temperature=0.5)
     assert savable(config, "mine") is config and savable(None, "mine") is None
+
+
+def test_all_parts_of_a_composite_model_are_without_dropout():
+    config = without_noise(Gemma3Config(text_config=dict(attention_dropout=0.3),
+                                        vision_config=dict(attention_dropout=0.2)))
+    assert config.text_config.attention_dropout == config.vision_config.attention_dropout == 0.0

@@ -8,6 +8,7 @@ import torch
 from tokenizers import processors
 
 import tasks.lock
+import trainer.policy
 from deep_grpo import Config, Group, Trajectory, choose_pivots, resample_failures, roll_out, score_groups
 from recoverability import Recoverability
 from tasks import GSM8K_INSTRUCTION, Question, chat_prompt
@@ -194,3 +195,13 @@ def test_each_calls_the_function_with_the_model_and_counts_its_tokens(make):
     results = policy.each(lambda model, prompt, response, name: (model is policy.model, prompt + response, name), items)
     assert results == [(True, [3, 4, 5, 6, 7], "a"), (True, [3, 8], "b")]
     assert policy.forwarded == 7
+
+
+def test_the_imbalance_of_a_step_is_the_largest_of_its_rounds(monkeypatch):
+    loads = iter([2.0, 1.5])
+    monkeypatch.setattr(trainer.policy, "imbalance", lambda *_: next(loads))
+    model, tokenizer = load_model(str(tasks.lock.ASSETS / "tiny"))
+    policy = Policy(model, tokenizer, [tokenizer.eos_token_id], Config())
+    for _ in range(2):                                       # two rounds of a step, as with --step-tokens
+        policy.sample([[3, 4]], 1, 2)
+    assert policy.imbalance == {"rollout": 2.0}

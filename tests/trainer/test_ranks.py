@@ -811,3 +811,17 @@ def test_an_evaluation_on_a_full_disk_is_one_line_of_all_ranks_together(on_ranks
         "--model", str(ROOT / "assets" / "tiny"), "--sets", "tiny", "--max-new-tokens", "4", "--out", str(tmp_path)])
     assert codes == [1, 1] and errors[1] == ""
     assert re.search(r"^error: .*No space left on device; the answers so far are in ", errors[0], re.M)
+
+
+def draws_after_resuming(folder):
+    """What this rank draws first when the run goes on."""
+    ranks.start()
+    train_gsm8k.prepare(train_gsm8k.parse_args(["--resume", folder, "--steps", "3"]))
+    return torch.rand(3).tolist()
+
+
+def test_no_rank_draws_what_another_draws_when_a_run_goes_on_with_more(on_ranks, killed_run):
+    draws = on_ranks(3, "draws_after_resuming", str(killed_run))
+    assert len(set(map(tuple, draws))) == 3
+    again = on_ranks(3, "draws_after_resuming", str(killed_run))
+    assert again == draws

@@ -21,6 +21,7 @@ from trainer.session import (
     check_questions,
     ended_by,
     owned,
+    pivot_lines,
     read_config,
     sample_lines,
     stop_after_this_step,
@@ -186,3 +187,9 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(capsys, tmp_p
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert session.ROOT == Path(__file__).parents[2]             # where the git revision is read
+
+
+def test_the_rate_of_a_question_is_that_of_its_rollouts():
+    fork = Fork(1, 0.5, [[4], [5]], [1.0, 0.0])
+    group = Group([3], [Trajectory([6, 7], 0.0, [fork]), Trajectory([6], 1.0)])
+    assert list(pivot_lines(7, [group])) == ["7,2,1,0.5000,1,2,0.5000\n"]        # the rate is that of the rollouts

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from recoverability import Recoverability
 from resample import sample
 from tasks import GSM8K_INSTRUCTION, chat_prompt, split_validation
 from trainer import compiling, decoding
+from trainer.checkpoint import find_checkpoints
 from trainer.compiling import compiled_rows, plain_rows, stopwatch
 from trainer.model import load_model
 from trainer.policy import Policy
@@ -804,3 +806,67 @@ def test_what_cannot_be_compiled_is_not(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decoding, "warm_up", lambda model, layers: "no layers" if layers else None)
     for flag in ("--compile", "--no-compile"):
         assert prepared(tmp_path, flag).policy.sampler is decoding.sample
+
+
+def test_the_best_checkpoint_is_written_without_save_every(tmp_path, monkeypatch):
+    def evaluate(run):
+        if run.step == 1:
+            run.best_step, run.best_accuracy = 1, 0.9
+        return {"eval_accuracy": 0.9 if run.step == 1 else 0.1}, {"seconds_eval": 0.0}
+
+    monkeypatch.setattr(train_gsm8k, "evaluate", evaluate)
+    assert train(*SHORT, "--steps", 3, "--eval-every", 1, "--out", tmp_path / "run") == 0        # no --save-every
+    assert [step for step, _ in find_checkpoints(tmp_path / "run")] == [1, 3]
+
+
+def test_a_run_that_is_stopped_is_saved_without_save_every(tmp_path, monkeypatch):
+    why = iter([None, None, "SIGTERM"])                      # before steps 1, 2 and 3
+    monkeypatch.setattr(train_gsm8k, "ended_by", lambda *_: next(why))
+    assert train(*SHORT, "--eval-every", 0, "--steps", 5, "--out", tmp_path / "run") == 1        # no --save-every
+    assert [step for step, _ in find_checkpoints(tmp_path / "run")] == [2]
+
+
+def test_only_tokens_that_had_a_weight_are_silenced():
+    def doubles(values):
+        return torch.tensor(values, dtype=torch.float64)
+
+    args = SimpleNamespace(method="grpo", micro_batch_tokens=None, prob_mask=None, maspo=False, stapo=True)
+    silenced = []
+    options = train_gsm8k.loss_options(SimpleNamespace(args=args, score=None), silenced)
+    table = doubles([[1.0, 0.1, 0, 1, 0]] * 2 + [[1.0, 0.0, 0, 1, 0]])   # the third has no weight in any case
+    options["reweigh"](table, doubles([0.001] * 3).log(), doubles([1.0, 2.0, 1.0]))
+    assert silenced == [1]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_evaluation_questions_are_not_among_the_training_questions(seed):
+    args = parse_args(["--preset", "tiny", "--seed", str(seed)])
+    rows, evaluation, _ = train_gsm8k.load_questions(args)
+    assert evaluation == tasks.lock.make_rows(tasks.lock.LOCKS["tiny"], args.eval_rows, 0)       # for every --seed
+    texts = {row["question"] for row in rows}
+    assert sum(row["question"] in texts for row in evaluation) < 0.1 * len(evaluation)
+
+
+def test_the_last_good_state_has_the_queue_of_its_own_step(tmp_path, monkeypatch):
+    flags = [*SHORT, "--eval-every", 0, "--lag", 1]
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def explode_late(parameters, *args):
+        calls.append(1)
+        return clip(parameters, *args) * (float("nan") if len(calls) == 3 else 1)
+
+    assert train(*flags, "--steps", 2, "--out", tmp_path / "good") == 0
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode_late)
+    assert train(*flags, "--steps", 5, "--out", tmp_path / "bad") == 1
+    good, bad = (torch.load(tmp_path / name / "checkpoints" / "step_2" / "trainer.pt", weights_only=False)
+                 for name in ("good", "bad"))
+    assert len(good["waiting"]) == 1 and bad["waiting"] == good["waiting"]       # not those of step 3
+
+
+def test_a_resumed_run_asks_the_next_questions_where_a_step_has_several_batches(tmp_path, monkeypatch):
+    flags = [*SHORT, "--questions", 1, "--eval-every", 0, "--step-tokens", 400]      # several batches in a step
+    assert train(*flags, "--steps", 2, "--out", tmp_path / "whole") == 0
+    assert train(*flags, "--steps", 1, "--out", tmp_path / "halves") == 0
+    assert train("--resume", tmp_path / "halves", "--steps", 2) == 0
+    rows = read(tmp_path / "whole")
+    assert rows[0]["questions"] > 1 and rows == read(tmp_path / "halves")

@@ -292,3 +292,12 @@ def test_what_cannot_be_is_refused_on_one_line(flags, message, capsys):
         parse_args(["--preset", "tiny", *flags])
     error, = capsys.readouterr().err.splitlines()
     assert error.startswith("error: argument ") and message in error
+
+
+def test_hidden_states_are_those_without_dropout():
+    model, prompts = make_model(attention_dropout=0.5).train(), [[3, 4, 5, 6, 7], [8, 9]]
+    states = mean_states(model, prompts)
+    model.eval()
+    for prompt, state in zip(prompts, states):
+        alone = model.base_model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(torch.tensor(state), alone.detach().float(), rtol=1e-6, atol=1e-6)

@@ -220,3 +220,14 @@ def test_a_lag_is_not_negative(capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_args(["--preset", "tiny", "--lag", "-1"])
     assert "--lag: must be 0 or more, got -1" in capsys.readouterr().err
+
+
+def test_both_updates_on_a_stale_batch_are_clipped_against_the_policy_that_drew_it():
+    config = Config(beta=0.0, max_grad_norm=1e9)
+    model, once = make_model(), make_model()
+    groups = drawn_by(perturbed(model, 0.05), example(), config)
+    deep_grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), groups, replace(config, updates=2), stale=True)
+    for _ in range(2):
+        deep_grpo.update(once, torch.optim.SGD(once.parameters(), lr=0.1), groups, config, stale=True)
+    for p, q in zip(model.parameters(), once.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)

@@ -280,7 +280,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
 def loss_options(run, silenced) -> dict:
     """The options of deep_grpo.objective for this run. silenced: a list, to which --stapo adds a number per update."""
     args, method = run.args, METHODS[run.args.method]
-    options = {"micro_batch_tokens": args.micro_batch_tokens, "ranks": Ranks(run.score, padded_to(run.score)),
+    options = {"micro_batch_tokens": args.micro_batch_tokens, "ranks": Ranks(run.score, padded_to(run.score, device())),
                "weights": method.weights}
 
     def silence(table, logp, entropy):

@@ -62,6 +62,7 @@ from trainer import decoding
 from trainer.compiling import compiled_layers, compiled_rows, padded_to, plain_rows
 from trainer.memory import estimate, of_row
 from trainer.model import Ranks, checkpoint_activations, gathered, precision, shard
+from trainer.ranks import device
 from trainer.settings import OneLineParser, command_line, count
 
 # layers, width, heads, key/value heads, inner width, vocabulary, in Qwen2.5's proportions. "0.5b" and "1.5b" are its
@@ -167,7 +168,7 @@ def compiled_models(*models):
 def our_ranks(compile=True):
     """How a run scores rows: compiled, with a GPU."""
     score = compiled_rows if compile and torch.cuda.is_available() else plain_rows
-    return Ranks(score, padded_to(score))
+    return Ranks(score, padded_to(score, device()))
 
 
 def update_ours(model, groups, config, ref_model=None, tokens=4096, compile=True):

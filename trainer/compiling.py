@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packing import layer_masks, needed_masks, pack, score_rows, tree_masks
-from trainer.model import Ranks, layers_of
-from trainer.ranks import device, first_fault, first_line
+from trainer.model import Ranks, device_of, layers_of
+from trainer.ranks import first_fault, first_line
 
 BLOCK = 128                              # tokens; the sides of a block of FlexAttention
 
@@ -120,7 +120,7 @@ def compiled_rows(model, rows, temperature=1.0, entropies=True):
     """packing.score_rows, within compiled_layers()."""
     masks = block_masks if model.device.type == "cuda" else dense_masks
     return score_rows(model, rows, temperature, entropies=entropies, masks=masks, score_tokens=compiled(fused_scores),
-                      multiple=padded_to(compiled_rows))
+                      multiple=padded_to(compiled_rows, model.device))
 
 
 def plain_rows(model, rows, temperature=1.0, entropies=True):
@@ -128,12 +128,12 @@ def plain_rows(model, rows, temperature=1.0, entropies=True):
     if model.device.type == "cpu":
         return score_rows(model, rows, temperature, entropies=entropies)
     return score_rows(model, rows, temperature, entropies=entropies, masks=additive_masks,
-                      multiple=padded_to(plain_rows))
+                      multiple=padded_to(plain_rows, model.device))
 
 
-def padded_to(score) -> int:
+def padded_to(score, device) -> int:
     """The length of rows in a micro-batch is a multiple of so many tokens. score: one of the two functions above."""
-    if device().type == "cpu":
+    if device.type == "cpu":
         return 1
     return BLOCK if score is compiled_rows else 8
 
@@ -157,7 +157,7 @@ def warm_up(model, ref_model, temperature) -> str | None:
         model.zero_grad()
         return logp.detach(), grads
 
-    exact = device().type == "cpu"                   # (offloaded weights are in host memory now)
+    exact = device_of(model).type == "cpu"
 
     def fault(part):
         right, right_grads = learn(plain_rows, part)

@@ -32,8 +32,8 @@ from packing import layer_masks, pack
 from resample import Continuation, append_block, as_read, cut, left_padded, prefill
 from trainer.compiling import attention, compiled, compiled_layers
 from trainer.memory import USABLE, of_row
-from trainer.model import Ranks, gathered, layers_of, precision
-from trainer.ranks import device, first_fault, first_line
+from trainer.model import Ranks, device_of, gathered, layers_of, precision
+from trainer.ranks import first_fault, first_line
 
 HEALTHY_GAP = 0.03                       # nats, of a step's tokens; trainer/README.md (sampler_gap) has measurements
 BLOCK = 64                               # tokens between two looks at which rows have ended
@@ -416,7 +416,7 @@ def warm_up(model, compile_layers: bool) -> str | None:
     the types are those of autocast, so the bound is wider than on a CPU: of random tokens, as the prompts are here, two
     real models had gaps of .016 to .055 nats in bf16. A wrong mask or position makes gaps of nats.
     """
-    gpu = device().type == "cuda"                    # (offloaded weights are in host memory now)
+    gpu = device_of(model).type == "cuda"
     many = 64 if gpu else 1                          # torch chooses kernels by the sizes that it sees first
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 40), generator=torch.Generator().manual_seed(0)).tolist()

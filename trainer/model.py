@@ -236,6 +236,11 @@ def as_forward(model, function: Callable) -> Callable:
     return lambda *args: model.run_as_forward(lambda: function(model, *args))
 
 
+def device_of(model) -> torch.device:
+    """Where a model computes. Offloaded weights are in host memory outside of a forward pass."""
+    return device() if isinstance(model, FSDPModule) else model.device
+
+
 class Ranks:
     """How the micro-batches of an update are divided: packing.Alone for any number of processes.
 

@@ -247,7 +247,7 @@ def test_nan_is_refused(monkeypatch):
 def test_a_second_continuation_that_differs_is_refused(monkeypatch):
 
     def second_differs(*args, **options):
-        return [[y, [*y[:-1], y[-1] ^ 1]] for y, _ in resample.sample(*args, **options)]
+        return [[y, [*y[:-1], y[-1] ^ 1]] for y, _ in sample(*args, **options)]
 
     monkeypatch.setattr("trainer.check.sample", second_differs)
     with pytest.raises(ValueError, match="greedy sampling .* differs"):

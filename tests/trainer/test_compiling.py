@@ -193,14 +193,14 @@ def test_the_bound_of_the_warm_up_is_that_of_the_device_also_where_weights_are_o
     monkeypatch.setattr(compiling, "compiled", lambda function: function)
     monkeypatch.setattr(compiling, "compiled_rows", rounded)
     assert "differ by 0.05 nats" in warm_up(model, None, 1.0)
-    monkeypatch.setattr(compiling, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(compiling, "device_of", lambda model: torch.device("cuda"))
     assert warm_up(model, None, 1.0) is None
 
 
-def test_rows_are_padded_as_micro_batches_reckon(monkeypatch):
-    assert padded_to(plain_rows) == padded_to(compiled_rows) == 1
-    monkeypatch.setattr(compiling, "device", lambda: torch.device("cuda"))
-    assert (padded_to(plain_rows), padded_to(compiled_rows)) == (8, 128)
+def test_rows_are_padded_as_micro_batches_reckon():
+    found = {kind: [padded_to(score, torch.device(kind)) for score in (plain_rows, compiled_rows)]
+             for kind in ("cpu", "cuda")}
+    assert found == {"cpu": [1, 1], "cuda": [8, 128]}
 
 
 @pytest.mark.slow

@@ -518,7 +518,7 @@ def test_the_bound_of_the_warm_up_is_that_of_the_device_also_where_weights_are_o
 
     monkeypatch.setattr(decoding, "sample", rounded)
     assert "differ by 0.05 nats" in decoding.warm_up(model, True)
-    monkeypatch.setattr(decoding, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(decoding, "device_of", lambda model: torch.device("cuda"))
     assert decoding.warm_up(model, True) is None
 
 

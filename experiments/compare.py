@@ -5,6 +5,7 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
     python -m experiments.compare --experiment branches    # K = 4, 8, 16 and TreeRL there, 20 seeds
     python -m experiments.compare --experiment prefix      # the prefix of a branch masked, and trained
     python -m experiments.compare --experiment stapo       # with and without STAPO
+    python -m experiments.compare --experiment hot         # the same where STAPO acts, 10 seeds
     python -m experiments.compare --experiment ablations   # DEEP-GRPO without one of its parts
     python -m experiments.compare --experiment thinning    # a share of the failures branched, 40 seeds
     python -m experiments.compare --extend --arms mine     # an arm that you added to ARMS beside the kept ones
@@ -82,6 +83,7 @@ ARMS = {
     "half_light": Arm("S = 1/2, weights of S = 1", "--method light_branches --branch-share .5"),
 }
 EQUAL = "--preset tiny-deep --eval-every 2 --step-tokens 8000"
+HOT = "--preset tiny --eval-every 2 --step-tokens 8000 --temperature 1.8 --lr 3e-4"
 RARE = Lock(turns=(12, 14), hard=3, place=(1, 4), p=0.1)
 
 
@@ -112,6 +114,10 @@ EXPERIMENTS = {                                      # the last line of each is 
     "stapo": Experiment(
         "With and without STAPO", 5, 128_000, EQUAL, arms("grpo grpo_stapo deep_grpo stapo"), None,
         "STAPO changes nothing on this task"),
+    "hot": Experiment(
+        "With and without STAPO, where sampling is hot", 10, 128_000, HOT,
+        arms("grpo grpo_stapo deep_grpo stapo"), None,
+        "Where it acts, STAPO is not shown to help"),
     "ablations": Experiment(
         "DEEP-GRPO without one of its parts", 5, 128_000, EQUAL,
         arms("deep_grpo k4 k16 two_pivots uniform root branch_all one_stream no_std grpo24"), None,
@@ -294,8 +300,8 @@ def main(argv=None):
     parser.add_argument("--arms", help="Runs only these arms, separated by commas; the first is what the others are "
                         "compared with. The default is all arms of the experiment.")
     parser.add_argument("--seeds", type=count, 
-                        help="Sets how many seeds each arm has. The default is 5, 10 for rare, 20 for branches and "
-                        "40 for thinning.")
+                        help="Sets how many seeds each arm has. The default is 5, 10 for rare and hot, 20 for branches "
+                        "and 40 for thinning.")
     parser.add_argument("--budget-tokens", type=count,
                         help="Sets the generated tokens of a run. The default is 128000.")
     parser.add_argument("--extend", action="store_true", help="Makes only the runs whose numbers are not kept: for "
@@ -319,8 +325,9 @@ def main(argv=None):
                                  budget_tokens=args.budget_tokens or experiment.budget_tokens)
     known = known_runs(kept, chosen)                 # before a base policy is made, which takes minutes
     start, out, base = time.time(), args.out, ""
-    if chosen.lock:
+    if chosen.flags != EXPERIMENTS["methods"].flags:     # those with equal flags share runs
         out = out / args.experiment
+    if chosen.lock:
         make_base(chosen.lock, out / "base")
         base = base_flags(out / "base")
     measured = measure(chosen, out, args.jobs, base, known)

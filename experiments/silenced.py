@@ -46,8 +46,8 @@ def draw(name, temperature, questions, group_size=8, seed=0) -> list[Group]:
 def count_tokens(groups) -> dict[str, float]:
     """Of a batch of rollouts: the share of correct ones, their tokens, and how many are improbable and silenced.
 
-    improbable: tokens with an advantage above 0 and a probability below .002. touched: the share of correct responses
-    that have one.
+    improbable: tokens with an advantage above 0 and a probability below .002. in_wrong: tokens with such a probability,
+    per 1,000 tokens of wrong responses. touched: the share of correct responses that have one.
     """
     table = loss_table(groups, sequence_weights(groups, Config()))
     logps = sampled_logps(groups)
@@ -56,9 +56,11 @@ def count_tokens(groups) -> dict[str, float]:
     improbable = (table[:, 0] > 0) & (logps.exp() < 0.002)
     correct = torch.tensor([t.reward == 1 for g in groups for t in g.trajectories])
     lengths = [len(t.response) for g in groups for t in g.trajectories]
+    wrong = ~correct.repeat_interleave(torch.tensor(lengths))
     touched = torch.tensor([bool(part.any()) for part in improbable.split(lengths)])
     return {"correct": correct.float().mean().item(), "tokens": int(torch.tensor(lengths)[correct].sum()),
             "improbable": int(improbable.sum()),
+            "in_wrong": 1000 * (logps.exp() < 0.002)[wrong].float().mean().item(),
             "silenced": int(((table[:, 1] != 0) & (changed[:, 1] == 0)).sum()),
             "touched": (touched & correct).sum().item() / max(1, int(correct.sum()))}
 
@@ -66,10 +68,12 @@ def count_tokens(groups) -> dict[str, float]:
 def tables(found) -> str:
     """Markdown: a row per base model and temperature. found: (name, temperature) -> what count_tokens() gives."""
     lines = ["| base model | temperature | correct rollouts | tokens of correct rollouts | of these, improbable | "
-             "silenced | correct rollouts with an improbable token |", "|---|---|---|---|---|---|---|"]
+             "per 1,000 | per 1,000 tokens of wrong rollouts | silenced | correct rollouts with an improbable token |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for (name, temperature), numbers in found.items():
         lines.append(f"| {name} | {temperature:.1f} | {100 * numbers['correct']:.1f} % | {numbers['tokens']:,} | "
-                     f"{numbers['improbable']} | {numbers['silenced']} | {100 * numbers['touched']:.0f} % |")
+                     f"{numbers['improbable']} | {1000 * numbers['improbable'] / max(1, numbers['tokens']):.2f} | "
+                     f"{numbers['in_wrong']:.2f} | {numbers['silenced']} | {100 * numbers['touched']:.0f} % |")
     return "\n".join(lines)
 
 

@@ -18,9 +18,11 @@ def test_the_counts_of_a_batch_by_hand():
                           rollout([0.001, 0.9, 0.9], [0.1, 0.1, 0.1], 0.0), rollout([0.9], [0.1], 1.0)]),
               Group([4], [rollout([0.001], [0.1], 1.0)] * 4)]                      # dead: no advantage
     found = count_tokens(groups)
+    assert found.pop("in_wrong") == pytest.approx(1000 / 3)
     assert found == {"correct": 7 / 8, "tokens": 3 + 2 + 1 + 4, "improbable": 4, "silenced": 3, "touched": 2 / 7}
+    found["in_wrong"] = 1000 / 3
     row = tables({("tiny", 1.5): found}).splitlines()[-1]
-    assert row == "| tiny | 1.5 | 87.5 % | 10 | 4 | 3 | 29 % |"
+    assert row == "| tiny | 1.5 | 87.5 % | 10 | 4 | 400.00 | 333.33 | 3 | 29 % |"
 
 
 @pytest.mark.parametrize("temperature", [TEMPERATURES[-1]])

@@ -51,7 +51,7 @@ HALF = "--method deep_grpo --branch-share .5 --questions 4"      # a rule choose
 ARMS = {"random": Arm("a random choice", HALF)} | {
     rule: Arm(label, HALF, f"experiments.choice run {rule}")
     for rule, label in (("depth", "by depth"), ("rate", "by the question's rate"), ("both", "by both"))}
-TITLE = "Choosing which failures are branched brings nothing"
+TITLE = "No choice of the failures that are branched is shown to help"
 
 
 # ---- one run ----

@@ -36,7 +36,7 @@ ARMS = {f"{method}-{lag}": Arm(f"{label}, lag {lag}", f"--method {method} --lag 
         for method, label in PANELS.items() for lag in LAGS}
 LOOKS = {0: (LIGHT, "-"), 4: (GREY, "--"), 12: (INK, "-.")}
 TITLE = "A sampler that lags behind, with and without VCPO"
-MESSAGE = "With a lag of 12 batches, VCPO learns sooner than GRPO and ends lower"
+MESSAGE = "A lag delays GRPO, and with a lag of 12 batches VCPO ends lower"
 
 
 def read_curve(run, lag) -> dict:

@@ -110,6 +110,7 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False, known=()) -
     waiting.sort(key=lambda entry: entry[1])                                              # seed by seed
     running = {}
     total = len(everything) * experiment.budget_tokens
+    tokens = {d: min(experiment.budget_tokens, tokens_so_far(d)) for _, _, d in everything}
     with tqdm(total=total, unit="token", unit_scale=True, desc="generated") as bar:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -127,7 +128,8 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False, known=()) -
                             other.terminate()
                         last_line = log_of(directory).read_text().splitlines()[-1]
                         sys.exit(f"error: {directory} failed, its last line: {last_line}")
-            bar.n = sum(min(experiment.budget_tokens, tokens_so_far(d)) for _, _, d in everything)
+                tokens[directory] = min(experiment.budget_tokens, tokens_so_far(directory))
+            bar.n = sum(tokens.values())
             bar.refresh()
     return directories
 

@@ -34,7 +34,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -45,7 +44,7 @@ import transformers
 from tqdm import tqdm
 
 import tasks.lock
-from grading import GRADERS, grade_gsm8k, grade_last_number
+from grading import GRADERS, grade_gsm8k, grade_last_number, r1_answer, r1_text
 from tasks import SETS, TEMPLATES, digests, fix_date, load_set, make_questions, stop_ids
 from trainer.check import check_length, check_model, choose_sampler, context_of
 from trainer.checkpoint import append_lines, write_whole
@@ -152,31 +151,13 @@ def make_batches(questions, k, new_tokens, batch_tokens):
     return batches
 
 
-def r1_answer(text):
-    """Return (answer, is its tag closed?) of a response to the template r1.
-
-    The answer stands in the last tag after the last </think>, because the reasoning may name the tags, too. An empty
-    tag is passed over. Without tags the answer is all that follows </think>, and the second value is None. If the model
-    goes on with a turn of the user, then this turn and all that follows it do not count.
-    """
-    text = text[max(0, text.find("</think>")):]
-    text = re.sub(r"</answer>\s*User:.*", "</answer>", text, flags=re.S).rpartition("</think>")[2]
-    tags = [tag.partition("</answer>") for tag in text.split("<answer>")[1:]]
-    if not tags:
-        return text, None
-    return next(((answer.strip(), bool(closed)) for answer, closed, _ in reversed(tags) if answer.strip()), ("", False))
-
-
 def grade(question, text, finished, template, math_protocol=True):
     """Return {column: is it correct?} of an answer: only `correct` if it is boxed, else also strict and last_number.
 
     math_protocol: a boxed answer counts although the response is not finished.
     """
     if template == "r1":
-        text, closed = r1_answer(text)
-        stated = closed or closed is False and finished                  # 1 may be cut from 18
-        if question.answer == "boxed" and "\\boxed" not in text and stated:
-            text = f"\\boxed{{{text}}}"
+        text = r1_text(text, question.answer, finished)
     right = GRADERS[question.answer](text, question.gold)
     if question.answer == "boxed":
         return {"correct": right and (finished or math_protocol)}

@@ -99,6 +99,8 @@ CLEAN = [(re.compile(pattern), new, "") for pattern, new in (
     (r"\\[()\[\],;: ]", " "),
     (r"\\(?=[$%£])", ""),
     (r"\\boxed(?=\{)|[{}]", "*"))]  # * separates digits, but not a sign from its number
+TAIL = [*(rule for rule in CLEAN if any(part in rule[0].pattern for part in ("u2007", "{,", "textbf", "[23]"))),
+        (re.compile(r"(?<![\w.])\.(?=[0-9])"), "0.", "")]                    # thousands, \text{}, cm^2, .50
 WORDS = [rule for rule in CLEAN if "negative" in rule[0].pattern or "(?<=m)" in rule[0].pattern]
 
 
@@ -146,19 +148,27 @@ def grade_gsm8k(response: str, gold: str, strict: bool = False) -> bool:
 def grade_last_number(response: str, gold: str) -> bool:
     """Is the last number of `response`, wherever it stands, equal to the number `gold`?
 
-    This is for models that were not told to write ####. It is reported beside grade_gsm8k. As a reward it is lenient: a
+    The exponent of a unit is no number (98 m^2), and 1{,}080 and .50 are one. This is for models that were not told to
+    write ####. It is reported beside grade_gsm8k. As a reward it is lenient: a
     response is right whose last number is, whatever it says of it. Raises ValueError when gold is not a number.
     """
     value, text = _gold_value(gold), response if response.isascii() else response.translate(SIGNS)
-    numbers = deque(NUMBER.finditer(text), maxlen=1)
-    if not numbers:
+    if not (last := _last_number(text)):
         return False
-    last = numbers[0]
+    cleaned = substitute(TAIL, text[max(0, last.start() - 100):][:LONGEST])      # 98 m^2 has the last number 98
+    if found := _last_number(cleaned):
+        last, text = found, cleaned
     before, after = text[max(0, last.start() - 30):last.start()], text[last.end():last.end() + 1]
     if after and after in HIGH or before.endswith("{") and re.search(r"frac\{[0-9]+\}\{$", before):
         return False                                                        # 2³ and 2½ are not 2
     negative = re.search(r"(?<![\w)\]])-[$£€\\]*$", before[-4:])
     return value == Fraction(re.sub(",|:00", "", last[0])) * (-1 if negative else 1)
+
+
+def _last_number(text):
+    """The last match of NUMBER in a text, or None."""
+    numbers = deque(NUMBER.finditer(text), maxlen=1)
+    return numbers[0] if numbers else None
 
 
 def is_number(gold: str) -> bool:

@@ -135,7 +135,8 @@ NOTATION = [(re.compile(pattern), new, *(needed or [""])) for pattern, new, *nee
     (r"(?:, ?(?:\\! ?)+|\{,\})(?=\d{3}(?!\d))", "", ","),                    # 10,\!080 and 10{,}080
     (r"\\\$ ?((?:\d|,\d|\.\d)+)", r'\1 "dollar"', B),
     (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z]) ?\.?", "", B),
-    (r"\\(?:boxed|fbox|(?:display|text)style|limits|phantom)(?![a-zA-Z])|\\!|\\?[$£€]|\\[()\[\]]", ""),
+    (r"\\phantom ?(?:\{[^{}]*\}|.)", "", B),                                 # is not shown
+    (r"\\(?:boxed|fbox|(?:display|text)style|limits)(?![a-zA-Z])|\\!|\\?[$£€]|\\[()\[\]]", ""),
     (r"\\[,;:> ]|\\q?quad(?![a-zA-Z])|~", " "), ("  +", " ", "  "),
     (r"(\d{1,20})\.(\d{0,20})\\overline ?\{(\d{1,20})\}",                   # 0.1\overline{6} is (16 - 1)/90
      lambda m: f"({int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}/{(10 ** len(m[3]) - 1) * 10 ** len(m[2])})", B),
@@ -149,7 +150,8 @@ NOTATION = [(re.compile(pattern), new, *(needed or [""])) for pattern, new, *nee
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", B), (r"\\sqrt ?(\d+|[a-zA-Z])", r"\\sqrt{\1}", B),
     (r"\\frac ?(\d|\\pi|[a-zA-Z])", r"\\frac{\1}", B),
     (rf"\\frac ?({GROUP}) ?(\d|\\pi|[a-zA-Z])", r"\\frac\1{\2}", B), (rf"\\frac ?({GROUP}) ", r"\\frac\1", B),
-    (rf"^ *(?:{NAME} ?)?\\approx(?![a-z])|\\approx(?![a-z]).*", "", B),      # 2/3 \approx 0.67 leaves 2/3
+    (rf"^ *(?:(?!(?:\\pi|[ei]) ?\\approx){NAME} ?)?\\approx(?![a-z])"   # x \approx 2 leaves 2,
+     r"|\\approx(?![a-z]).*", "", B),                                         # and \pi \approx 3.14 leaves \pi
     (r'\^ ?\{? ?"(?:st|nd|rd|th)" ?\}?', "", "^"), (r"(?i)(?<=[\d \"])([ap])\.m\b\.?", r"\1m"),
     (r"(?<![\w)\]}*])(?<![\d)\]}] )(?<!\b[a-zA-Z] )\*\*(?=[^\s*])([^*]*[^\s*])\*\*(?![\w(\[{\\*])",
      r"\1", "**"),                                                           # **7**, but not 2**3
@@ -185,7 +187,7 @@ NO_CHOICE = re.compile(                                                      # (
 def _last_box(response):
     r"""The content of the last complete \boxed{}, or None. A box inside another one is a part of its content."""
     opened, last = [], None
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\boxed (\d)|\\.|[{}]", response, re.S):
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\boxed (\d+)|\\.|[{}]", response, re.S):
         if match[1]:
             last = match[1]                                                  # \boxed 5
         elif match[0] == "}":
@@ -251,7 +253,7 @@ def _tree(text, thousands=True):
             return _tree(SET_OF.sub("", inside, count=1))
         if opening == r"\{" or opening == "{" and len(items) > 1:
             return "set", "", _flat(_tree(item) for item in items if item.strip())
-        if opening in "({" and len(items) == 1:
+        if len(items) == 1 and (opening in "({" or MATRIX.fullmatch(inside.strip())):
             return _tree(inside)
         return "tuple", opening + closed[0], [_tree(item) for item in items]
     if re.search(r"\\[pm][pm](?![a-z])", text):
@@ -411,7 +413,7 @@ def _same_leaf(a, g):
     (a, a_unit), (g, g_unit) = _unit(a), _unit(g)
     x, y = _number(a), _number(g)
     if ("%" in a_unit) != ("%" in g_unit) and x is not None and y is not None:
-        return not (a_unit and g_unit) and (x == y or (x / 100 == y if a_unit else x == y / 100))
+        return not (a_unit and g_unit) and ((x / 100 == y or x == y and abs(y) > 1) if a_unit else x in (y, y / 100))
     scale = _scale(a_unit, g_unit)
     if scale is None:
         return False

@@ -74,12 +74,13 @@ class Question(NamedTuple):
     """A question as the policy sees it. Text and gold answer are for people, the prompt (token ids) is for the model.
 
     answer: how a response states its answer, one of grading.GRADERS. Only with "boxed" may gold be a list of
-    alternatives.
+    alternatives. template: that of the prompt, one of TEMPLATES.
     """
     text: str
     gold: str | list[str]
     prompt: list[int]
     answer: str = "hash"
+    template: str = "chat"
 
 
 def fix_date(tokenizer, date: str) -> str | None:
@@ -160,7 +161,7 @@ def make_questions(rows, tokenizer, max_prompt_tokens, template="chat", answer=N
         if len(prompt) > max_prompt_tokens:
             skipped.append(row)
         else:
-            questions.append(Question(text, gold, prompt, how))
+            questions.append(Question(text, gold, prompt, how, template))
     return questions, skipped
 
 

@@ -112,6 +112,10 @@ def plot_run(run_dir) -> Path:
         last, curves = max((steps[-1] for steps, _ in metrics.values()), default=0), authors_curves()
         for (name, column), style in zip(THEIRS.items(), ("-", "--")):
             steps, values = curves[column]
+            if "eval_accuracy" in metrics:           # smoothed over the same steps as those of this run
+                own = metrics["eval_accuracy"][0]
+                own = own[own <= steps[-1]]
+                steps, values = own, np.interp(own, steps, values)
             shown = steps <= max(last, 25)
             axes.flat[0].plot(steps[shown], smooth(steps, values)[shown], color="0.6", linestyle=style, zorder=0,
                               label=f"authors: {name}, smoothed")

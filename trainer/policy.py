@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 
 from deep_grpo import score_groups
-from grading import GRADERS
+from grading import GRADERS, r1_text
 from resample import sample
 from tasks import chat_prompt, plain_prompt
 from trainer.model import Ranks, as_forward, gathered, precision
@@ -88,8 +88,12 @@ class Policy:
 
     def reward(self, question, response) -> float:
         """1.0 if the response (token ids) ended within the cap and its final answer is right, else 0.0."""
-        grade = GRADERS[question.answer]
-        return float(response[-1] in self.stop and grade(self.text(response), question.gold))
+        if response[-1] not in self.stop:
+            return 0.0
+        text = self.text(response)
+        if question.template == "r1":
+            text = r1_text(text, question.answer, finished=True)
+        return float(GRADERS[question.answer](text, question.gold))
 
     def rewards(self, pairs) -> list[float]:
         """The rewards of (question, response) pairs; each is graded on one rank only."""

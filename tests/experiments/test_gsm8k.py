@@ -68,6 +68,19 @@ def test_a_run_is_compared_with_the_authors_at_the_same_steps(tmp_path):
     assert plot.plot_run(tmp_path / "a").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_run_like_that_of_the_authors_lies_on_their_curve_in_the_figure(tmp_path, monkeypatch):
+    """It has fewer evaluations, which once made a rising curve lie above theirs."""
+    steps, values = authors_curves()[plot.THEIRS["grpo"]]
+    at = dict(zip(steps, values))
+    monkeypatch.setattr(plot.plt, "close", lambda figure: None)
+    plot.plot_run(write_run(tmp_path / "a", "gsm8k", {step: at[step] for step in range(0, 201, 25)}))
+    lines = {line.get_label(): line.get_ydata() for line in plot.plt.gcf().axes[0].lines}
+    monkeypatch.undo()
+    plot.plt.close("all")
+    assert lines["authors: grpo, smoothed"] == pytest.approx(lines["eval_accuracy, smoothed"], abs=1e-12)
+    assert max(abs(lines["authors: deep_grpo, smoothed"] - lines["eval_accuracy, smoothed"])) > 0.005
+
+
 def test_the_mean_is_that_of_the_last_quarter(tmp_path):
     accuracies = dict(enumerate([0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8]))
     assert "over the last 2 of 8 evaluations is 0.700" in last_words(write_run(tmp_path / "a", None, accuracies))[0]

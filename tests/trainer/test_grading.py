@@ -487,3 +487,28 @@ def test_any_number_that_is_the_gold_answer_is_found():
 def test_a_number_at_the_beginning_of_a_long_text_keeps_its_sign():
     text = "-5 is what we get, which is below zero as the question says it has to be."
     assert grade_last_number(text, "-5") and not grade_last_number(text, "5")
+
+
+@pytest.mark.parametrize("text, value, not_value", [
+    (r"= 98 \text{ m}^2", "98", "2"), ("18 cm^2", "18", "2"), ("18 m2", "18", "2"), (r"$1{,}080$", "1080", "80"),
+    (r"1\,080", "1080", "80"), ("18\u202f000", "18000", "0"), ("He pays $.50.", "0.5", "50"), ("So 3.50", "3.5", "50"),
+    ("18 - 5 = 13", "13", "5"), ("the total is -5", "-5", "5")])
+def test_the_last_number_is_read_with_its_unit_and_its_thousands(text, value, not_value):
+    for response in (text, f"It was 7 before. {'x ' * 200}{text}"):
+        assert grade_last_number(response, value) and not grade_last_number(response, not_value)
+
+
+@pytest.mark.parametrize("answer, gold, right", [
+    (r"\boxed 18", "18", True), (r"\boxed 18", "1", False),
+    (r"\boxed{\pi \approx 3.14159}", r"\pi", True), (r"\boxed{\pi \approx 3.14}", "3.14", False),
+    (r"\boxed{x \approx 3.14}", "3.14", True), (r"\boxed{e \approx 2.718}", "e", True),
+    (r"\boxed{0.15\%}", "0.15", False), (r"\boxed{15\%}", "0.15", True), (r"\boxed{50\%}", "50", True),
+    (r"\boxed{0.5}", r"50\%", True), (r"\boxed{50}", r"50\%", True),
+    (r"\boxed{\left[\begin{array}{c} 1/5 \\ -18/5 \end{array}\right]}",
+     r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", True), (r"\boxed{[1]}", "1", False),
+    (r"\boxed{\begin{pmatrix} 1 & -1 \\ 1 & 1 \end{pmatrix}}",
+     r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}", True),
+    (r"\boxed{\begin{pmatrix} 1 & -1 \\ 1 & -1 \end{pmatrix}}",
+     r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}", False)])
+def test_notations_that_were_read_as_another_value(answer, gold, right):
+    assert grade_math(answer, gold) == right

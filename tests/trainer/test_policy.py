@@ -205,3 +205,18 @@ def test_the_imbalance_of_a_step_is_the_largest_of_its_rounds(monkeypatch):
     for _ in range(2):                                       # two rounds of a step, as with --step-tokens
         policy.sample([[3, 4]], 1, 2)
     assert policy.imbalance == {"rollout": 2.0}
+
+
+@pytest.mark.parametrize("answer, text, right", [
+    ("boxed", "9 * 2 = 18 </think> <answer>18</answer>", 1.0),
+    ("boxed", r"maybe \boxed{18}? no </think> <answer>7</answer>", 0.0),
+    ("last", "9 </think> <answer>7</answer>\nUser: thanks, 18?", 0.0), ("last", "9 </think> <answer>18</answer>", 1.0)])
+def test_the_reward_of_the_template_r1_reads_the_answer_tags(answer, text, right):
+    """As the evaluation does. Without a stop id there is no reward, and another template has no such tags."""
+    model, tokenizer = load_model(str(tasks.lock.ASSETS / "tiny"))
+    policy = Policy(model, tokenizer, [1], Config())
+    policy.text = lambda ids: text
+    question = Question("q", "18", [3], answer, "r1")
+    assert policy.reward(question, [5, 1]) == right and policy.reward(question, [5, 5]) == 0.0
+    if answer == "boxed":
+        assert policy.reward(question._replace(template="chat"), [5, 1]) == 1.0 - right

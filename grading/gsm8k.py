@@ -148,9 +148,9 @@ def grade_gsm8k(response: str, gold: str, strict: bool = False) -> bool:
 def grade_last_number(response: str, gold: str) -> bool:
     """Is the last number of `response`, wherever it stands, equal to the number `gold`?
 
-    The exponent of a unit is no number (98 m^2), and 1{,}080 and .50 are one. This is for models that were not told to
-    write ####. It is reported beside grade_gsm8k. As a reward it is lenient: a
-    response is right whose last number is, whatever it says of it. Raises ValueError when gold is not a number.
+    The exponent of a unit is no number (98 m^2), and 1{,}080 and .50 are one each. This is for models that were not
+    told to write ####. It is reported beside grade_gsm8k. As a reward it is lenient: a response is right whose last
+    number is, whatever it says of it. Raises ValueError when gold is not a number.
     """
     value, text = _gold_value(gold), response if response.isascii() else response.translate(SIGNS)
     if not (last := _last_number(text)):

@@ -17,7 +17,8 @@ MATH: the answer is the content of the last complete \boxed{} (or \fbox{}), whic
    counts if the gold is a letter, and otherwise the text. Two options are no choice, and neither are C 12, C:12,
    (C)(12), (C) x and (C) - 12.
  7 Plain numbers (decimals, fractions, mixed numbers, 1.3e-27, 1.3 \times 10^{-27}) are equal exactly or not at all:
-   0.333 is not 1/3. 1,000 is a thousand, except in brackets or against a list. 50% is 50 and 0.5.
+   0.333 is not 1/3. 1,000 is a thousand, except in brackets or against a list. 50% is 50 and 0.5, but
+   0.5% is not 0.5.
  8 A unit is ignored if the other side has none. If both sides have one, known units are converted (300 m = 0.3 km) or
    differ (10 ft, 10 in), and other units must share a word. Degrees are a unit, except in sin, cos, tan, ... A base
    (1011_2) may be left out, too.

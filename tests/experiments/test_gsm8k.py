@@ -148,7 +148,8 @@ def test_the_kept_numbers_are_what_the_program_writes(program, pages, tmp_path, 
         ours, theirs = (json.loads((folder / f"{page}.json").read_text()) for folder in (tmp_path, kept))
         ours, theirs = leaves(ours), leaves(theirs)          # another CPU may round a sum differently
         assert ours.keys() == theirs.keys()
-        assert ours == {at: pytest.approx(value, rel=1e-9) for at, value in theirs.items()}
+        for at, value in theirs.items():
+            assert ours[at] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), at
         table = [line for line in (tmp_path / f"{page}.md").read_text().splitlines() if line.startswith("|")]
         assert "\n".join(table[:9]) in (kept / f"{page}.md").read_text()
 

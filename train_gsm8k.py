@@ -126,10 +126,7 @@ def prepare(args) -> Run:
     weights.clear()                                  # under torchrun a whole model in the memory of rank 0
     if args.gradient_checkpointing:
         checkpoint_activations(model)
-    if device().type == "cuda":
-        card = torch.cuda.get_device_properties(device()).total_memory
-        if warning := update_warning(args, model, world_size(), card):
-            print(warning)
+    warn_of_memory(args, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     score = plain_rows
     if args.compile:
@@ -152,6 +149,14 @@ def prepare(args) -> Run:
         print(f"going on after step {last}" if last else "there is no checkpoint yet: the run begins again")
         first(lambda: cut_logs(args.out, last if last else -1))
     return run
+
+
+def warn_of_memory(args, model) -> None:
+    """Say before a run that its update may not fit into the GPU."""
+    if device().type == "cuda":
+        card = torch.cuda.get_device_properties(device()).total_memory
+        if warning := update_warning(args, model, world_size(), card):
+            print(warning)
 
 
 def compiles(what, warm_up) -> bool:

@@ -156,11 +156,16 @@ def largest_draw(args) -> int:
     return args.questions * args.group_size * max(1, args.branches * METHODS[args.method].forks(args))
 
 
+def estimate_run(args, model, gpus, rows=0, tokens=0) -> dict:
+    """estimate() with the settings of a run."""
+    return estimate(model, gpus, rows, args.max_prompt_tokens + args.max_new_tokens, tokens, args.beta > 0,
+                    args.gradient_checkpointing, args.offload_optimizer, compiled=args.compile)
+
+
 def update_warning(args, model, gpus, card) -> str | None:
     """What to say before a run whose update may need more than the `card` bytes of a GPU; None where it should fit."""
     def needed(tokens):
-        return sum(estimate(model, gpus, 1, 1, tokens, args.beta > 0, args.gradient_checkpointing,
-                            args.offload_optimizer, compiled=args.compile)["update"].values())
+        return sum(estimate_run(args, model, gpus, tokens=tokens)["update"].values())
 
     try:
         if needed(args.micro_batch_tokens) <= card:
@@ -183,8 +188,7 @@ def report(args, gpus) -> str:
     rows = {phase: -(-n // gpus) for phase, n in rows.items() if n}
 
     def parts(phase, rows=0, tokens=0):
-        return estimate(model, gpus, rows, width, tokens, args.beta > 0, args.gradient_checkpointing,
-                        args.offload_optimizer, compiled=args.compile)[phase]
+        return estimate_run(args, model, gpus, rows, tokens)[phase]
 
     phases = {phase: parts("sampling", n) for phase, n in rows.items()}
     phases["update"] = parts("update", tokens=args.micro_batch_tokens)

@@ -1,7 +1,7 @@
 r"""Methods side by side on the embedded task, at an equal budget of generated tokens and of updates.
 
     python -m experiments.compare                          # `make compare`: all methods, 5 seeds
-    python -m experiments.compare --experiment rare        # eight of them where correct answers are rare, 10 seeds
+    python -m experiments.compare --experiment rare        # the same where correct answers are rare, 10 seeds
     python -m experiments.compare --experiment branches    # K = 4, 8, 16 and TreeRL there, 20 seeds
     python -m experiments.compare --experiment prefix      # the prefix of a branch masked, and trained
     python -m experiments.compare --experiment stapo       # with and without STAPO
@@ -92,16 +92,16 @@ def arms(names) -> dict[str, Arm]:
     return {name: ARMS[name] for name in names.split()}
 
 
-FIRST_METHODS = "grpo grpo64 dr_grpo deep_grpo treerl attnrl fr3e rrpo"
-LATER_METHODS = "spo_chain spo_tree spo_tree_all vcpo goldilocks deep_goldilocks"
+METHODS = ("grpo grpo64 dr_grpo deep_grpo treerl attnrl fr3e rrpo "
+           "spo_chain spo_tree spo_tree_all vcpo goldilocks deep_goldilocks")
 EXPERIMENTS = {                                      # the last line of each is the message of the kept result
     "methods": Experiment(
         "The methods at equal budget", 5, 128_000, EQUAL,
-        arms(f"{FIRST_METHODS} {LATER_METHODS}"), None,
+        arms(METHODS), None,
         "At equal tokens, no method is ahead of GRPO with G = 8"),
     "rare": Experiment(
         "The methods where correct answers are rare", 10, 128_000, f"{EQUAL} --lr 1.6e-4",
-        arms(FIRST_METHODS), RARE,
+        arms(METHODS), RARE,
         "Where correct answers are rare, only TreeRL is measurably ahead of GRPO"),
     "branches": Experiment(
         "How many branches where correct answers are rare", 20, 128_000, f"{EQUAL} --lr 1.6e-4",

@@ -22,9 +22,9 @@ tokens     The mean length of an answer.
 truncated  The share of answers without a stop id (with r1 also without </answer>) within the cap.
 
 --out holds config.json, answers.jsonl (a line per answer, written batch by batch), results.json and results.md. The
-same command goes on with an interrupted evaluation. Batches and their seeds depend on the settings alone, so the result
-is that of an uninterrupted evaluation. There is one exception: a GPU that runs out of memory splits a batch, which then
-draws other samples.
+same command goes on with an interrupted evaluation, while torch, transformers and math-verify have the versions that it
+began with. Batches and their seeds depend on the settings alone, so the result is that of an uninterrupted evaluation.
+There is one exception: a GPU that runs out of memory splits a batch, which then draws other samples.
 Exit codes: 0 done, 2 bad input (with one line on stderr), 1 anything else.
 """
 import argparse
@@ -37,6 +37,7 @@ import random
 import sys
 from contextlib import ExitStack
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ def parse_args(argv=None):
 
 
 def describe(args, model, stop, questions, date=None):
-    """Everything that an answer depends on, for config.json. Weights and questions are checksums.
+    """Everything that an answer and its grade depend on, for config.json. Weights and questions are checksums.
 
     date: the one in the prompts, where the chat template asks for today's. It and --answer are left out where they are
     not given, as in the files of older versions.
@@ -114,7 +115,8 @@ def describe(args, model, stop, questions, date=None):
     flags = ("model", "sets", "template", "samples", "temperature", "seed", "max_new_tokens", "batch_tokens")
     return {name: getattr(args, name) for name in flags} | {
         "stop_ids": stop, "dtype": str(model.dtype), "device": model.device.type, "weights": checksum(model),
-        "questions": {name: digests(asked) for name, asked in questions.items()}} | {
+        "questions": {name: digests(asked) for name, asked in questions.items()},
+        **{package: metadata.version(package) for package in ("torch", "transformers", "math-verify")}} | {
         name: value for name, value in (("date", date), ("answer", args.answer)) if value}
 
 
@@ -357,8 +359,7 @@ def main(argv=None) -> int:
                 for name in args.sets}
         mean = (sum(sets[s]["accuracy"] for s in MATH_SETS) / len(MATH_SETS)
                 if all(s in sets for s in MATH_SETS) else None)
-        results = {"config": config, "sets": sets, "math_mean": mean,
-                   "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+        results = {"config": config, "sets": sets, "math_mean": mean}
         first(lambda: write(results))
         end()
         return 0

@@ -299,7 +299,7 @@ def main(argv=None):
                         help="Selects what is compared. The default is methods.")
     parser.add_argument("--arms", help="Runs only these arms, separated by commas; the first is what the others are "
                         "compared with. The default is all arms of the experiment.")
-    parser.add_argument("--seeds", type=count, 
+    parser.add_argument("--seeds", type=count,
                         help="Sets how many seeds each arm has. The default is 5, 10 for rare and hot, 20 for branches "
                         "and 40 for thinning.")
     parser.add_argument("--budget-tokens", type=count,

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 
-from grading import GRADERS, is_number, states_gold
+from grading import GRADERS, is_number, r1_text, states_gold
 from recoverability import Recoverability
 from tasks import digests
 from trainer.checkpoint import append_lines, find_checkpoints, write_whole
@@ -225,7 +225,8 @@ def why_nothing_is_right(run, asked) -> str:
         return f"{100 * sum(count) / max(1, len(of)):.0f} %"
 
     def read_as(how):
-        return share([GRADERS[how](text, q.gold) for q, text in numbers], numbers)
+        return share([GRADERS[how](r1_text(text, how, finished=True) if q.template == "r1" else text, q.gold)
+                      for q, text in numbers], numbers)
 
     marked, boxed = share("####" in text for _, text in texts), share("\\boxed" in text for _, text in texts)
     stated = share([states_gold(text, q.gold) for q, text in numbers], numbers)

@@ -365,6 +365,18 @@ def test_a_folder_of_something_else_is_refused(there, complaint, checkpoint, dat
     assert complaint in capsys.readouterr().err and (tmp_path / "config.json").read_text() == there
 
 
+def test_grades_of_another_version_of_a_library_are_not_taken_over(checkpoint, data, tmp_path, monkeypatch, capsys):
+    """The answers in a folder were drawn and graded with the versions in its config.json."""
+    assert run(checkpoint, data, tmp_path, "amc") == 0
+    before = files_of(tmp_path)
+    version = eval_math.metadata.version
+    monkeypatch.setattr(eval_math.metadata, "version",
+                        lambda package: "0.1.2" if package == "math-verify" else version(package))
+    assert run(checkpoint, data, tmp_path, "amc") == 2
+    assert f"math-verify is '{version('math-verify')}' there, '0.1.2' now" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+
+
 def test_an_evaluation_that_began_while_this_one_was_loading_is_not_taken_over(checkpoint, data, tmp_path, monkeypatch,
                                                                                capsys):
     prepare = eval_math.prepare

@@ -35,13 +35,13 @@ from grading import grade_gsm8k
 from packing import pack, score_rows
 from recoverability import Recoverability
 from resample import sample
-from tasks import GSM8K_INSTRUCTION, chat_prompt, split_validation
+from tasks import GSM8K_INSTRUCTION, Question, chat_prompt, split_validation
 from trainer import compiling, decoding
 from trainer.checkpoint import find_checkpoints
 from trainer.compiling import compiled_rows, plain_rows, stopwatch
 from trainer.model import load_model
 from trainer.policy import Policy
-from trainer.session import owned
+from trainer.session import owned, why_nothing_is_right
 from trainer.settings import parse_args
 
 ROOT = Path(__file__).parents[2]
@@ -727,6 +727,15 @@ def test_when_nothing_is_right_a_run_says_what_the_responses_look_like(tmp_path,
         assert said in line
     samples = read(tmp_path / "run", "samples.jsonl")
     assert {line["step"] for line in samples} == {1, 3}                  # although nothing is evaluated
+
+
+def test_what_nothing_right_means_is_read_from_the_answer_tags_of_the_template_r1():
+    """The same text is right by the last box in the form r1, and only there, because no box is written in it."""
+    policy = SimpleNamespace(text=lambda ids: "I guess 5 </think> <answer> 4 </answer>")
+    groups = {t: Group([1], [Trajectory([2], 0.0)]) for t in ("r1", "chat")}
+    found = {t: why_nothing_is_right(SimpleNamespace(policy=policy), [(Question("2 + 2?", "4", [1], template=t), g)])
+             for t, g in groups.items()}
+    assert "100 % with --answer boxed" in found["r1"] and ", 0 % with --answer boxed" in found["chat"]
 
 
 def test_the_end_of_a_run_reports_a_mean_that_is_no_maximum(tmp_path, monkeypatch, capsys):

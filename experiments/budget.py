@@ -25,10 +25,9 @@ from experiments.runs import (
     Arm,
     Experiment,
     add_common_flags,
-    base_flags,
     interval,
     kept_numbers,
-    make_base,
+    make_task,
     write_page,
     written_by,
 )
@@ -68,8 +67,7 @@ def measure_lock(lock, out, args, kept=None) -> dict:
     """The numbers of all runs with one lock, as compare.collect returns them. kept: those that are not made again."""
     experiment = Experiment(TITLE, args.seeds, args.budget_tokens, FLAGS, ARMS, lock)
     known = known_runs(kept, experiment)
-    make_base(lock, out / "base")
-    return measure(experiment, out, args.jobs, base_flags(out / "base"), known)
+    return measure(experiment, out, args.jobs, make_task(experiment, out / "base"), known)
 
 
 def grid(kept) -> tuple[np.ndarray, np.ndarray]:

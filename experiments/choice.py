@@ -21,7 +21,6 @@ import argparse
 import csv
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -35,14 +34,14 @@ from experiments.figures import save_figure
 from experiments.runs import (
     Arm,
     Experiment,
+    about_task,
     add_common_flags,
     kept_numbers,
-    make_base,
+    make_task,
     write_page,
     written_by,
 )
 from recoverability import sigmoid
-from tasks.lock import make_rows
 from trainer.settings import OneLineParser, count
 
 RULES = {"depth": [0], "rate": [1], "both": [0, 1]}      # columns of features()
@@ -100,17 +99,6 @@ def run_one(rule=None, *flags) -> int:
 
 # ---- all runs ----
 
-def make_task(folder) -> str:
-    """Make the base policy and its questions, half with one hard turn and half with three; returns the flags."""
-    make_base(RARE, folder)
-    for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
-        easy, hard = (make_rows(replace(RARE, hard=turns), n // 2, seed) for turns in (1, 3))
-        rows = [row for pair in zip(easy, hard) for row in pair]
-        (folder / f"mixed-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return (f"--model {folder} --data {folder / 'mixed-train.jsonl'} --eval-data {folder / 'mixed-eval.jsonl'} "
-            "--eval-rows 128")
-
-
 def main(argv=None):
     """Run what is missing, then write numbers, figure and tables."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,12 +112,12 @@ def main(argv=None):
         measured = kept_numbers(parser, numbers)
     else:
         flags = f"{EQUAL} --lr 8e-5"
-        experiment = Experiment(TITLE, args.seeds, args.budget_tokens, flags, ARMS, RARE)
-        measured = measure(experiment, args.out, args.jobs, make_task(args.out / "base"))
+        experiment = Experiment(TITLE, args.seeds, args.budget_tokens, flags, ARMS, RARE, hard=(1, 3))
+        measured = measure(experiment, args.out, args.jobs, make_task(experiment, args.out / "base"))
         args.results.mkdir(parents=True, exist_ok=True)
         numbers.write_text(json.dumps(measured, indent=1) + "\n")
-        about = written_by("-m experiments.choice", argv, f"{flags} {HALF}, {args.budget_tokens:,} tokens; half of the "
-                           f"questions of {RARE}, the others with one hard turn")
+        about = written_by("-m experiments.choice", argv,
+                           f"{flags} {HALF}, {args.budget_tokens:,} tokens; {about_task(experiment)}")
         write_page(page, TITLE, picture.name, f"{about}\n\n{tables(measured)}")
         print(tables(measured))
     save_figure(plot_comparison(measured, TITLE), picture)

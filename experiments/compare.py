@@ -33,11 +33,11 @@ from experiments.figures import ACCENT, GREY, INK, new_figure, plot_forest, save
 from experiments.runs import (
     Arm,
     Experiment,
+    about_task,
     add_common_flags,
-    base_flags,
     interval,
     kept_numbers,
-    make_base,
+    make_task,
     read_run,
     run_all,
     write_page,
@@ -122,9 +122,12 @@ EXPERIMENTS = {                                      # the last line of each is 
         "DEEP-GRPO without one of its parts", 5, 128_000, EQUAL,
         arms("deep_grpo k4 k16 two_pivots uniform root branch_all one_stream no_std grpo24"), None,
         "Shallow or more branches cost accuracy; other changes make no clear difference"),
+    "uneven": Experiment(
+        "A choice of questions, where they differ", 10, 128_000, f"{EQUAL} --lr 8e-5",
+        arms("grpo goldilocks deep_grpo deep_goldilocks"), RARE, hard=(1, 3)),
     "thinning": Experiment(
         "Fewer branches, more questions, where correct answers are rare", 40, 128_000, f"{EQUAL} --lr 1.6e-4",
-        arms("deep_grpo half half_light quarter eighth grpo treerl"), RARE, "", first_seed=20),
+        arms("deep_grpo half half_light quarter eighth grpo treerl"), RARE, first_seed=20),
 }
 
 
@@ -133,7 +136,7 @@ def settings_of(experiment) -> dict:
     lock = experiment.lock and {name: list(value) if isinstance(value, tuple) else value
                                 for name, value in asdict(experiment.lock).items()}
     return {"seeds": experiment.seeds, "first_seed": experiment.first_seed, "budget_tokens": experiment.budget_tokens,
-            "flags": experiment.flags, "lock": lock}
+            "flags": experiment.flags, "lock": lock, "hard": list(experiment.hard)}
 
 
 def known_runs(measured, experiment) -> dict[tuple[str, int], dict]:
@@ -143,7 +146,7 @@ def known_runs(measured, experiment) -> dict[tuple[str, int], dict]:
     """
     if measured is None:
         return {}
-    then, now = {"first_seed": 0} | measured, settings_of(experiment)    # old results do not name their first seed
+    then, now = {"first_seed": 0, "hard": []} | measured, settings_of(experiment)    # old results do not name them
     for arm, kept in measured["arms"].items():
         now[f"flags of {arm}"] = experiment.arms[arm].flags
         then[f"flags of {arm}"] = kept.get("flags", experiment.arms[arm].flags)
@@ -324,19 +327,16 @@ def main(argv=None):
                                  seeds=args.seeds or (kept or {}).get("seeds", experiment.seeds),
                                  budget_tokens=args.budget_tokens or experiment.budget_tokens)
     known = known_runs(kept, chosen)                 # before a base policy is made, which takes minutes
-    start, out, base = time.time(), args.out, ""
+    start, out = time.time(), args.out
     if chosen.flags != EXPERIMENTS["methods"].flags:     # those with equal flags share runs
         out = out / args.experiment
-    if chosen.lock:
-        make_base(chosen.lock, out / "base")
-        base = base_flags(out / "base")
-    measured = measure(chosen, out, args.jobs, base, known)
+    measured = measure(chosen, out, args.jobs, make_task(chosen, out / "base"), known)
     args.results.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(measured, indent=1) + "\n")
     save_figure(plot_comparison(measured, headline(experiment, measured)), picture)
     text = tables(measured)
-    about = written_by("-m experiments.compare", argv, f"{chosen.flags}, {chosen.budget_tokens:,} tokens; "
-                       f"{chosen.lock or 'the lock of the preset'}")
+    about = written_by("-m experiments.compare", argv,
+                       f"{chosen.flags}, {chosen.budget_tokens:,} tokens; {about_task(chosen)}")
     write_page(page, experiment.title, picture.name, f"{about}\n\n{text}")
     print(f"\n{text}\n\n{page}, {picture.name} and {numbers.name}   ({time.time() - start:.0f} seconds)")
 

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +44,7 @@ class Experiment(NamedTuple):
     seeds, first_seed: there are `seeds` of them, and they begin with this one.
     lock: a difficulty of the embedded task, for which a base policy is made first; None is the one of the preset.
     message: what the kept result says, in one sentence. It is the title of the figure.
+    hard: the numbers of hard turns that its questions have by turns; () means that all have those of the lock.
     """
     title: str
     seeds: int
@@ -53,6 +54,7 @@ class Experiment(NamedTuple):
     lock: Lock | None = None
     message: str = ""
     first_seed: int = 0
+    hard: tuple[int, ...] = ()
 
 
 # ---- start ----
@@ -83,10 +85,37 @@ def make_base(lock, folder, steps=300) -> dict[str, float]:
     return base
 
 
-def base_flags(folder) -> str:
-    """The flags of train_gsm8k.py for the base policy and the rows that make_base has put there."""
-    return (f"--model {folder} --data {folder / 'train.jsonl'} --eval-data {folder / 'eval.jsonl'} "
+def base_flags(folder, kind="") -> str:
+    """The flags of train_gsm8k.py for the base policy and the rows that make_base has put there.
+
+    kind: what the names of the files with the rows begin with.
+    """
+    return (f"--model {folder} --data {folder / f'{kind}train.jsonl'} --eval-data {folder / f'{kind}eval.jsonl'} "
             "--eval-rows 128")
+
+
+def make_task(experiment, folder) -> str:
+    """Make the base policy and the questions of an experiment in `folder`; returns their flags of train_gsm8k.py.
+
+    For the lock of the preset there is nothing to make.
+    """
+    if experiment.lock is None:
+        return ""
+    make_base(experiment.lock, folder)
+    if not experiment.hard:
+        return base_flags(folder)
+    for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
+        of_kind = [make_rows(replace(experiment.lock, hard=hard), n // len(experiment.hard), seed)
+                   for hard in experiment.hard]
+        rows = [row for one_of_each in zip(*of_kind) for row in one_of_each]
+        (folder / f"mixed-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return base_flags(folder, "mixed-")
+
+
+def about_task(experiment) -> str:
+    """The lock and the hard turns of an experiment, in words."""
+    mixed = f"; the questions have {' and '.join(map(str, experiment.hard))} hard turns by turns"
+    return f"{experiment.lock or 'the lock of the preset'}{mixed if experiment.hard else ''}"
 
 
 def run_all(experiment, out, jobs=2, enough=lambda directory: False, known=()) -> dict[str, list[Path]]:

@@ -17,7 +17,7 @@ import sys
 
 from experiments.compare import EXPERIMENTS, measure, plot_comparison, settings_of, tables
 from experiments.figures import save_figure
-from experiments.runs import Arm, add_common_flags, base_flags, kept_numbers, make_base, write_page, written_by
+from experiments.runs import Arm, about_task, add_common_flags, kept_numbers, make_task, write_page, written_by
 from trainer.settings import OneLineParser, count
 
 RATES = {"methods": ("2e-5", "4e-5", "8e-5"), "rare": ("8e-5", "1.6e-4", "3.2e-4")}
@@ -88,13 +88,11 @@ def main(argv=None):
             parser.error(f"argument --redraw: {numbers} has the learning rates that were chosen, but no runs with them")
     else:
         about = written_by("-m experiments.tuned", argv, f"{experiment.flags}, {args.budget_tokens:,} tokens; "
-                           f"{experiment.lock or 'the lock of the preset'}")
+                           f"{about_task(experiment)}")
         rates = RATES[args.experiment]
         found = chosen_before(numbers, experiment, rates)        # before a base policy is made, which takes minutes
-        out, base = args.out / args.experiment, ""
-        if experiment.lock:
-            make_base(experiment.lock, out / "base")
-            base = base_flags(out / "base")
+        out = args.out / args.experiment
+        base = make_task(experiment, out / "base")
         if found is None:
             found = choose_rates(experiment, rates, out / "choice", args.jobs, base)
             args.results.mkdir(parents=True, exist_ok=True)

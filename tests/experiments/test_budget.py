@@ -69,7 +69,7 @@ def test_fewer_seeds_are_refused_before_a_base_policy_is_made(tmp_path, monkeypa
     kept = {"late error, rare": kept_of()["a lock"] | {"flags": FLAGS, "first_seed": 0, "lock": {
         "turns": [12, 14], "hard": 1, "place": [1, 2], "p": 0.01}}}
     (tmp_path / "budget.json").write_text(json.dumps(kept))
-    monkeypatch.setattr(program, "make_base", None)
+    monkeypatch.setattr(program, "make_task", None)
     with pytest.raises(SystemExit, match="3 seeds are kept, here there are 2: raise --seeds"):
         program.main(["--locks", "late error, rare", "--seeds", "2", "--budget-tokens", "9", "--extend",
                       "--results", str(tmp_path)])

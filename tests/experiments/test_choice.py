@@ -12,10 +12,9 @@ from test_runs import run_here
 import train_gsm8k
 from deep_grpo import Fork, Group, Trajectory
 from experiments import choice
-from experiments.choice import ARMS, RULES, earlier_pivots, make_task, preferred, run_one
-from experiments.compare import RARE
+from experiments.choice import ARMS, RULES, earlier_pivots, preferred, run_one
 from experiments.runs import Experiment, flags_of
-from tasks.lock import HARD, Lock, make_rows
+from tasks.lock import Lock
 from trainer.session import PIVOT_COLUMNS, pivot_lines
 from trainer.settings import parse_args
 from variants.thin import thinned
@@ -101,17 +100,6 @@ def test_a_run_with_a_rule_branches_half_of_its_failures(tmp_path, monkeypatch):
     pivots = len((out / "pivots.csv").read_text().splitlines()) - 1
     assert len(rows) > 2 and abs(pivots - failures / 2) < len(asked) and set(asked) == {(out, 8)}
     assert train_gsm8k.thinned.__module__ == "variants.thin"
-
-
-def test_half_of_the_questions_have_one_hard_turn(tmp_path, monkeypatch):
-    monkeypatch.setattr(choice, "make_base", lambda lock, folder: folder.mkdir())
-    flags = make_task(tmp_path / "base").split()
-    for name, n in (("train", 4096), ("eval", 128)):
-        path = tmp_path / "base" / f"mixed-{name}.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        assert str(path) in flags and len(rows) == n
-        assert [row["question"].count(HARD) for row in rows] == [1, 3] * (n // 2)
-    assert rows[1] == make_rows(RARE, 64, 0)[0]
 
 
 def test_commands_differ_in_the_rule_alone():

@@ -9,7 +9,7 @@ import pytest
 from test_runs import run_here, write_run
 
 import tasks.lock
-from experiments import compare
+from experiments import compare, runs
 from experiments.compare import ARMS, EXPERIMENTS, collect, headline, plot_comparison, tables
 from experiments.runs import flags_of, interval, read_run
 from tasks.lock import Lock
@@ -232,7 +232,7 @@ def test_kept_runs_are_not_made_again_but_for_the_first(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_experiment_with_a_lock_makes_its_base_policy_first(tmp_path, monkeypatch):
     out, lock = tmp_path / "runs", Lock((2, 2), 1, (1, 1), 0.9)
-    monkeypatch.setattr(compare, "make_base", partial(compare.make_base, steps=2))
+    monkeypatch.setattr(runs, "make_base", partial(runs.make_base, steps=2))
     monkeypatch.setitem(EXPERIMENTS, "rare", EXPERIMENTS["rare"]._replace(flags=SHORT, lock=lock))
     compare.main(["--experiment", "rare", "--arms", "grpo", "--seeds", "1", "--budget-tokens", "1500",
                   "--out", str(out), "--results", str(tmp_path / "results")])

@@ -13,7 +13,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tasks.lock
 import train_gsm8k
 from experiments import runs
-from experiments.runs import BEGIN, END, accuracy_curve, interval, make_base, read_run, seconds_of, t_tail, write_page
+from experiments.runs import (
+    BEGIN,
+    END,
+    Experiment,
+    accuracy_curve,
+    interval,
+    make_base,
+    make_task,
+    read_run,
+    seconds_of,
+    t_tail,
+    write_page,
+)
 from tasks.lock import Lock
 from trainer.plot import read_metrics
 
@@ -158,6 +170,27 @@ def test_a_base_policy_is_made_once_and_of_one_lock_only(tmp_path, monkeypatch):
     for other in ((lock, folder, 3), (Lock((2, 2), 1, (1, 1), 0.8), folder, 2)):
         with pytest.raises(SystemExit, match="holds the base policy of another lock or number of steps: delete .*cell"):
             make_base(*other)
+
+
+def test_questions_of_a_mixture_differ_by_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "make_base", lambda lock, folder: folder.mkdir())
+    lock = Lock((4, 5), 3, (1, 4), 0.1)
+    flags = make_task(Experiment("", 1, 9, "", {}, lock, hard=(1, 3)), tmp_path / "base").split()
+    for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
+        path = tmp_path / "base" / f"mixed-{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert str(path) in flags and len(rows) == n
+        assert [row["question"].count(tasks.lock.HARD) for row in rows] == [1, 3] * (n // 2)
+        assert rows[1] == tasks.lock.make_rows(lock, n // 2, seed)[0]
+    assert flags[:2] == ["--model", str(tmp_path / "base")]
+
+
+def test_the_task_of_an_experiment_is_made_only_where_it_has_a_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "make_base", lambda lock, folder: folder.mkdir())
+    experiment = Experiment("", 1, 9, "", {})
+    assert make_task(experiment, tmp_path / "base") == "" and not (tmp_path / "base").exists()
+    flags = make_task(experiment._replace(lock=Lock((4, 5), 3, (1, 4), 0.1)), tmp_path / "base").split()
+    assert str(tmp_path / "base" / "train.jsonl") in flags and not list((tmp_path / "base").iterdir())
 
 
 def test_a_page_keeps_what_people_wrote(tmp_path):

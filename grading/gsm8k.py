@@ -178,11 +178,11 @@ def is_number(gold: str) -> bool:
 
 
 def grade_stated(response: str, gold: str) -> bool:
-    """grade_gsm8k if `response` has a marker `####`, else grade_last_number: for models that forget the marker.
+    """grade_gsm8k if `response` has a digit after a marker `####`, else grade_last_number: for models that forget it.
 
     Raises ValueError when gold is not a number.
     """
-    return (grade_gsm8k if "####" in response else grade_last_number)(response, gold)
+    return (grade_gsm8k if re.search(r"####.*\d", response, re.S) else grade_last_number)(response, gold)
 
 
 def states_gold(response: str, gold: str) -> bool:

@@ -25,8 +25,9 @@ MATH: the answer is the content of the last complete \boxed{} (or \fbox{}), whic
  9 Words are equal if they have the same letters and digits in the same order. Upper and lower case count only in lone
    letters that stand without \text. five is 5. (B), \text{B} and B are one choice.
 10 Lists (a, b; a or b; a \pm b), sets and unions of intervals are equal if they have the same elements, in any order.
-   Tuples, intervals and matrices must have them in the same order, with the same brackets. A bare list may stand for a
-   tuple. x < 3 is (-\infty, 3).
+   But x = 1, y = 2 is 1, 2 in this order only, because nothing says which of two numbers without names is x. Tuples,
+   intervals and matrices must have their elements in the same order, with the same brackets. A bare list may stand for
+   a tuple. x < 3 is (-\infty, 3).
 11 Equations and inequalities are equal if their left minus right sides differ by a constant factor only, which must be
    positive for < and \le.
 12 The rest is read by math-verify's parser and compared as numbers, at random real values of the variables (i is
@@ -299,6 +300,8 @@ def _same(a, g):
         alike = a[:2] == g[:2] or {a[:2], g[:2]} == {("tuple", "()"), ("list", "")}
         return alike and len(a[2]) == len(g[2]) and all(map(_same, a[2], g[2]))
     left, right = ([node] if node[0] == "leaf" else list(node[2]) for node in (a, g))
+    if {_named_apart(left), _named_apart(right)} == {True, False}:           # x = 1, y = 2 against 1, 2
+        return len(left) == len(right) and all(map(_same, left, right))
     if len(left) != len(right) or len(left) > 40 or kinds.count("union") == 1 and not all(
             child[0] == "named" for child in (right if a[0] == "union" else left)):  # x < 1 or x > 2
         return False
@@ -308,6 +311,11 @@ def _same(a, g):
             return False
         left.pop(match)
     return True
+
+
+def _named_apart(nodes):
+    """Have all elements of a list names, and not all one name with subscripts (x_1, x_2)?"""
+    return all(node[0] == "named" for node in nodes) and len({node[1].split("_")[0] for node in nodes}) > 1
 
 
 def _same_relation(a, g):
@@ -473,14 +481,29 @@ class Algebra:
 _algebra = Algebra()
 
 
-TOO_MUCH = re.compile(r'["%:;&\n]|(?<!_)\d +\d|\d{41}|\^\{?-?\d{6}|[^\x20-\x7e]'
+TOO_MUCH = re.compile(r'["%:;&\n]|(?<!_)\d +\d|(?<![\d^_])\d+ ?\{|\d{41}|\^\{?-?\d{6}|[^\x20-\x7e]'
                       r"|\\int(?!.*d ?(?:\\[a-z]+|[a-zA-Z])(?![a-zA-Z]))")               # an integral without dx
 
-# A dot goes between two factors, as otherwise 2(3) is read as 2 + 3. But \sin^{2}(t) and \sum_{k=1}^{3}(k) are one.
+# A dot goes between two factors, as otherwise 2(3) is read as 2 + 3. (2{3} would be, too; it is no answer.) But
+# \sin^{2}(t) and \sum_{k=1}^{3}(k) are one factor.
 PRODUCT = re.compile(
     r"(\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|exp|ln|log|lg|sum|prod|i*o?int|lim|max|min|gcd|lcm)(?![a-zA-Z])"
     rf"(?: ?[_^] ?(?:{GROUP}|[^{{\s]))+ ?(?:[(\[]|\\frac|\\[dt]?binom|\d)?)"
-    r"|(?<=\d) ?(?=[(\[]|\\frac|\\[dt]?binom)|(?<=\d\}) ?(?=[(\[\d]|\\frac|\\[dt]?binom)")
+    r"|(?<=\d) ?(?=[(\[]|\\frac|\\[dt]?binom|\\Gamma)|(?<=\d\}) ?(?=[(\[\d]|\\frac|\\[dt]?binom|\\Gamma)")
+
+# Letters that the parser takes for something else: \gamma for a function or a constant, \beta( for a function, I for
+# the imaginary unit, E_0 for a power of e; and \odot, which it does not know. (\Gamma(x) is a function.) The other
+# alternatives are commands and subscripts, which stay as they are.
+LETTER_OF_ITS_OWN = re.compile(
+    rf"(\\(?:gamma|beta)(?![a-zA-Z])|\\Gamma(?![a-zA-Z]| ?\()|[eE](?= ?_)|I(?! ?_))(?: ?_ ?({GROUP}|\\[a-zA-Z]+|\w))?"
+    rf"|_ ?\{{?\\(odot|oplus)(?![a-zA-Z])\}}?|\\[a-zA-Z]+|_ ?(?:{GROUP}|\S)")
+
+
+def _own_letter(match):
+    letter, subscript, sign = match.groups()
+    if letter:
+        return f"X_{{{re.sub(r'[^a-zA-Z0-9]', '', letter + (subscript or ''))}}}"
+    return f"_{{{sign}}}" if sign else match[0]
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -496,7 +519,7 @@ def _for_parser(text):
     if not text or TOO_MUCH.search(text):
         return None
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"(\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})", text)
-    return PRODUCT.sub(lambda m: m[1] or r"\cdot ", text)
+    return PRODUCT.sub(lambda m: m[1] or r"\cdot ", LETTER_OF_ITS_OWN.sub(_own_letter, text))
 
 
 def _answer_questions():

@@ -181,6 +181,9 @@ RULES = [
     ("9 half days", r"4\!:\!30 \text{ p.m.}", ["4:30 PM", "4:30"], [r"4:30\text{ a.m.}"]),
     ("10 lists", "3,5", ["5, 3", r"3 \text{ and } 5", r"\{3,5\}", "x=3, x=5", "3;5"], ["3", "3,5,7", "3,3",
         "35", "(5,3)", "[3,5]"]),
+    ("10 named lists", "19,0,1", ["x=19, y=0, z=1", "x_1=0, x_2=1, x_3=19", "0, 1, 19", "(19,0,1)"],
+        ["x=1, y=0, z=19", "x=19, y=1, z=0", "x=19, y=0", "(1,0,19)"]),
+    ("10 named gold", "x=3, y=2", ["y=2, x=3", "3, 2", "(3,2)"], ["2, 3", "x=2, y=3", "(2,3)"]),
     ("10 plus-minus", r"1\pm\sqrt2", [r"1-\sqrt2,1+\sqrt2", r"x = 1 \pm \sqrt{2}"], [r"1+\sqrt2",
         r"1\pm\sqrt3", r"2\pm\sqrt2"]),
     ("10 multiplicity", "-2,-2,1", ["1,-2,-2"], ["-2,1", "-2,1,1"]),
@@ -222,7 +225,14 @@ RULES = [
         [r"\lfloor\sqrt{n-2}\rfloor", r"\sqrt{n-1}"]),
     ("12 functions", r"\sin 2x", [r"2\sin x\cos x"], [r"2\sin x", r"\sin 2y", r"\sin^2 x"]),
     ("12 a product, not a mixed number", "6", ["2(3)", r"3!", r"\log_2 64", r"\binom{4}{2}"], ["2 3", "2+3",
-        r"\binom42 2"]),
+        r"\binom42 2", "3{3}"]),
+    ("12 gamma", r"x\gamma+1", [r"1+\gamma x"], ["x", r"x\gamma", r"x\Gamma+1", r"x\gamma_1+1"]),
+    ("12 factors before brackets", r"\gamma x+\beta\gamma", [r"\gamma(x+\beta)", r"(\beta+x)\gamma"],
+        [r"\gamma(x-\beta)", r"\gamma x"]),
+    ("12 a gamma function", r"\Gamma(5)", ["24", r"4\Gamma(4)"], ["120", r"\Gamma(4)"]),
+    ("12 a current", "I^2R", ["RI^2", "RII"], ["IR", "-R", "i^2R"]),
+    ("12 fields", r"eE_0+e", ["e(E_0+1)", "E_{0}e+e"], ["eE_1+e", "e_0E+e", "E_0+1", "e^0+e"]),
+    ("12 the sun", r"2M_{\odot}+1", [r"1+2M_\odot"], ["2M+1", r"2M_\oplus+1"]),
 ]
 
 
@@ -470,8 +480,8 @@ def test_the_other_process_is_replaced_when_it_dies_and_not_shared_with_forks():
 # ---- --answer last, and what tells a reward of 0 from one of format ----
 
 @pytest.mark.parametrize("response, right", [
-    ("It is 18.", "18"), ("It is 18. #### 20", "20"), ("18 and #### none", None), ("#### 18 for 3 friends", None),
-    ("so 18 for 3", "3"), ("", None)])
+    ("It is 18.", "18"), ("It is 18. #### 20", "20"), ("18 and #### none", "18"), ("It is 18 ####", "18"),
+    ("#### 18 for 3 friends", None), ("#### or ## 18 for 3", None), ("so 18 for 3", "3"), ("", None)])
 def test_the_marker_counts_before_the_last_number(response, right):
     for gold in ("3", "18", "20"):
         assert grade_stated(response, gold) == (gold == right)

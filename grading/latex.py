@@ -491,19 +491,24 @@ PRODUCT = re.compile(
     rf"(?: ?[_^] ?(?:{GROUP}|[^{{\s]))+ ?(?:[(\[]|\\frac|\\[dt]?binom|\d)?)"
     r"|(?<=\d) ?(?=[(\[]|\\frac|\\[dt]?binom|\\Gamma)|(?<=\d\}) ?(?=[(\[\d]|\\frac|\\[dt]?binom|\\Gamma)")
 
-# Letters that the parser takes for something else: \gamma for a function or a constant, \beta( for a function, I for
-# the imaginary unit, E_0 for a power of e; and \odot, which it does not know. (\Gamma(x) is a function.) The other
-# alternatives are commands and subscripts, which stay as they are.
-LETTER_OF_ITS_OWN = re.compile(
-    rf"(\\(?:gamma|beta)(?![a-zA-Z])|\\Gamma(?![a-zA-Z]| ?\()|[eE](?= ?_)|I(?! ?_))(?: ?_ ?({GROUP}|\\[a-zA-Z]+|\w))?"
-    rf"|_ ?\{{?\\(odot|oplus)(?![a-zA-Z])\}}?|\\[a-zA-Z]+|_ ?(?:{GROUP}|\S)")
+# What gets a name of its own, because the parser takes it for something else: \gamma (a function or a constant), \beta(
+# (a function), I (the imaginary unit), E_0 (a power of e), \odot (unknown to it), derivatives (they would be 0), and d,
+# which would swallow what follows (d\frac{a}{b} would be d a b). \Gamma(x) is a function. The last two alternatives are
+# commands and subscripts, which stay as they are.
+SUBSCRIPT = rf"_ ?(?:{GROUP}|\\[a-zA-Z]+|\w)"
+OWN = re.compile(
+    r"(?P<letter>(?:\\(?:gamma|beta)(?![a-zA-Z])|\\Gamma(?![a-zA-Z]| ?\()|[eE](?= ?_)|I(?! ?_))"
+    rf"(?: ?{SUBSCRIPT})?)|_ ?\{{?\\(?P<sign>odot|oplus)(?![a-zA-Z])\}}?"
+    rf"|(?P<derived>\\frac ?(?=\{{ ?d){GROUP} ?(?=\{{ ?d ?(?:[a-zA-Z]|\\[a-z]+ ?\}})){GROUP}"
+    rf"|d ?\\?[a-zA-Z]+ ?/ ?d ?\\?[a-zA-Z]+|d(?! ?_))|\\[a-zA-Z]+|{SUBSCRIPT}")
+INTEGRAL = re.compile(r"\\i*o?int(?![a-z])")
 
 
-def _own_letter(match):
-    letter, subscript, sign = match.groups()
-    if letter:
-        return f"X_{{{re.sub(r'[^a-zA-Z0-9]', '', letter + (subscript or ''))}}}"
-    return f"_{{{sign}}}" if sign else match[0]
+def _own_name(match):
+    if match["sign"]:
+        return f"_{{{match['sign']}}}"
+    own = match["letter"] or (None if INTEGRAL.search(match.string) else match["derived"])
+    return "X_{" + re.sub(r"\\frac|[^a-zA-Z0-9]", "", own) + "}" if own else match[0]
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -519,7 +524,7 @@ def _for_parser(text):
     if not text or TOO_MUCH.search(text):
         return None
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"(\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})", text)
-    return PRODUCT.sub(lambda m: m[1] or r"\cdot ", LETTER_OF_ITS_OWN.sub(_own_letter, text))
+    return PRODUCT.sub(lambda m: m[1] or r"\cdot ", OWN.sub(_own_name, text))
 
 
 def _answer_questions():

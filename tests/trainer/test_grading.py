@@ -232,6 +232,13 @@ RULES = [
     ("12 a gamma function", r"\Gamma(5)", ["24", r"4\Gamma(4)"], ["120", r"\Gamma(4)"]),
     ("12 a current", "I^2R", ["RI^2", "RII"], ["IR", "-R", "i^2R"]),
     ("12 fields", r"eE_0+e", ["e(E_0+1)", "E_{0}e+e"], ["eE_1+e", "e_0E+e", "E_0+1", "e^0+e"]),
+    ("12 a distance", r"d\frac{a}{b}", [r"\frac{ad}{b}", r"\frac{a}{b}\cdot d", r"da/b", r"d \times \frac ab"],
+        [r"d\frac{b}{a}", "dab"]),
+    ("12 a distance before a function", r"d\sin\theta+\frac{d}{d+1}", [r"d(\sin\theta+\frac{1}{1+d})"],
+        [r"d\theta\sin+\frac{d}{d+1}", r"d\cos\theta+\frac{d}{d+1}"]),
+    ("12 derivatives", r"2\frac{dy}{dx}+1", [r"\frac{dy}{dx}+1+\frac{dy}{dx}", "2dy/dx+1"], [r"2\frac{y}{x}+1", "1",
+        r"2\frac{dx}{dy}+1", r"2\frac{d^2y}{dx^2}+1"]),
+    ("12 integrals", r"\int_0^1 t\,dt", [r"\frac12", r"\int_0^1 s\,ds"], ["1", r"\int_0^2 t\,dt"]),
     ("12 the sun", r"2M_{\odot}+1", [r"1+2M_\odot"], ["2M+1", r"2M_\oplus+1"]),
 ]
 

@@ -56,6 +56,11 @@ class Trajectory:
         """(pivot, suffix) of every branch, fork by fork."""
         return [(fork.pivot, y) for fork in self.forks for y in fork.branches]
 
+    @property
+    def sequences(self) -> list[list[int]]:
+        """What carries loss, in the order of the loss table: the response, then the suffix of every branch."""
+        return [self.response, *(y for _, y in self.branches)]
+
 
 @dataclass
 class Group:
@@ -178,7 +183,7 @@ def score_groups(model, groups, config, micro_batch_tokens=None, ranks=ALONE):
         both = torch.stack(ranks.score(model, [rows[i] for i in batch], config.temperature))             # (2, n)
         for i, part in zip(batch, both.split([sizes[i] for i in batch], dim=1)):
             of_row[i].copy_(part)
-    lengths = [len(tau.response) + sum(len(y) for _, y in tau.branches) for g in groups for tau in g.trajectories]
+    lengths = [sum(map(len, tau.sequences)) for g in groups for tau in g.trajectories]
     logps, entropies = ranks.total(scores).cpu()
     return list(logps.split(lengths)), list(entropies.split(lengths)), sum(len(row.ids) for row in rows)
 
@@ -250,8 +255,7 @@ def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
     weighs = table[:, 0] * table[:, 1] != 0
     if has_kl:
         weighs |= table[:, 2] != 0
-    lengths = torch.tensor([len(y) for g in groups for tau in g.trajectories
-                            for y in (tau.response, *(suffix for _, suffix in tau.branches))], dtype=torch.long)
+    lengths = torch.tensor([len(y) for g in groups for tau in g.trajectories for y in tau.sequences], dtype=torch.long)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     weight = torch.cat([ends[:1], weighs.cumsum(0)])[ends].diff()        # how many tokens of it have a weight
     return (weight > 0).tolist(), (weight > 0).repeat_interleave(lengths)
@@ -260,8 +264,7 @@ def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
 def sampled_logps(groups) -> torch.Tensor:
     """log pi of all tokens under the policy that drew them, [N], in the order of the table; nan: not known."""
     parts = [np.zeros(0)]
-    for y in (y for g in groups for tau in g.trajectories
-              for y in (tau.response, *(suffix for _, suffix in tau.branches))):
+    for y in (y for g in groups for tau in g.trajectories for y in tau.sequences):
         logps = getattr(y, "logps", None)                # those of resample.Continuation
         parts.append(np.full(len(y), math.nan) if logps is None else logps)
     return torch.from_numpy(np.concatenate(parts))

@@ -155,8 +155,7 @@ def loss_table(groups, spans: list[Span], old_logps: list[Tensor] | None = None)
     tokens = constants[:, 0].long()
     table = torch.zeros(int(tokens.sum()), 5, dtype=torch.float64)
     table[:, :3] = constants[:, 1:].repeat_interleave(tokens, dim=0)
-    streams = [(len(y), main) for g in groups for tau in g.trajectories
-               for y, main in [(tau.response, 1.0), *((y, 0.0) for _, y in tau.branches)]]
+    streams = [(len(y), float(i == 0)) for g in groups for tau in g.trajectories for i, y in enumerate(tau.sequences)]
     lengths, main = torch.tensor(streams, dtype=torch.float64).view(-1, 2).T
     table[:, 3] = main.repeat_interleave(lengths.long())
     if old_logps is not None:

@@ -476,7 +476,7 @@ def time_growth_of(args, name, settings):
 
 def loss_tokens(groups):
     """The number of tokens of all rollouts and branches."""
-    return sum(len(y) for g in groups for t in g.trajectories for y in (t.response, *(y for _, y in t.branches)))
+    return sum(len(y) for g in groups for t in g.trajectories for y in t.sequences)
 
 
 def time_trl(args):

@@ -37,7 +37,7 @@ def choose_pivots(policy, questions, groups, config, recoverability, rng) -> lis
 
 def weights(groups, config) -> list[Span]:
     """The constants of J above."""
-    w = 1 / sum(len(y) for g in groups for t in g.trajectories for y in (t.response, *(y for _, y in t.branches)))
+    w = 1 / sum(len(y) for g in groups for t in g.trajectories for y in t.sequences)
     spans = []
     for g in groups:
         V_0 = mean([t.reward for t in g.trajectories])

@@ -160,7 +160,7 @@ def masked(weights: Callable, P: float, two_streams: bool = False) -> Callable:
         for stream in (main, 1 - main) if two_streams else (torch.ones_like(main),):
             factor = (w * stream).sum() / (kept * stream).sum().clamp(min=1e-300)        # nothing is left: 0
             kept = torch.where(stream > 0, kept * factor, kept)
-        sequences = [len(y) for g in groups for t in g.trajectories for y in (t.response, *(y for _, y in t.branches))]
+        sequences = [len(y) for g in groups for t in g.trajectories for y in t.sequences]
         number = torch.arange(len(sequences)).repeat_interleave(torch.tensor(sequences))
         rows = torch.stack([number.to(w), A, kept, w_kl * M], 1)
         rows, counts = rows.unique_consecutive(dim=0, return_counts=True)    # runs of tokens with equal constants

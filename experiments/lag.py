@@ -5,7 +5,8 @@ r"""What does a sampler that lags behind cost, and does VCPO give it back? On th
 
 With `--lag K` every update trains the batch that was drawn K steps before, as if sampling and training went on at the
 same time on two machines. All runs generate equally many tokens. A run with a lag has therefore K updates fewer, and
-methods are compared at equal numbers of updates.
+methods are compared at equal numbers of updates. (An update whose groups are all dead counts, too. GRPO then moves by
+its KL term and by AdamW's momentum, and VCPO, which has beta = 0, makes no step.)
 
 Writes results/lag.json, results/lag.png, and the table of results/lag.md.
 """

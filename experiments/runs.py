@@ -224,10 +224,10 @@ def read_run(run) -> dict[str, float | None]:
 
     accuracy_half, accuracy_end, accuracy_mean: greedy accuracy after half and after all of the tokens, and its mean
     over them, which is the area under the curve. correct_per_1000_tokens: correct rollouts and branches, in the first
-    third of the updates. tokens_to_first_correct: generated tokens up to the end of the first update that has a correct
-    one; None if there is none. dead_groups: mean over updates. early_dead_groups, early_recovered: means over the first
-    quarter of the updates, of recovered over those that have pivots; None if there are none. All other numbers are sums
-    over the run.
+    third of the updates (of SPO-tree, whose questions have more rollouts than G, an estimate). tokens_to_first_correct:
+    generated tokens up to the end of the first update that has a correct one; None if there is none. dead_groups: mean
+    over updates. early_dead_groups, early_recovered: means over the first quarter of the updates, of recovered over
+    those that have pivots; None if there are none. All other numbers are sums over the run.
     """
     def early(name):
         steps, values = metrics.get(name, (np.zeros(0), np.zeros(0)))

@@ -18,7 +18,7 @@ def summarize(groups, eos_token_ids) -> dict:
         "dead_groups": mean([len({t.reward for t in g.trajectories}) == 1 for g in groups]),   # of questions
         "dead_branch_groups": mean([len(set(rewards)) == 1 for rewards in siblings]),          # of pivots
         "pivots": len(siblings),
-        "live_branches": sum(len(rewards) for rewards in siblings if len(set(rewards)) > 1),   # with an advantage
+        "live_branches": sum(len(rewards) for rewards in siblings if len(set(rewards)) > 1),
         "pivot_depth": mean([fork.ratio for fork in forks]),
         "recovered": mean([any(rewards) for rewards in siblings]),                             # of pivots
         "entropy": mean([e for entropies in drawn_from if entropies is not None for e in entropies.tolist()]),

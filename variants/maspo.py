@@ -5,9 +5,12 @@ r"""MASPO (arXiv 2602.17550): a soft trust region takes the place of the clip.
     sigma_t = clamp(pi_old^-0.3, 1, 10), times 1 + 0.03 A for A > 0, or times 1 / (1 - 0.03 A) for A < 0
 
 Unlikely tokens get a wider region, and so do tokens with a large positive advantage. With one update per batch rho is
-1, and MASPO changes nothing, unless the batch was drawn by an older policy (--lag).
+1, and MASPO changes nothing, unless the batch was drawn by an older policy (--lag). The clamp is only in the authors'
+code, which has the exponent -0.5 for a model of 1.5 B parameters.
 
-Differs from deep_grpo.py in: the surrogate of Eq. (L). It composes with every method (`--maspo`).
+Differs from deep_grpo.py in: the surrogate of Eq. (L), so that clip_low and clip_high have no effect. It composes with
+every method that has a clip (`--maspo`), which is every one but VCPO.
+
 """
 import torch
 from torch import Tensor

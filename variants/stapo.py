@@ -6,7 +6,13 @@ batch. Spurious tokens have weight 0. The weights of the others grow by one fact
 With the weights 1/N of a token mean, that is the mean over the rest.
 
 Differs from deep_grpo.py in: two columns of the table of loss tokens (`reweigh` of objective()). It composes with every
-method (`--stapo`), and costs one more pass over all loss tokens.
+method (`--stapo`), and costs one more pass over all loss tokens. With two streams the factor is one for both, so the
+branches weigh less where more of their tokens are spurious.
+
+Differs from the paper in: its quantile is over the improbable tokens of all right responses. Tokens of a group whose
+responses are all right have A = 0 and are not trained, so they do not count here. With a method that gives segments
+advantages of their own, A > 0 also occurs in wrong responses, and counts.
+
 """
 from torch import Tensor
 

@@ -8,7 +8,7 @@ DEEP-GRPO is one function, `step`, at the end of this file: one step on a batch 
     3  draw K continuations y^{i,k} of the prefix s_{<t*}, and reward prefix + suffix               resample.py
     4  y = 1 if any of the K is right: add (r_t*, y) to the buffer M, fit P_phi again         recoverability.py
     5  A_global from the G rewards of x, A_local from the K rewards of a pivot                          loss.py
-    6  J = E_x [ 1/G sum_i L_main(tau^i) + lambda/|T_fail| sum_{i in T_fail} 1/K sum_k L_aux(y^{i,k}) ]  loss.py
+    6  J = E_x [ 1/G sum_i L_main(tau^i) + lambda/|T_fail| sum_{i in T_fail} 1/K sum_k L_aux(tau^{i,k}) ]  loss.py
     7  the prefix of a branch carries no loss: it was judged once already, in L_main                 packing.py
     8  one clipped AdamW step on -J; with config.updates > 1 several, on the same batch
 

@@ -7,8 +7,9 @@ r"""One row per rollout with all of its branches: the prefix is computed once, n
 
 The first token of a branch is predicted by the last token before its pivot. Log-probabilities and gradients are those
 of K + 1 separate rows, to float rounding. In a GSM8K step of the paper's sizes, 290k tokens are computed instead of
-776k. Attention in such a row costs the square of its whole length, which grows with K. Where that is more than the
-shared prefix saves, `pack_or_split` makes separate rows.
+776k, if prompts have 110 tokens and responses 220, and 45 % of these fail, with pivots after 154 tokens. Attention in
+such a row costs the square of its whole length, which grows with K. Where that is more than the shared prefix saves,
+`pack_or_split` makes separate rows.
 
 The mask of a row with branches must never be left out. Otherwise position ids that start again are read as packed
 documents, and the prefix is cut off without a warning. Nor may the prefix be shared through `past_key_values` instead,

@@ -12,8 +12,8 @@ weights), or ablations.py (a change of one function). Write its paper, its rule 
 the top, add a row here, and a test beside tests/variants/. The policy offers text, encode, sample, score and each
 (trainer/policy.py).
 
-Six options are no methods, and can be combined with them: stapo.py, maspo.py, thin.py, goldilocks.py, the mask of
-spo.py, and --lag, which vcpo.py is about.
+Six options are no methods, and can be combined with them where they have a meaning: stapo.py, maspo.py, thin.py,
+goldilocks.py, the mask of spo.py, and --lag, which vcpo.py is about.
 
 Files of this folder import the paper's files and one another, nothing else. GRPO is K = 0 and needs no file.
 """

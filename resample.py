@@ -91,15 +91,15 @@ def _continue_rows(draw_rows, model, prefixes, rows, caps, settings):
         try:
             drawn += draw_rows(model, prefixes, part, caps, settings)
             continue
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
+        except torch.OutOfMemoryError as error:
+            tried = getattr(error, "rows", len(part))
+            if tried == 1:
                 raise
         # This is outside of the except block, where the traceback would keep the failed attempt's tensors alive.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        size = len(part) // 2                        # for the rest of this call
-        warnings.warn(f"out of memory while generating {len(part)} sequences at once; going on with {size}",
-                      stacklevel=3)
+        size = tried // 2                            # for the rest of this call
+        warnings.warn(f"out of memory while generating {tried} sequences at once; going on with {size}", stacklevel=3)
     return drawn
 
 
@@ -108,7 +108,8 @@ def generate_rows(model, prefixes, rows, caps, settings) -> list[Continuation]:
     """Continue all rows together: each distinct prefix is prefilled once, then `generate` works block by block.
 
     rows: indices into prefixes and caps. settings: those of a GenerationConfig. Another function in the place of this
-    one may continue only the first of the rows, and is then called again for the others.
+    one may continue only the first of the rows, and is then called again for the others. The attribute `rows` of its
+    OutOfMemoryError is the number of rows that it tried.
     """
     used, stop = sorted(set(rows)), set(settings["eos_token_id"])
     ids, mask, cache = prefill(model, [prefixes[n] for n in used], settings["pad_token_id"])
@@ -120,7 +121,7 @@ def generate_rows(model, prefixes, rows, caps, settings) -> list[Continuation]:
         ids, mask = ids[index], mask[index]
         if cache is not None:
             cache.batch_select_indices(index)        # at first (len(used), ...) -> (len(rows), ...)
-        block = min(BLOCK, max(caps[rows[i]] - len(drawn[i][0]) for i in alive))
+        block = next_block(BLOCK, model, [(len(prefixes[rows[i]]), len(drawn[i][0]), caps[rows[i]]) for i in alive])
         witness = Witness(settings.get("temperature"))
         out = model.generate(ids, attention_mask=mask, past_key_values=cache, synced_gpus=False,
                              generation_config=GenerationConfig(max_new_tokens=block, **settings),
@@ -130,6 +131,17 @@ def generate_rows(model, prefixes, rows, caps, settings) -> list[Continuation]:
         index = append_block(drawn, alive, [new.tolist(), *witness.report(new)], stop, [caps[n] for n in rows])
         alive = [alive[j] for j in index]
     return [cut(*lists, stop, caps[n]) for lists, n in zip(drawn, rows)]
+
+
+def next_block(block, model, rows) -> int:
+    """How many tokens are drawn before the next look, at most `block`. rows: (prefix, drawn, cap) in tokens.
+
+    A row that reaches its cap goes on until the next look. What it draws then is cut off, but it must not go beyond
+    the last position of the model, because learned positions end there.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    most = max(cap - drawn for _, drawn, cap in rows)
+    return min(block, most, max(1, context - max(prefix + drawn for prefix, drawn, _ in rows)))
 
 
 def prefill(model, prefixes, pad_token_id):

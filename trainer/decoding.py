@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import resample
 from packing import layer_masks, pack
-from resample import Continuation, append_block, as_read, cut, left_padded, prefill
+from resample import Continuation, append_block, as_read, cut, left_padded, next_block, prefill
 from trainer.compiling import attention, compiled, compiled_layers
 from trainer.memory import USABLE, of_row
 from trainer.model import Ranks, device_of, gathered, layers_of, precision
@@ -55,7 +55,8 @@ def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_toke
 
 @torch.no_grad()
 def decode_rows(model, prefixes, rows, caps, settings, compile_layers=False) -> list[Continuation]:
-    """Continue as many of the first rows as memory holds. The arguments are those of resample.generate_rows."""
+    """Continue as many of the first rows as memory should hold. Arguments and errors are those of
+    resample.generate_rows."""
     def size():
         return max(len(prefixes[n]) for n in rows), max(caps[n] for n in rows)
 
@@ -75,6 +76,9 @@ def decode_rows(model, prefixes, rows, caps, settings, compile_layers=False) -> 
         loop = partial(decode, caps=[caps[n] for n in rows], compile_layers=compile_layers)
         return model.generate(ids, attention_mask=mask, past_key_values=fixed, synced_gpus=False, custom_generate=loop,
                               generation_config=GenerationConfig(max_new_tokens=new, **settings))
+    except torch.OutOfMemoryError as error:
+        error.rows = len(rows)
+        raise
     finally:                                         # cache and layers refer to each other: else their tensors, which
         fixed.layers.clear()                         # are gigabytes, would stay until Python looks for such cycles
 
@@ -219,7 +223,9 @@ class FixedLayer(CacheLayerMixin):
 
 def on(device, function):
     """The function as it runs fastest on this device."""
-    return compiled(function) if device.type == "cuda" else function
+    if device.type != "cuda" or torch.compiler.is_compiling():           # within compiled layers it is compiled anyway
+        return function
+    return compiled(function)
 
 
 def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -281,10 +287,11 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     token, position = (x[:, -1:].clone(memory_format=torch.contiguous_format)
                        for x in (input_ids, inputs["position_ids"]))
     stop, drawn = set(generation_config.eos_token_id), [([], [], []) for _ in range(n)]
+    lengths = [width] * n if mask is None else mask.sum(1).tolist()
     alive, end = list(range(n)), width
     with compiled_for_one_token(model) if compile_layers else attention(attend):
         while alive:
-            block = min(BLOCK, max(caps[i] - len(drawn[i][0]) for i in alive))
+            block = next_block(BLOCK, model, [(lengths[i], len(drawn[i][0]), caps[i]) for i in alive])
             fixed.begin_block(end - 1, block)
             made = draw_block(model, fixed, seen[:len(alive)], token, position, pick, block)
             made = made if generation_config.do_sample else made[:1]
@@ -421,13 +428,16 @@ def warm_up(model, compile_layers: bool) -> str | None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 40), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def fault(prefixes, k):
+    def cannot_draw(prefixes, k, drawn):
         try:
             with precision(model), gathered(model):
-                drawn = sample(model, prefixes, k, max_new_tokens=BLOCK + 2, eos_token_id=vocabulary, pad_token_id=0,
-                               compile_layers=compile_layers)
+                drawn += sample(model, prefixes, k, max_new_tokens=BLOCK + 2, eos_token_id=vocabulary, pad_token_id=0,
+                                compile_layers=compile_layers)
         except Exception as error:                   # any type: what a compiler does is not ours to say
             return f"{type(error).__name__}: {first_line(error)}"
+        return None
+
+    def differs(prefixes, drawn):
         with torch.no_grad(), gathered(model):
             rows = [pack(prefix, y) for prefix, (y, *_) in zip(prefixes, drawn)]
             logps, _ = Ranks().score(model, rows, 1.0, entropies=False)
@@ -436,4 +446,10 @@ def warm_up(model, compile_layers: bool) -> str | None:
             return f"the log-probabilities of what it draws differ by {gap:.2g} nats from those of the update"
         return None
 
-    return first_fault(partial(fault, *case) for case in (([ids[0], ids[1][:7]], many), (ids[:1], 1)))
+    def checks():                                    # apart, as scoring waits for all ranks, and one may have failed
+        for prefixes, k in (([ids[0], ids[1][:7]], many), (ids[:1], 1)):
+            drawn = []
+            yield partial(cannot_draw, prefixes, k, drawn)
+            yield partial(differs, prefixes, drawn)
+
+    return first_fault(checks())

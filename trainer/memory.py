@@ -9,7 +9,7 @@ has T tokens. A chunk of the head has C = min(T, 4096) loss tokens (packing.scor
     weights, gradients, reference   4 P/N each, and moments 8 P/N. There is a reference if beta > 0. Gradients are there
                                     in the update only. With offloading, only the reference is left on the GPU.
     gathered                        bf16 copies of the weights.
-                                    Sampling: 2 P.
+                                    Sampling: 2 P, and with compiled layers on one GPU 2 B in each of these.
                                     Update, one GPU: 2 P by autocast, and 6 B in a layer, which are its gradient in bf16
                                     and fp32.
                                     Autocast does not copy an input embedding that is not also the head. It is looked
@@ -77,7 +77,7 @@ def estimate(model, gpus=1, rows=1, row_tokens=1, micro_batch_tokens=1, referenc
     static = dict.fromkeys(static, 0) if offload else static
     static["reference"] = 4 * P / gpus if reference else 0
 
-    sampling = {"gradients": 0, "gathered": 0 if s == 4 else 2 * cast,
+    sampling = {"gradients": 0, "gathered": 0 if s == 4 else 2 * cast + 2 * (compiled and autocast) * depth * B,
                 **{name: rows * n for name, n in of_row(model, row_tokens, compute).items()}, "activations": 0}
 
     mask = 0 if compiled else T * s

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import EOS, PAD, VOCABULARY, argmax_step_by_step, make_model
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import resample
 
@@ -43,6 +43,17 @@ def test_greedy_equals_argmax_for_ragged_prefixes(draw, path, seed, block, monke
     assert draw(model, k=3) == expected
     alone = [row for p in RAGGED for row in draw(model, [p])]            # among them one of length 1
     assert alone == [row[:1] for row in expected]
+
+
+def test_no_row_goes_beyond_the_last_position(draw):
+    """The short prefix has more room than a block, and the long one none: GPT-2 has no positions after its last."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=24, n_embd=32, n_layer=2, n_head=4,
+                                       initializer_range=0.5)).double().eval()
+    prefixes = [[5, 6, 7], [3, 4] * 11, [8] * 23]
+    rooms = [24 - len(p) for p in prefixes]
+    expected = [[argmax_step_by_step(model, p, room, {EOS})] for p, room in zip(prefixes, rooms)]
+    assert draw(model, prefixes, max_new_tokens=rooms) == expected
 
 
 def test_under_autocast_the_cache_is_in_half_precision_and_the_samples_are_the_same(draw, path, monkeypatch):

@@ -18,6 +18,7 @@ from test_resample import (  # noqa: F401
     test_ends_are_kept_and_nothing_follows_them,
     test_greedy_equals_argmax_for_ragged_prefixes,
     test_no_prefixes_no_samples,
+    test_no_row_goes_beyond_the_last_position,
     test_one_prefill_for_all_branches,
     test_out_of_memory_halves_the_batch_and_goes_on,
     test_pad_equal_to_eos_loses_no_eos,
@@ -362,6 +363,24 @@ def test_no_memory_for_a_graph_is_no_other_failure(like_a_gpu, monkeypatch, recw
     with pytest.raises(torch.OutOfMemoryError):
         greedy_of(make_model())
     assert streams == ["mine"] * 3 and ["generating 4" in str(w.message) for w in recwarn] == [True, False]
+
+
+def test_what_was_tried_is_halved_and_not_what_was_asked_for(monkeypatch):
+    """Of 16 rows, memory should hold 5, and holds 2."""
+    tried, draw_block = [], decoding.draw_block
+
+    def two_rows(model, fixed, *others):
+        tried.append(fixed.rows)
+        if fixed.rows > 2:
+            raise torch.OutOfMemoryError("no room")
+        return draw_block(model, fixed, *others)
+
+    expected, model = greedy_of(make_model(), k=4), make_model()
+    monkeypatch.setattr(decoding, "rows_that_fit", lambda *_: 5)
+    monkeypatch.setattr(decoding, "draw_block", two_rows)
+    with pytest.warns(UserWarning, match="generating 5 sequences at once; going on with 2"):
+        assert greedy_of(model, k=4) == expected
+    assert tried[0] == 5 and max(tried[1:]) == 2
 
 
 def test_no_memory_in_the_step_that_is_tried_is_no_question_to_the_host(like_a_gpu, recwarn):

@@ -20,7 +20,7 @@ from packing import attention_length, pack_groups
 from resample import sample
 from trainer import memory
 from trainer.memory import GB, KNOWN, estimate, largest, load_geometry, of_row
-from trainer.model import Ranks, checkpoint_activations, fsdp_modules, gathered, shard
+from trainer.model import Ranks, checkpoint_activations, fsdp_modules, gathered, layers_of, shard
 from trainer.settings import parse_args
 
 
@@ -261,6 +261,13 @@ def test_compiled_layers_need_no_mask():
         dense, none = (estimate(model, micro_batch_tokens=T, checkpointing=checkpointing, compiled=compiled)["update"]
                        for compiled in (False, True))
         assert dense["activations"] - none["activations"] == (3 if not checkpointing else 1) * T * T * 2
+
+
+def test_compiled_layers_have_copies_of_their_weights_while_sampling():
+    model = make(depth=3)
+    plain, compiled = (estimate(model, compiled=compiled)["sampling"]["gathered"] for compiled in (False, True))
+    assert compiled - plain == 2 * 3 * sum(p.numel() for p in layers_of(model)[0].parameters())
+    assert estimate(model, gpus=2)["sampling"] == estimate(model, gpus=2, compiled=True)["sampling"]
 
 
 @pytest.mark.parametrize("flags, gb, said", [

@@ -2,7 +2,7 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
 
     python -m experiments.compare                          # `make compare`: all methods, 5 seeds
     python -m experiments.compare --experiment rare        # the same where correct answers are rare, 10 seeds
-    python -m experiments.compare --experiment branches    # K = 4, 8, 16 and TreeRL there, 20 seeds
+    python -m experiments.compare --experiment branches    # K = 4, 8, 16, TreeRL and GRPO there, 20 seeds
     python -m experiments.compare --experiment prefix      # the prefix of a branch masked, and trained
     python -m experiments.compare --experiment stapo       # with and without STAPO
     python -m experiments.compare --experiment hot         # the same where STAPO acts, 10 seeds
@@ -102,10 +102,10 @@ EXPERIMENTS = {                                      # the last line of each is 
     "rare": Experiment(
         "The methods where correct answers are rare", 10, 128_000, f"{EQUAL} --lr 1.6e-4",
         arms(METHODS), RARE,
-        "Where correct answers are rare, only TreeRL is measurably ahead of GRPO"),
+        "Where correct answers are rare, ten seeds show only TreeRL ahead of GRPO"),
     "branches": Experiment(
         "How many branches where correct answers are rare", 20, 128_000, f"{EQUAL} --lr 1.6e-4",
-        arms("deep_grpo k4 k16 treerl"), RARE,
+        arms("deep_grpo k4 k16 treerl grpo"), RARE,
         "K = 4, 8 and 16 cannot be told apart in 20 seeds; TreeRL is ahead of K = 8"),
     "prefix": Experiment(
         "The prefix of a branch masked, and trained", 5, 128_000, EQUAL,

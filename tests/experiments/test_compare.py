@@ -10,7 +10,7 @@ from test_runs import run_here, write_run
 
 import tasks.lock
 from experiments import compare, runs
-from experiments.compare import ARMS, EXPERIMENTS, collect, headline, plot_comparison, tables
+from experiments.compare import ARMS, EXPERIMENTS, collect, differences, headline, plot_comparison, tables
 from experiments.runs import flags_of, interval, read_run
 from tasks.lock import Lock
 from trainer.settings import parse_args
@@ -105,6 +105,22 @@ def test_kept_numbers_are_those_of_the_experiment_and_can_be_drawn(name, tmp_pat
     compare.main(["--experiment", name, "--redraw", "--results", str(tmp_path)])
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+
+
+def test_the_differences_over_42_seeds_are_those_of_the_kept_numbers():
+    """Where correct answers are rare: the seeds 0 to 19 of one page and 20 to 41 of another."""
+    pages = [json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("branches", "thinning")]
+    found = {}
+    for arm, other in (("deep_grpo", "grpo"), ("treerl", "grpo"), ("treerl", "deep_grpo")):
+        seeds = [100 * d for page in pages for d in differences(page, arm, other)]
+        mean, width, _ = interval(seeds)
+        assert len(seeds) == 42
+        found[arm, other] = f"{mean:.0f} \u00b1 {width:.0f}"
+    readme, answers = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "results/README.md"))
+    assert f"DEEP-GRPO is {found['deep_grpo', 'grpo']} points ahead of GRPO over 42 seeds" in readme
+    assert f"is {found['treerl', 'grpo']} points ahead of GRPO in the same seeds" in readme
+    assert f"not shown to be ahead of DEEP-GRPO ({found['treerl', 'deep_grpo']})" in readme
+    assert f"by {found['deep_grpo', 'grpo']} points, and TreeRL by {found['treerl', 'grpo']}." in answers
 
 
 def test_nothing_can_be_drawn_without_numbers(tmp_path, capsys):

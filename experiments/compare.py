@@ -8,6 +8,7 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
     python -m experiments.compare --experiment hot         # the same where STAPO acts, 10 seeds
     python -m experiments.compare --experiment ablations   # DEEP-GRPO without one of its parts
     python -m experiments.compare --experiment thinning    # a share of the failures branched, 40 seeds
+    python -m experiments.compare --experiment uneven      # a choice of questions, where they differ, 10 seeds
     python -m experiments.compare --extend --arms mine     # an arm that you added to ARMS beside the kept ones
 
 Every update of every method has the same number of generated tokens (--step-tokens). The number of updates is therefore
@@ -123,8 +124,8 @@ EXPERIMENTS = {                                      # the last line of each is 
         arms("deep_grpo k4 k16 two_pivots uniform root branch_all one_stream no_std grpo24"), None,
         "Shallow or more branches cost accuracy; other changes make no clear difference"),
     "uneven": Experiment(
-        "A choice of questions, where they differ", 10, 128_000, f"{EQUAL} --lr 8e-5",
-        arms("grpo goldilocks deep_grpo deep_goldilocks"), RARE, hard=(1, 3)),
+        "A choice of questions, where they differ", 10, 128_000, f"{EQUAL} --lr 8e-5", arms("grpo goldilocks"), RARE,
+        "Where questions differ, Goldilocks is not shown to help", hard=(1, 3)),
     "thinning": Experiment(
         "Fewer branches, more questions, where correct answers are rare", 40, 128_000, f"{EQUAL} --lr 1.6e-4",
         arms("deep_grpo half half_light quarter eighth grpo treerl"), RARE, first_seed=20),
@@ -303,8 +304,8 @@ def main(argv=None):
     parser.add_argument("--arms", help="Runs only these arms, separated by commas; the first is what the others are "
                         "compared with. The default is all arms of the experiment.")
     parser.add_argument("--seeds", type=count,
-                        help="Sets how many seeds each arm has. The default is 5, 10 for rare and hot, 20 for branches "
-                        "and 40 for thinning.")
+                        help="Sets how many seeds each arm has. The default is 5, 10 for rare, hot and uneven, 20 for "
+                        "branches and 40 for thinning.")
     parser.add_argument("--budget-tokens", type=count,
                         help="Sets the generated tokens of a run. The default is 128000.")
     parser.add_argument("--extend", action="store_true", help="Makes only the runs whose numbers are not kept: for "

@@ -188,7 +188,7 @@ def add_method_flags(group):
     group.add_argument("--stapo", action="store_true", default=None, help="leave spurious tokens out of the loss "
                        "(variants/stapo.py); composes with every method; default: off")
     group.add_argument("--maspo", action="store_true", default=None, help="use a soft trust region instead of the clip "
-                       "(variants/maspo.py); composes with every method but vcpo; default: off")
+                       "(variants/maspo.py); composes with every method; default: off")
 
 
 def add_memory_flags(group):
@@ -245,8 +245,6 @@ def fill_settings(parser, args):
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.maspo and args.method == "vcpo":
-        parser.error("argument --maspo: has no part in --method vcpo, which has no clip")
     if args.steps <= args.lag:
         parser.error(f"argument --lag: none of the {args.steps} steps would train anything, got {args.lag}")
     if not 0 < args.branch_share <= 1:

@@ -17,7 +17,7 @@ sampling and update add up over a response (sampler_gap).
 
 Differs from deep_grpo.py in: K = 0, the weights of J, the learning rate, and no clip. Before the usual update it scores
 the batch, and then computes |s_i| one rollout at a time. With --updates above 1, e, b and w stay those of before the
-first of them, and rho multiplies w. --maspo is refused beside it, and --stapo and --prob-mask change J but not w, e
+first of them, and rho multiplies w. --maspo has an effect only then, and --stapo and --prob-mask change J but not w, e
 and |s_i|. The authors' code also multiplies W by min(w, 8)^2. Their README does not, and is followed here. Their weight
 decay is .1, that of train_gsm8k.py is .01. For models that use tools they take e / .55 in the place of e.
 """

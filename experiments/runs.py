@@ -74,15 +74,21 @@ def make_base(lock, folder, steps=300) -> dict[str, float]:
         easy, hard = turn_probabilities(model, tokenizer, lock, n=1024)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
-            rows = make_rows(lock, n, seed)
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder, [lock])
         (folder / "base.json").write_text(json.dumps({"easy": easy, "hard": hard, **settings}))
     base = json.loads((folder / "base.json").read_text())
     if any(base.get(name) != value for name, value in json.loads(json.dumps(settings)).items()):
         sys.exit(f"error: {folder} holds the base policy of another lock or number of steps: delete {folder.parent}, "
                  "or choose another --out")
     return base
+
+
+def write_rows(folder, locks, kind="") -> None:
+    """Write 4,096 training and 128 evaluation rows of these locks, by turns. kind: that of base_flags()."""
+    for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
+        of_lock = [make_rows(lock, n // len(locks), seed) for lock in locks]
+        rows = [row for one_of_each in zip(*of_lock) for row in one_of_each]
+        (folder / f"{kind}{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def base_flags(folder, kind="") -> str:
@@ -104,11 +110,7 @@ def make_task(experiment, folder) -> str:
     make_base(experiment.lock, folder)
     if not experiment.hard:
         return base_flags(folder)
-    for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
-        of_kind = [make_rows(replace(experiment.lock, hard=hard), n // len(experiment.hard), seed)
-                   for hard in experiment.hard]
-        rows = [row for one_of_each in zip(*of_kind) for row in one_of_each]
-        (folder / f"mixed-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder, [replace(experiment.lock, hard=hard) for hard in experiment.hard], "mixed-")
     return base_flags(folder, "mixed-")
 
 

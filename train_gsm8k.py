@@ -47,7 +47,7 @@ from trainer import compiling, decoding
 from trainer.check import check_length, check_model, choose_sampler
 from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
 from trainer.compiling import compiled_layers, compiled_rows, padded_to, plain_rows, stopwatch
-from trainer.memory import largest_draw, report, update_warning
+from trainer.memory import evaluated_at_once, report, update_warning
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
 from trainer.plot import last_words, plot_run
@@ -313,7 +313,7 @@ def evaluate(run) -> tuple[dict, dict]:
     Notes the step with the best accuracy in the run.
     """
     start, metrics, questions = time.perf_counter(), {}, run.eval_questions + run.val_questions
-    answers, size = [], largest_draw(run.args)           # no more at a time than a step draws
+    answers, size = [], evaluated_at_once(run.args)
     for i in range(0, len(questions), size):
         prompts = [q.prompt for q in questions[i:i + size]]
         answers += run.policy.sample(prompts, 1, run.policy.config.max_new_tokens, temperature=0)

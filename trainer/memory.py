@@ -156,6 +156,12 @@ def largest_draw(args) -> int:
     return args.questions * args.group_size * max(1, args.branches * METHODS[args.method].forks(args))
 
 
+def evaluated_at_once(args) -> int:
+    """The most evaluation questions that are answered at a time: as many sequences as a step draws at a time, but 128
+    at least. With steps of few sequences, evaluations in parts as small would take most of the time."""
+    return max(128, largest_draw(args))
+
+
 def estimate_run(args, model, gpus, rows=0, tokens=0) -> dict:
     """estimate() with the settings of a run."""
     return estimate(model, gpus, rows, args.max_prompt_tokens + args.max_new_tokens, tokens, args.beta > 0,
@@ -184,7 +190,7 @@ def report(args, gpus) -> str:
     model, width = load_geometry(args.model), args.max_prompt_tokens + args.max_new_tokens
     rollouts = args.questions * args.group_size
     rows = {"rollouts": rollouts, "branches": largest_draw(args) if args.branches else 0,
-            "evaluation": min(args.eval_rows + args.val_rows, largest_draw(args)) if args.eval_every else 0}
+            "evaluation": min(args.eval_rows + args.val_rows, evaluated_at_once(args)) if args.eval_every else 0}
     rows = {phase: -(-n // gpus) for phase, n in rows.items() if n}
 
     def parts(phase, rows=0, tokens=0):

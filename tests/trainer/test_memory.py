@@ -230,6 +230,7 @@ def test_the_dry_run_prints_and_writes_nothing(tmp_path, capsys):
     ([], {"rollouts": 512, "branches": 4096, "evaluation": 1575}),
     (["--questions", "8", "--branches", "4"], {"rollouts": 64, "branches": 256, "evaluation": 256}),
     (["--method", "grpo"], {"rollouts": 512, "evaluation": 512}),        # in parts
+    (["--method", "grpo", "--questions", "1"], {"rollouts": 8, "evaluation": 128}),    # not in 197 small parts
     (["--eval-every", "0"], {"rollouts": 512, "branches": 4096}),
     # 6 x 6 nodes of a question get 5 more leaves each; a response of 768 tokens has at most 154 boundaries.
     (["--method", "spo_tree", "--eval-every", "0"], {"rollouts": 384, "branches": 64 * 36 * 5}),

@@ -642,8 +642,8 @@ def test_weights_that_an_update_made_infinite_are_neither_evaluated_nor_saved(tm
     assert [row["step"] for row in read(out)] == [0, 1]
 
 
-def test_an_evaluation_draws_no_more_at_a_time_than_a_step(tmp_path, monkeypatch):
-    """2 * 4 rollouts with 2 branches each are 16 at most: 40 questions are drawn as 16, 16 and 8."""
+def test_an_evaluation_in_parts_gives_what_it_gives_as_a_whole(tmp_path, monkeypatch):
+    """With 16 at a time, 40 questions are drawn as 16, 16 and 8."""
     sizes = []
 
     def watched(model, prefixes, ks, **options):
@@ -651,10 +651,11 @@ def test_an_evaluation_draws_no_more_at_a_time_than_a_step(tmp_path, monkeypatch
         return sample(model, prefixes, ks, **options)
 
     monkeypatch.setattr(train_gsm8k, "choose_sampler", lambda model: watched)
+    monkeypatch.setattr(train_gsm8k, "evaluated_at_once", lambda args: 16)
     flags = [*SHORT, "--steps", 1, "--eval-rows", 40, "--eval-every", 1]
     assert train(*flags, "--out", tmp_path / "parts") == 0
     assert [n for n, temperature in sizes if temperature == 0] == [16, 16, 8] * 2
-    monkeypatch.setattr(train_gsm8k, "largest_draw", lambda args: 10**6)
+    monkeypatch.setattr(train_gsm8k, "evaluated_at_once", lambda args: 10**6)
     assert train(*flags, "--out", tmp_path / "whole") == 0
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 

@@ -25,5 +25,5 @@ test: .venv/installed    ## run all tests but the long ones, minutes
 test-slow: .venv/installed  ## run the long tests, among them whole runs and runs that are killed
 	$(PYTEST) -m slow tests
 
-compare: .venv/installed ## compare all methods at an equal budget of tokens, half an hour or more on two cores
+compare: .venv/installed ## compare all methods at an equal budget of tokens, about half an hour on two cores
 	$(RUN) -m experiments.compare

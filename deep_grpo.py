@@ -223,17 +223,17 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     surrogate = surrogate or partial(clipped_surrogate, clip_low=config.clip_low, clip_high=config.clip_high)
 
     # Sums stay on the device until the end, because reading one would make the device wait for the host.
-    loss, sums, worst = torch.zeros(()), torch.zeros(4, dtype=torch.float64), torch.zeros(())
+    loss, sums, largest_gap = torch.zeros(()), torch.zeros(4, dtype=torch.float64), torch.zeros(())
     for batch in ranks.mine(batches):
-        part = [rows[i] for i in batch]
-        ref = None
+        batch_rows, ref = [rows[i] for i in batch], None
         if has_kl:
-            with torch.no_grad():                    # first, because its logits need room that is free only now
-                ref, _ = ranks.score(ref_model, part, config.temperature, entropies=False)
-        logp, _ = ranks.score(model, part, config.temperature, entropies=False)      # (n,) loss tokens
+            with torch.no_grad():                    # before the policy's own pass, whose activations take this room
+                ref, _ = ranks.score(ref_model, batch_rows, config.temperature, entropies=False)
+        logp, _ = ranks.score(model, batch_rows, config.temperature, entropies=False)          # (n,) loss tokens
         A, w, w_kl, main, old = torch.cat([table[:0], *(of_row[i] for i in batch)]).to(logp).T
         old = logp.detach() if old_logps is None else old
 
+        # Eq. (J): over these tokens, the sum of w min(rho A, clip(rho) A) - w_kl k3
         J = (w * surrogate(logp, old, A)).sum()
         if ref is not None:
             J = J - (w_kl * k3_kl(logp, ref)).sum()
@@ -241,20 +241,21 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
             (-J).backward()
             J = J.detach()
         loss = loss.to(J) - J
-        then = torch.cat([sampled[:0], *(sampled_of_row[i] for i in batch)]).to(logp)
-        more, gap = token_sums(logp.detach(), ref, A, w, main, old, then, config if clipped else None)
-        sums, worst = sums.to(more) + more, torch.maximum(worst.to(gap), gap)
+        drawn = torch.cat([sampled[:0], *(sampled_of_row[i] for i in batch)]).to(logp)
+        batch_sums, gap = token_sums(logp.detach(), ref, A, w, main, old, drawn, config if clipped else None)
+        sums, largest_gap = sums.to(batch_sums) + batch_sums, torch.maximum(largest_gap.to(gap), gap)
 
     costs = batch_costs(rows, batches, ranks.size, ranks.multiple)
     costs["forwarded_tokens"] += scored
-    return ranks.total(loss), objective_metrics(table, ranks.total(sums), ranks.largest(worst)) | costs
+    return ranks.total(loss), objective_metrics(table, ranks.total(sums), ranks.largest(largest_gap)) | costs
 
 
 def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
     """Which sequences have a weight: a bool for each, in the order of the table, and a mask of their tokens, [N]."""
-    weighs = table[:, 0] * table[:, 1] != 0
+    A, w, w_kl, *_ = table.T
+    weighs = A * w != 0
     if has_kl:
-        weighs |= table[:, 2] != 0
+        weighs |= w_kl != 0
     lengths = torch.tensor([len(y) for g in groups for tau in g.trajectories for y in tau.sequences], dtype=torch.long)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     weight = torch.cat([ends[:1], weighs.cumsum(0)])[ends].diff()        # how many tokens of it have a weight
@@ -279,27 +280,29 @@ def known_logps(groups) -> torch.Tensor:
     return logps
 
 
-def token_sums(logp, ref, A, w, main, old, then, config) -> tuple[torch.Tensor, torch.Tensor]:
+def token_sums(logp, ref, A, w, main, old, drawn, config) -> tuple[torch.Tensor, torch.Tensor]:
     """([k3 of the tokens of rollouts, number of tokens that the clip holds (config None: there is none), sum of the
-    sampler_gap, number of tokens where it is known], the largest gap)."""
+    sampler_gap, number of tokens where it is known], the largest gap). drawn: log pi when the tokens were drawn."""
     held = torch.zeros_like(logp)
     if config is not None:
         rho = torch.exp(logp - old)
         held = (A > 0) & (rho > 1 + config.clip_high) | (A < 0) & (rho < 1 - config.clip_low)
     kl = torch.zeros_like(logp) if ref is None else k3_kl(logp, ref)
-    known = (A != 0) & (w != 0) & ~then.isnan()
-    gap = torch.where(known, (logp - then).abs(), 0)
+    known = (A != 0) & (w != 0) & ~drawn.isnan()
+    gap = torch.where(known, (logp - drawn).abs(), 0)
     largest = torch.cat([gap, gap.new_zeros(1)]).amax()                  # of no tokens, 0
     return torch.stack([(kl * main).sum(), held.sum(), gap.sum(), known.sum()]).double(), largest
 
 
-def objective_metrics(table, sums, worst) -> dict:
-    """The metrics of objective() but for the batch_costs. sums, worst: what token_sums() gave, over all processes."""
+def objective_metrics(table, sums, largest_gap) -> dict:
+    """The metrics of objective() but for the batch_costs. sums, largest_gap: those of token_sums(), of all processes.
+    """
     kl, held, gap, known = sums.tolist()
-    n_main, trained = table[:, 3].sum().item(), (table[:, 0] != 0) & (table[:, 1] != 0)
+    A, w, _, main, _ = table.T
+    n_main, trained = main.sum().item(), (A != 0) & (w != 0)
     return {"kl": kl / n_main if n_main else None, "clip_fraction": held / max(1, len(table)),
             "trained_tokens": int(trained.sum()), "sampler_gap": gap / known if known else None,
-            "sampler_gap_max": worst.item() if known else None}
+            "sampler_gap_max": largest_gap.item() if known else None}
 
 
 def clip_gradient(model, max_norm) -> torch.Tensor:

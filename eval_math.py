@@ -50,7 +50,7 @@ from tasks import SETS, TEMPLATES, digests, fix_date, load_set, make_questions, 
 from trainer.check import check_length, check_model, choose_sampler, context_of
 from trainer.checkpoint import append_lines, write_whole
 from trainer.model import checksum, load_model
-from trainer.ranks import device, end, fail, first, gather, rank, start, world_size
+from trainer.ranks import device, end, fail, first, first_line, gather, rank, start, world_size
 from trainer.session import owned
 from trainer.settings import PRESETS, OneLineParser, count
 
@@ -347,6 +347,8 @@ def main(argv=None) -> int:
             first(lambda: write_whole(args.out / "config.json", json.dumps(config, indent=2) + "\n"))
         except (ValueError, OSError) as error:
             return fail(error, 2)
+        except torch.OutOfMemoryError as error:
+            return fail(f"the model does not fit into the memory of the GPU: {first_line(error)}", 1)
         try:
             answers = evaluate(args, *parts)
         except KeyboardInterrupt:                        # every rank gets it

@@ -54,14 +54,16 @@ def pack(prompt: list[int], response: list[int], branches: list[tuple[int, list[
     n, suffixes = len(prompt), [y for _, y in branches]
     counts = np.array([n, len(response), *map(len, suffixes)])                       # tokens of every segment
     starts = counts.cumsum() - counts                                                # where it begins in the row
-    prefix = np.array([n, n, *(n + pivot for pivot, _ in branches)])                 # what it sees, and continues,
-    begins = np.array([0, *prefix[1:]])                                              # and so its first position
+    # A segment sees the first `prefix` tokens of the row, and its positions go on from there.
+    prefix = np.array([n, n, *(n + pivot for pivot, _ in branches)])
+    begins = np.array([0, *prefix[1:]])
     ids = np.array([*prompt, *response, *chain(*suffixes)], dtype=np.int64)
     segments = np.arange(len(counts)).repeat(counts)
     index = np.arange(len(ids))
-    predictors = index[n:] - 1                                                       # the token before, or
-    first = np.flatnonzero(np.diff(segments[n - 1:]))                                # for the first of a segment
-    predictors[first] = prefix[segments[n:][first]] - 1                              # the last one of its prefix
+    # A token is predicted by the one before it. The first of a segment is predicted by the last token of its prefix.
+    predictors = index[n:] - 1
+    first = np.flatnonzero(np.diff(segments[n - 1:]))
+    predictors[first] = prefix[segments[n:][first]] - 1
     return Row(ids, index + (begins - starts)[segments], segments, prefix[segments], ids[n:], predictors,
                counts[1:].tolist())
 

@@ -6,10 +6,10 @@ Deep states (large r_t) are those that sampling from the question rarely reaches
 from which a correct answer is still possible. The paper has gamma = 2. With gamma = 0 only recoverability counts, and a
 large negative gamma resamples from the question.
 
-States. A response is cut into n segments, which are sentences or a fixed number of tokens. As in the authors' code, the
-candidates are the question itself and the end of every segment but the last. They have r = (i+1)/(n+1), i = 0..n-1. The
-question therefore has the ratio 1/(n+1), never 0, and the end of the response is never a candidate. The paper leaves
-open what a "step" is. The authors stop generation at the single token ".". Real tokenizers write most sentence ends as
+States. A response is cut into T segments, which are sentences or a fixed number of tokens. The states t = 1 ... T are
+the question itself and the end of every segment but the last. As in the authors' code, r_t is t/(T+1). The question
+therefore has the ratio 1/(T+1), never 0, and the end of the response is never a candidate. The paper leaves open what a
+"step" is. The authors stop generation at the single token ".". Real tokenizers write most sentence ends as
 other tokens (".\n"), so we look at the text instead.
 
     python pivot.py        # draws Q(t) for several gamma and P

@@ -5,7 +5,7 @@ r"""Train DEEP-GRPO, GRPO or another method on GSM8K or on the embedded task: on
     python train_gsm8k.py --preset gsm8k --method grpo     # the baseline: the same code with K = 0
     python train_gsm8k.py --preset gsm8k --method treerl   # another method of variants/
     python train_gsm8k.py --preset gsm8k --model FOLDER --data FILE.jsonl        # your own model and questions
-    torchrun --nproc-per-node 8 train_gsm8k.py --preset math-7b        # the same over 8 GPUs (ranks.py, model.py)
+    torchrun --nproc-per-node 8 --shutdown-timeout 600 train_gsm8k.py --preset math-7b     # the same over 8 GPUs
     python train_gsm8k.py --preset math-7b --dry-run --gpus 8          # the memory that this takes on each GPU
 
 The run directory holds
@@ -19,12 +19,12 @@ The run directory holds
                            run was started by torchrun
     run.png                the figure of the run
 
-A run that was interrupted or killed goes on with --resume, and ends as if it had not been interrupted. This also works
-on another number of GPUs.
+A run that was interrupted or killed goes on with --resume. On the same CPU and number of processes it ends as if it had
+not been interrupted; on a GPU that is so up to rounding. With another number of processes it draws other samples.
 Exit codes: 0 done (or --max-hours are over), 2 bad input (with one line on stderr), 1 anything else.
 """
 import datetime
-import random
+import os
 import resource
 import signal
 import sys
@@ -45,7 +45,7 @@ from resample import sample
 from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
 from trainer import compiling, decoding
 from trainer.check import check_length, check_model, choose_sampler
-from trainer.checkpoint import cut_logs, load_run, moving_parts, save_run
+from trainer.checkpoint import cut_logs, find_checkpoints, load_run, moving_parts, save_run
 from trainer.compiling import compiled_layers, compiled_rows, padded_to, plain_rows, stopwatch
 from trainer.memory import evaluated_at_once, report, update_warning
 from trainer.metrics import summarize
@@ -96,7 +96,6 @@ def prepare(args) -> Run:
     Rank 0 loads, and the other ranks get everything from it.
     """
     config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
-    random.seed(args.seed)
     seed_rank(args.seed)
     weights = []                                     # the model, on rank 0
 
@@ -104,7 +103,7 @@ def prepare(args) -> Run:
         if args.resume is None:
             check_empty(args.out)
         before = {} if args.resume is None else read_config(args.out)
-        rows = load_questions(args, drawn=before.get("validation_drawn", args.resume is None))
+        rows = load_questions(args)
         model, tokenizer = load_model(args.model)
         date = fix_date(tokenizer, before.get("date") or datetime.date.today().isoformat())
         check_model(model, args.model)
@@ -116,7 +115,8 @@ def prepare(args) -> Run:
         longest = max(len(q.prompt) for part in asked[:3] for q in part)
         check_length(model, args.model, longest, config.max_new_tokens)
         check_questions(args.out, before, asked[:3])
-        start = {"stop_ids": stop_ids(tokenizer, model), "weights": checksum(model)}
+        start = {"stop_ids": stop_ids(tokenizer, model), "weights": checksum(model),
+                 "reward": f"{Policy.reward.__module__}.{Policy.reward.__qualname__}"}
         check_start(args.out, before, start)
         return asked, tokenizer, model.config, date, start, sampler
 
@@ -187,11 +187,8 @@ def encode_questions(args, rows, tokenizer):
     return questions, eval_questions, val_questions, len(skipped) + len(eval_skipped)
 
 
-def load_questions(args, drawn=True):
-    """Return (training rows, evaluation rows, validation rows). The last are held out when there is a test set.
-
-    drawn: that of tasks.split_validation.
-    """
+def load_questions(args):
+    """Return (training rows, evaluation rows, validation rows). The last are held out when there is a test set."""
     def rows_of(source, split):
         if source in tasks.lock.LOCKS:                   # evaluation rows are the same for every --seed
             n, seed = (4096, args.seed + 1) if split == "train" else (args.eval_rows, 0)
@@ -200,14 +197,17 @@ def load_questions(args, drawn=True):
 
     rows = rows_of(args.data, "train")
     if args.eval_data is not None:
-        train, val = split_validation(rows, args.val_rows, drawn) if args.val_rows else (rows, [])
-        return train, rows_of(args.eval_data, "test")[:args.eval_rows], val
+        train, val = split_validation(rows, args.val_rows) if args.val_rows else (rows, [])
+        test = rows_of(args.eval_data, "test")
+        if len(test) > args.eval_rows:
+            print(f"evaluations have the first {args.eval_rows} of {len(test)} rows of {args.eval_data} (--eval-rows)")
+        return train, test[:args.eval_rows], val
     if args.data in tasks.lock.LOCKS:
         return rows, rows_of(args.data, "test"), []
     if len(rows) < 2:
         raise ValueError(f"{args.data} has {len(rows)} row: at least 2 are needed, one to hold out "
                          "(or give --eval-data)")
-    return *split_validation(rows, min(args.eval_rows, len(rows) // 2), drawn), []
+    return *split_validation(rows, min(args.eval_rows, len(rows) // 2)), []
 
 
 def batch_at(run, number):
@@ -274,7 +274,7 @@ def train_step(run) -> tuple[dict, dict, list, list]:
     timing["seconds_compile"] = stopwatch.seconds - compiled_before
     timing["tokens_per_second"] = metrics["generated_tokens"] / sum(seconds.values())
     peak = (torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available()
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20))
     timing["peak_memory_gb"] = max(gather(lambda: peak))
     run.step += 1
     run.generated_total += metrics["generated_tokens"]
@@ -348,14 +348,14 @@ def train(run, start) -> int:
             began, before, updates = time.perf_counter(), moving_parts(run), updates_of(run.optimizer)
             try:
                 metrics, timing, batch, groups = train_step(run)
+                if args.eval_every and (run.step % args.eval_every == 0 or run.finished):
+                    accuracy, seconds = evaluate(run)
+                    metrics, timing = metrics | accuracy, timing | seconds
+                    shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
             except FloatingPointError as error:
                 bar.close()
                 return blown_up(run, before, updates, error)
             shown |= {"reward": f"{metrics['reward']:.2f}", "tokens/s": f"{timing['tokens_per_second']:.0f}"}
-            if args.eval_every and (run.step % args.eval_every == 0 or run.finished):
-                accuracy, seconds = evaluate(run)
-                metrics, timing = metrics | accuracy, timing | seconds
-                shown["accuracy"] = f"{metrics['eval_accuracy']:.3f}"
             read = run.step == 1 or run.step % (args.eval_every or 25) == 0 or run.finished
             samples = sample_lines(run, batch, groups) if read else ()
             if run.step <= 2:
@@ -389,11 +389,12 @@ def blown_up(run, before, updates, error) -> int:
     """
     # The error must come from the update, because weights that cannot be sampled are not good. And it must come from
     # the first update on this batch, because after one the weights are no longer those of a step's end.
-    if run.step and updates_of(run.optimizer) == updates and "gradient" in str(error):
+    if before["step"] and updates_of(run.optimizer) == updates and "gradient" in str(error):
         save_run(run, before)
-    return fail(f"stopped at step {run.step + 1}: {error}. "
-                f"The last good state is in {run.args.out / 'checkpoints'} "
-                "(if none is there, it is the starting model); try a smaller --lr", 1)
+    found = first(lambda: find_checkpoints(run.args.out))
+    last = found[-1][1] if found else run.args.model
+    return fail(f"stopped at step {before['step'] + 1}: {error}. A run that goes on would stop there again. Start a "
+                f"new one with a smaller --lr; with --model {last} it goes on from the last good weights", 1)
 
 
 def conclude(run, why) -> int:
@@ -402,9 +403,11 @@ def conclude(run, why) -> int:
     if not run.finished:
         if run.step:
             save_run(run, moving_parts(run))
-        program = f"torchrun --nproc-per-node {world_size()}" if distributed() else "python"
+        per_node = os.environ.get("LOCAL_WORLD_SIZE", world_size())
+        program = f"torchrun --nproc-per-node {per_node}" if distributed() else "python"
+        script = sys.argv[0] if sys.argv[0].endswith(".py") else "train_gsm8k.py"        # it may be a fork's own
         print(f"{why}: ended after step {run.step} of {args.steps}, everything is saved; "
-              f"go on with: {program} train_gsm8k.py --resume {args.out}")
+              f"go on with: {program} {script} --resume {args.out}")
         return 0 if why.startswith("--") else 1
     first(lambda: plot_run(args.out))
     for line in first(lambda: last_words(args.out)):
@@ -442,12 +445,17 @@ def main(argv=None) -> int:
                 first(own)
         except (ValueError, OSError) as error:
             return fail(error, 2)
+        except torch.OutOfMemoryError as error:          # the other ranks may not know of it, here and below
+            print(f"error: the model does not fit into the memory of the GPU: {first_line(error)} --dry-run says what "
+                  "fits, torchrun divides the model among several GPUs, and --beta 0 needs no reference model",
+                  file=sys.stderr)
+            return 1
         try:
             first(lambda: write_config(run) if args.resume is None else keep_changes(args))
             code = train(run, began)
             end()
             return code
-        except torch.OutOfMemoryError as error:          # the other ranks may not know of it: torchrun ends them
+        except torch.OutOfMemoryError as error:          # torchrun ends the other ranks
             print(f"error: the memory of the GPU is full: {first_line(error)} Lower --micro-batch-tokens (it is "
                   f"{args.micro_batch_tokens}), or add --gradient-checkpointing; --dry-run says what fits. Go on with "
                   f"--resume {args.out} and these flags", file=sys.stderr)

@@ -108,9 +108,7 @@ def fix_date(tokenizer, date: str) -> str | None:
 
 def digests(questions) -> dict[str, str]:
     """Checksums of what is asked and what counts as right (rows), and of the prompts as token ids (prompts)."""
-    kinds = {"hash": False, "boxed": True}               # as in the checksums of older versions
-    parts = {"rows": [[q.text, q.gold, kinds.get(q.answer, q.answer)] for q in questions],
-             "prompts": [q.prompt for q in questions]}
+    parts = {"rows": [[q.text, q.gold, q.answer] for q in questions], "prompts": [q.prompt for q in questions]}
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}
 
 
@@ -199,16 +197,16 @@ def stop_ids(tokenizer, model):
     return sorted(set(found))
 
 
-def split_validation(rows, n=256, drawn=True):
+def split_validation(rows, n=256):
     """Return (train, validation): n rows are held out to choose the best checkpoint. Both keep the order of the rows.
 
-    drawn: they are drawn at random, and are the same ones for every seed of a run. The last rows of a file are no such
-    sample (those of MATH are all from one subject); runs of older versions have them (drawn=False).
+    They are drawn at random, and are the same ones for every seed of a run. The last rows of a file would be no such
+    sample: those of MATH are all from one subject.
     """
     if not 1 <= n < len(rows):
-        raise ValueError(f"n must leave rows to train on: 1 to {len(rows) - 1} of {len(rows)} rows, got {n}")
-    order = np.random.default_rng(0).permutation(len(rows)) if drawn else np.arange(len(rows))
-    held_out = set(order[-n:].tolist())
+        raise ValueError(f"{n} of the {len(rows)} training rows are to be held out to choose the best checkpoint: hold "
+                         f"out 1 to {len(rows) - 1} (--val-rows), or give more rows")
+    held_out = set(np.random.default_rng(0).permutation(len(rows))[-n:].tolist())
     return ([row for i, row in enumerate(rows) if i not in held_out],
             [row for i, row in enumerate(rows) if i in held_out])
 

@@ -94,7 +94,8 @@ def test_every_command_exists_with_its_flags(command):
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M)
         return
     if program == "torchrun":
-        assert words.pop(0) == "--nproc-per-node" and words.pop(0).isdigit()
+        while words[0].startswith("--"):                 # its own flags, each with a number
+            assert words.pop(0) in ("--nproc-per-node", "--shutdown-timeout") and words.pop(0).isdigit()
     if words[0] == "-m":
         module = words.pop(0) and words[0]
         if module == "venv":

@@ -13,7 +13,6 @@ is always another one to go on from.
 """
 import json
 import os
-import random
 import re
 import shutil
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from trainer.model import load_model
-from trainer.ranks import distributed, first, gather, rank, seed_rank
+from trainer.ranks import distributed, first, first_line, gather, rank, seed_rank
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "timing.jsonl", "pivots.csv")
 
@@ -54,8 +53,12 @@ def cut_logs(run_dir, step) -> None:
         if path.exists():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n") or step_of(line) > step:
-                    break
+                try:
+                    if not line.endswith("\n") or step_of(line) > step:
+                        break
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {len(kept) + 1}: it is damaged ({error}); remove it and what comes "
+                                     "after it") from error
                 kept.append(line)
             write_whole(path, "".join(kept))
 
@@ -124,7 +127,7 @@ def _remove_old(run_dir, best_step):
         if step not in kept:
             going = folder.with_name(folder.name + ".old")       # a half removed one must not look complete
             os.replace(folder, going)
-            shutil.rmtree(going)
+            shutil.rmtree(going, ignore_errors=True)             # a network disk keeps files that others read
     parent = found[-1][1].parent
     for leftover in [*parent.glob("*.old"), *parent.glob("*.partial")]:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -145,7 +148,7 @@ def moving_parts(run) -> dict:
     return {"step": run.step, "rounds": run.rounds, "generated_total": run.generated_total, **some,
             "best_step": run.best_step, "best_accuracy": run.best_accuracy,
             "recoverability": run.recoverability.state_dict(), "pivot_rng": run.pivot_rng.bit_generator.state,
-            "random_rng": random.getstate(), "torch_rng": torch.get_rng_state(),
+            "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
@@ -202,14 +205,13 @@ def load_run(run) -> int:
     if run.teacher is not None:
         run.teacher.load_state_dict(parts["teacher"])
     run.pivot_rng.bit_generator.state = parts["pivot_rng"]
-    random.setstate(parts["random_rng"])
     if rank() < len(parts["torch_rng"]):
         torch.set_rng_state(parts["torch_rng"][rank()])
         if parts["cuda_rng"][rank()] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(parts["cuda_rng"][rank()])
     else:                                                # the checkpoint is from fewer ranks
         seed_rank(run.args.seed, run.step)
-    first(lambda: _remove_old(run.args.out, run.best_step))          # as a process that was killed here had not done
+    first(lambda: _remove_old(run.args.out, run.best_step))          # what a killed process had left there
     return run.step
 
 
@@ -223,7 +225,7 @@ def _read(run, folder):
             weights.update(load_model(str(folder))[0].state_dict())
             moments.update(parts.pop("optimizer", {}))
         except Exception as error:                       # it may have many types, and the user needs one line
-            raise ValueError((str(error).splitlines() or [repr(error)])[0]) from error
+            raise ValueError(first_line(error)) from error
         return parts, bool(moments)
 
     parts, by_one_process = first(load)

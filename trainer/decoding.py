@@ -10,7 +10,8 @@ A token step of a small model is a thousand kernels, each shorter than its launc
     the token step  is captured in a CUDA graph, once per BLOCK of tokens, over the rows that have not ended, and
                     replayed. The host looks at the tokens once per block
 
-The model's own layers run, so a model that passes the check of trainer/check.py is served whatever its architecture.
+The model's own layers run, so no architecture needs code of its own. A model that this loop does not sample as its own
+forward pass says is sampled by resample.py instead (trainer/check.py).
 On a CPU, and for a sharded model, the same loop runs without graphs and without compilation.
 """
 import sys

@@ -96,9 +96,16 @@ class Policy:
         return float(GRADERS[question.answer](text, question.gold))
 
     def rewards(self, pairs) -> list[float]:
-        """The rewards of (question, response) pairs; each is graded on one rank only."""
+        """The rewards of (question, response) pairs; each is graded on one rank only.
+
+        0 is a failure, and anything above is a success. Raises ValueError for a reward below 0, which would be neither.
+        """
         with self.clock.phase("score"):
-            return share(pairs, lambda part: [self.reward(*pair) for pair in part])
+            rewards = share(pairs, lambda part: [self.reward(*pair) for pair in part])
+        if wrong := [reward for reward in rewards if not reward >= 0]:
+            raise ValueError(f"a reward must be 0 (a failure, which is branched) or above, got {wrong[0]}: shift "
+                             "all rewards")
+        return rewards
 
     def text(self, ids) -> str:
         """Token ids as text, without special tokens. Pairs are kept, because pivot.py asks for the same ones often."""

@@ -37,7 +37,8 @@ def start() -> None:
     if "WORLD_SIZE" in os.environ and not distributed():
         if gpu and (n := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
             if os.environ["LOCAL_RANK"] == "0":
-                print(f"error: torchrun --nproc-per-node {n}, and {torch.cuda.device_count()} GPUs", file=sys.stderr)
+                print(f"error: torchrun --nproc-per-node asks for {n} GPUs, and this machine has "
+                      f"{torch.cuda.device_count()}", file=sys.stderr)
             sys.exit(2)
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

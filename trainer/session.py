@@ -36,8 +36,11 @@ from variants.goldilocks import Teacher
 ROOT = Path(__file__).parents[1]
 PIVOT_COLUMNS = "step,response_tokens,pivot,depth,right_branches,branches,question_rate\n"
 LISTS = ("training", "evaluation", "validation")     # of questions
-# A run that goes on may get other values of these: how far it goes, and what changes memory and time but no result.
-MAY_CHANGE = ("steps", "budget_tokens", "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "compile")
+# A run that goes on may get other values of these: how far it goes, how often it is saved, what changes memory and time
+# but no result, and where its model and its questions are, which must be the same ones (check_start, check_questions).
+MAY_CHANGE = ("steps", "budget_tokens", "save_every", "micro_batch_tokens", "gradient_checkpointing",
+              "offload_optimizer", "compile", "model", "data", "eval_data")
+OF_THIS_START = {"resume", "max_hours", "dry_run", "gpus"}       # flags that are not settings of a run
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Run:
     val_questions: list
     skipped: int
     date: str | None = None                          # in prompts, where the chat template asks for today's
-    start: dict | None = None                        # stop ids and checksum of the starting model, the reference
+    start: dict | None = None                        # stop ids and checksum of the starting model; name of the reward
     score: Callable = plain_rows                     # that of the update: of compiling.py, compiled_rows or plain_rows
     teacher: Teacher | None = None                   # who chooses the questions, with --select
     step: int = 0
@@ -107,7 +110,7 @@ def read_config(run_dir) -> dict:
     """What the config.json of a run holds. Raises ValueError when there is none, or a damaged one."""
     try:
         about = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        parts = [about["settings"], *(about.get(name) or {} for name in ("digests", "start"))]
+        parts = [about.get(name) for name in ("settings", "digests", "start")]
         if not all(isinstance(part, dict) for part in parts) or "seed" not in about["settings"]:
             raise ValueError("its config.json is damaged")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -118,26 +121,25 @@ def read_config(run_dir) -> dict:
 def check_questions(run_dir, before, asked) -> None:
     """Raise ValueError when a run that goes on would get other questions, or other prompts, than it began with.
 
-    before: its config.json, which has no checksums if it is of an older version. asked: the training, evaluation and
-    validation questions of now.
+    before: its config.json, empty for a new run. asked: the training, evaluation and validation questions of now.
     """
-    for name, questions in zip(LISTS, asked):
-        then, now = (before.get("digests") or {}).get(name), digests(questions)
-        if then is not None and then["rows"] != now["rows"]:
+    for name, questions in zip(LISTS, asked if before else ()):
+        then, now = before["digests"][name], digests(questions)
+        if then["rows"] != now["rows"]:
             raise ValueError(f"{run_dir} began with other {name} questions ({before[f'{name}_questions']} then, "
                              f"{len(questions)} now): put the data back as it was, or start a new run")
-        if then is not None and then["prompts"] != now["prompts"]:
+        if then["prompts"] != now["prompts"]:
             raise ValueError(f"{run_dir} began with other prompts of the same {name} questions: put the tokenizer and "
                              "its chat template back as they were, or start a new run")
 
 
 def check_start(run_dir, before, start) -> None:
-    """Raise ValueError when the starting model of a run that goes on has changed. start: that of session.Run."""
+    """Raise ValueError when a run that goes on would have another starting model or reward. start: that of Run."""
     for name, now in start.items():
-        then = (before.get("start") or start).get(name, now)
-        if then != now:
-            raise ValueError(f"{run_dir} began with another starting model: its {name} were {then} then and are {now} "
-                             "now; put the model back as it was, or start a new run")
+        if (then := before["start"][name] if before else now) != now:
+            what = "the reward" if name == "reward" else f"{name} of the starting model"
+            raise ValueError(f"{run_dir} did not begin like this: {what} was {then} then and is {now} now; put back "
+                             "what was changed, or start a new run")
 
 
 def git_revision() -> str | None:
@@ -152,15 +154,14 @@ def git_revision() -> str | None:
 def write_config(run) -> None:
     """config.json: all settings, and what the numbers depend on besides."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.args).items()
-                if k not in ("resume", "max_hours", "dry_run", "gpus")}
+                if k not in OF_THIS_START}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "transformers": transformers.__version__, "numpy": np.__version__}
     parameters = sum(p.numel() for p in run.policy.model.parameters())
     asked = dict(zip(LISTS, (run.questions, run.eval_questions, run.val_questions)))
     about = {"settings": settings, **{f"{name}_questions": len(questions) for name, questions in asked.items()},
-             "skipped_questions": run.skipped, "validation_drawn": True, "date": run.date,
-             "start": run.start,
+             "skipped_questions": run.skipped, "date": run.date, "start": run.start,
              "digests": {name: digests(questions) for name, questions in asked.items()}, "parameters": parameters,
              "device": hardware, "ranks": world_size(), "versions": versions,
              "git_revision": git_revision()}

@@ -14,7 +14,7 @@ from deep_grpo import Config
 from grading import GRADERS
 from tasks import SETS, TEMPLATES
 from trainer.ranks import distributed
-from trainer.session import MAY_CHANGE, read_config
+from trainer.session import MAY_CHANGE, OF_THIS_START, read_config
 from variants import METHODS
 
 EMBEDDED = dict(questions=2, lr=1e-4, steps=40, eval_every=5, eval_rows=128, max_prompt_tokens=64,
@@ -39,10 +39,6 @@ PRESETS = {
 
 
 TEACHER = dict(candidates=4, epsilon=0.1, teacher_window=1024, teacher_lr=0.05)           # of --select goldilocks
-# Settings that older runs lack, with what they did.
-NEW = dict(branch_share=1.0, compile=False, lag=0, **dict.fromkeys(["prob_mask", "select", *TEACHER]))
-# Ablations that were flags of older versions, with the values that a run without them has in its config.json.
-RETIRED = dict(std=True, pivots=1, uniform_pivot=False, branch_all=False, train_prefix=False, one_stream=False)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -234,6 +230,9 @@ def fill_settings(parser, args):
     if "objective" not in METHODS[args.method].flags:                    # such a method has an objective of its own
         preset = {name: value for name, value in preset.items() if name != "objective"}
     if args.data not in (None, preset["data"]):      # other rows have a way to answer of their own, and no test set
+        if preset.get("answer") and args.answer is None:
+            print(f"--answer follows the rows of {args.data}, because they are not the preset's; the preset's own is "
+                  f"--answer {preset['answer']}")
         preset = preset | dict(answer=None)
         if args.eval_data is None:
             preset = preset | dict(eval_data=None, val_rows=0, eval_rows=preset.get("val_rows", preset["eval_rows"]))
@@ -256,6 +255,8 @@ def fill_settings(parser, args):
     if "segment_tokens" in settings and args.segment_tokens == 0:
         parser.error(f"argument --segment-tokens: --method {args.method} has nodes of at least 1 token, got 0")
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
+    if args.select_on_test and args.eval_data is None:
+        parser.error("argument --select-on-test: only with --eval-data; without, --eval-rows rows are held out")
     if args.val_rows and args.eval_data is None:
         parser.error("argument --val-rows: only with --eval-data; without, --eval-rows rows are held out, and choose")
     for name in ("eval_every", "save_every", "val_rows", "seed", "lag"):
@@ -267,16 +268,14 @@ def restore_settings(parser, args):
     """The settings of the run that goes on. Only --max-hours and those of MAY_CHANGE may be others."""
     asked = vars(args).copy()
     try:
-        settings = read_config(args.resume)["settings"]
+        about = read_config(args.resume)
     except ValueError as error:
         parser.error(f"argument --resume: {error}")
-    if missing := [f.name for f in fields(Config) if f.name not in settings]:
-        parser.error(f"argument --resume: {args.resume} was made by an older version, which had no {missing[0]}: "
-                     "its meaning may have changed, so it has to begin again")
-    if ablated := [name for name, value in RETIRED.items() if settings.pop(name, value) != value]:
-        parser.error(f"argument --resume: {args.resume} was made by an older version with --{ablated[0]}, which is now "
-                     "a --method of its own: it has to begin again")
-    for name, value in (NEW | settings | {"out": args.resume}).items():  # a folder may be moved
+    if other := sorted(about["settings"].keys() ^ (asked.keys() - OF_THIS_START)):
+        parser.error(f"argument --resume: {args.resume} was made by another version, whose flags differ in "
+                     f"{', '.join(other)}: go on with the code of the commit {about['git_revision']}, or start a new "
+                     "run")
+    for name, value in (about["settings"] | {"out": args.resume}).items():       # a folder may be moved
         new = asked.get(name) not in (None, parser.get_default(name), value)
         if new and name not in MAY_CHANGE:
             parser.error(f"argument --{name.replace('_', '-')}: the run that goes on has {value}, not {asked[name]}; "

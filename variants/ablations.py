@@ -3,7 +3,7 @@ r"""DEEP-GRPO without one of its parts, or with one changed: six methods for `--
     no_std           A = R - mean in both streams, without the division by the standard deviation
     two_pivots       two different states of every failure, drawn from Q(t), with K branches each
     uniform_pivot    every state is as likely as any other, instead of Q(t)
-    branch_all       right rollouts are branched, too
+    branch_all       right rollouts are branched, too, and P_phi is fitted to both kinds
     train_prefix     the prefix of a branch carries the loss of its branch, too: no gradient masking
     one_stream       what Eq. (A) forbids: rollouts and branches of a question are one group with one mean
 

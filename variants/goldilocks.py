@@ -5,18 +5,20 @@ Rule. The utility of a question q, of whose G rollouts a share p_q is right, is
     y_q = sqrt(p_q (1 - p_q))                                    between 0 and 1/2
 
 The teacher predicts it from the question alone: f(q) = 1/2 sigmoid(w . h_q + b), where h_q is the mean of the hidden
-states of the frozen starting model over the prompt. Its loss is the mean of (f(q) - y_q)^2 over a sliding buffer of the
-questions that were asked last. For every question of a batch, C random candidates are drawn. With probability 1 - eps
-the one with the largest f is asked, and otherwise a random one of the C.
+states of the frozen starting model over the prompt. (The b is ours. Standardised features need one.) Its loss is the
+mean of (f(q) - y_q)^2 over a sliding buffer of the questions that were asked last. For every question of a batch, C
+random candidates are drawn. With probability 1 - eps the one with the largest f is asked, and otherwise a random one of
+the C.
 
 Why. With advantages (R - mean) / std, the gradient of a question is sqrt(p (1 - p)) times the difference between the
 mean scores grad log pi of its right and of its wrong answers. (The unbiased std of loss.py adds a constant factor.) A
 question that is always or never answered right has utility 0, because all advantages of its rollouts are 0. (With
 DEEP-GRPO its branches may still have some. The teacher does not know of them and avoids such questions.)
 
-Differs from deep_grpo.py in: which questions x are drawn; nothing else. It composes with every method
-(--select goldilocks). With C = 1, eps = 1 or a constant teacher, the choice is uniform. Questions with p near 1/2 also
-change the number of branches of DEEP-GRPO, so compare runs at equal tokens.
+Differs from deep_grpo.py in: which questions x are drawn; nothing else. It composes with every method (--select
+goldilocks). With spo_tree, p_q is the share over all paths of its trees, in which long rollouts count more. With C = 1,
+eps = 1 or a constant teacher, the choice is uniform. Questions with p near 1/2 also change the number of branches of
+DEEP-GRPO, so compare runs at equal tokens.
 
 No public code was found. We do not know the paper's C, eps, length of the buffer and learning rate, so these are flags
 with defaults of ours. Nor do we know how it scales the features: here they are standardised. After every step the
@@ -138,7 +140,8 @@ class Teacher:
                 "buffer": list(self.buffer)}
 
     def load_state_dict(self, state) -> None:
-        """Continue from another teacher's `state_dict()`. This object keeps its own features and settings."""
+        """Continue from another teacher's `state_dict()`. This object keeps its own features, epsilon and length of
+        the buffer."""
         with torch.no_grad():
             self.phi.copy_(state["phi"])
         self.optimizer.load_state_dict(deepcopy(state["adam"]))

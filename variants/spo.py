@@ -11,8 +11,8 @@ away: no branch is trained. The last segment ends with V(end) = R, and the token
     A(segment) = V(end) - V(start)        J = 1/N sum_t rho_t A_t (clipped) - beta 1/n sum_t k3_t
                                           over the N tokens of the n rollouts of the batch
 
-spo_tree. Each of G = 6 nodes of level 1 has M tokens and 6 children; each of these has M tokens, too, and 6 children,
-which run to the end. A node that ends earlier is a leaf.
+spo_tree. Each of G = 6 nodes of level 1 has M tokens and K + 1 = 6 children; each of these has M tokens, too, and 6
+children, which run to the end. A node that ends earlier is a leaf.
 
     V(leaf) = R      V(node) = mean of V over its children      A(node) = V(node) - V(parent)
     J = 1/Z sum_t rho_t A_t (clipped) - beta 1/E sum_t k3_t       over the Z tokens of the E nodes with A != 0
@@ -23,13 +23,14 @@ child. A node trains its own tokens once, although all of its descendants have t
 the form (V(node) - V(parent)) / s with the population std s of the siblings, which is not built here.
 
 The mask. M_t = [p_t < P] is a factor of all weights, where p_t is the probability with which a token was drawn.
-With it, the weights 1/N and 1/Z become 1/(sum of M_t), and the KL term becomes beta 1/n sum_t M_t k3_t.
+With it, the weights 1/N and 1/Z become 1/(sum of M_t), and the KL term becomes beta 1/n sum_t M_t k3_t. With P = 1,
+tokens are still left out whose p is 1 to the last digit of float32; an update hardly moves these.
 
 Differs from deep_grpo.py in: line 2 (states of all rollouts; spo_tree also adds trajectories), and the weights of J.
 Left out: the replay of up to 32 nodes of a question in later steps. The authors' code also whitens the advantages over
-the masked tokens of a micro-batch, which can turn their signs, and which is not done here. It takes p after it has
-divided the logits by T. We do that on purpose, because softmax(logits / T) is the policy that is sampled and trained.
-The paper samples at T = .6, and draws 9 continuations of a boundary with a model of 1.1 billion parameters.
+the masked tokens of a micro-batch, which can turn their signs, and which is not done here. Like their code, and unlike
+the paper, we take p from softmax(logits / T), because that is the policy that is sampled and trained. The paper samples
+at T = .6, and draws 9 continuations of a boundary with a model of 1.1 billion parameters.
 """
 from collections.abc import Callable
 

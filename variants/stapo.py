@@ -1,9 +1,10 @@
 r"""STAPO (arXiv 2602.15620): tokens that a right answer would reward by accident are left out of the loss.
 
-Rule. A token with A > 0, such as one of a right response, is improbable when pi(y_t) < .002. It is spurious when its
-entropy is also below the 75 % quantile of the entropies of all improbable tokens with A > 0 that have a weight in the
-batch. Spurious tokens have weight 0. The weights of the others grow by one factor, so that their sum stays what it was.
-With the weights 1/N of a token mean, that is the mean over the rest.
+Rule. A token with A > 0, such as one of a right response, is improbable when pi(y_t) < .002, where pi is the policy
+before the optimizer step, also if an older one drew the batch. It is spurious when its entropy is also below the 75 %
+quantile of the entropies of all improbable tokens with A > 0 that have a weight in the batch. Spurious tokens have
+weight 0. The weights of the others grow by one factor, so that their sum stays what it was. With the weights 1/N of a
+token mean, that is the mean over the rest.
 
 Differs from deep_grpo.py in: two columns of the table of loss tokens (`reweigh` of objective()). It composes with every
 method (`--stapo`), and costs one more pass over all loss tokens. With two streams the factor is one for both, so the

@@ -7,7 +7,8 @@ Differs from deep_grpo.py in: line 2, whose groups lose the forks of some rollou
 rollouts with forks, n S keep them on average. T_fail of Eq. (J) are the failures that are branched, so the branches
 that are left weigh more. `--method light_branches` removes this effect: its T_fail are all failures, and a branch
 weighs what it weighs with S = 1. Other methods that branch are thinned in the same way, except SPO, which needs all of
-its branches to know the value of a state.
+its branches to know the value of a state. With RRPO and SRPO, a question whose probe loses its fork is trained as GRPO
+does it: all its rollouts, the probe among them, are one group.
 """
 from collections.abc import Callable
 from dataclasses import replace

@@ -8,7 +8,8 @@ forks, n(s) is the number of leaves below it, and V(s) is the share of right lea
 
     A(s) = [ (V(s) - V_root) + (V(s) - V(parent of s)) ] / sqrt(n(s))      V_root over all leaves of the question
 
-    J = 1/|paths| sum over the paths to all leaves, over their tokens, of rho_t A_t (clipped) - beta k3_t
+    J = 1/(tokens of all paths) sum over the paths to all leaves, over their tokens, of
+                                                                    rho_t A_t (clipped) - beta k3_t
 
 A token of node s lies on n(s) paths, so it counts n(s) times.
 

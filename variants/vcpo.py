@@ -11,9 +11,9 @@ gradient of sum_t log pi_theta, and L_i is its number of tokens.
     gradient of J = 1/B sum_i min(w_i, 8) A_i s_i / L_i          w_i is a constant of it; no clip, and beta = 0
 
 Without the cap, and with rollouts of equally many tokens, b is the baseline under which the gradient varies least. If
-the batch was drawn by the current policy, e is 1 and the cap does nothing. Only the baseline then differs from GRPO: b
-is the mean only where all |s_i| are equal. In bf16 e is below 1 even then, because the small differences between
-sampling and update add up over a response (sampler_gap).
+the batch was drawn by the current policy, e is 1 and the cap does nothing. What then differs from GRPO is the baseline,
+the std and that there is no KL term; b is the mean only where all |s_i| are equal. In bf16 e is below 1 even then,
+because the small differences between sampling and update add up over a response (sampler_gap).
 
 Differs from deep_grpo.py in: K = 0, the weights of J, the learning rate, and no clip. Before the usual update it scores
 the batch, and then computes |s_i| one rollout at a time. With --updates above 1, e, b and w stay those of before the

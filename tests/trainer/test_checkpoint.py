@@ -144,7 +144,7 @@ def assert_same(run, whole):
     assert (last / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     a, b = (torch.load(folder / "trainer.pt", weights_only=False) for folder in (last, expected))
     assert a.keys() == b.keys() == {"optimizer", "step", "rounds", "generated_total", "best_step", "best_accuracy",
-                                    "recoverability", "pivot_rng", "random_rng", "torch_rng", "cuda_rng"}
+                                    "recoverability", "pivot_rng", "torch_rng", "cuda_rng"}
     for name in a.keys() - {"optimizer", "torch_rng"}:
         assert a[name] == b[name], name
     assert torch.equal(*a["torch_rng"], *b["torch_rng"])             # lists over ranks, of one
@@ -314,6 +314,32 @@ def test_logs_are_cut_to_whole_lines_up_to_the_step(tmp_path):
             assert [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] == kept
     cut_logs(tmp_path, -1)
     assert (tmp_path / "metrics.jsonl").read_text() == "" and not (tmp_path / "timing.jsonl").exists()
+
+
+def test_a_damaged_line_of_a_log_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": \n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: it is damaged \(.*\); remove it and what"):
+        cut_logs(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
+    """On a network disk a folder stays as long as another process reads a file in it. It goes with a later save."""
+    remove = checkpoint.shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if path.exists() and not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, filled)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    save_checkpoint(tmp_path, 3, filled)
+    assert (tmp_path / "checkpoints" / "step_1.old").exists()
+    assert [step for step, _ in find_checkpoints(tmp_path)] == [2, 3]
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
+    save_checkpoint(tmp_path, 4, filled)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_3", "step_4"]
 
 
 def test_write_whole_replaces_or_leaves(tmp_path, monkeypatch):

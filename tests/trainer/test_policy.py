@@ -131,6 +131,15 @@ def test_a_subclass_has_its_own_reward_in_rollouts_and_branches(make, questions)
             assert fork.rewards == [float(sum(t.response[:fork.pivot] + y) % 2) for y in fork.branches]
 
 
+@pytest.mark.parametrize("reward", [-1.0, float("nan")])
+def test_a_reward_below_0_is_refused(reward, make, questions, monkeypatch):
+    """With rewards of -1 and 1, nothing would count as failed, and every pivot as recovered."""
+    policy = make()
+    monkeypatch.setattr(policy, "reward", lambda question, response: reward)
+    with pytest.raises(ValueError, match=f"a reward must be 0 .* or above, got {reward}"):
+        policy.rewards([(questions[0], [3])])
+
+
 # ---- drawing ----
 
 def test_samples_are_k_to_a_prefix_within_their_caps_and_counted(make, questions):

@@ -670,7 +670,7 @@ def test_more_processes_than_gpus_is_one_line_of_the_first(local_rank, monkeypat
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
         ranks.start()
-    said = "error: torchrun --nproc-per-node 2, and 1 GPUs\n" if local_rank == "0" else ""
+    said = "error: torchrun --nproc-per-node asks for 2 GPUs, and this machine has 1\n" if local_rank == "0" else ""
     assert capsys.readouterr().err == said
 
 

@@ -48,10 +48,10 @@ def test_the_configuration_holds_every_setting_and_what_the_numbers_depend_on(tm
     model = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 7)] * 3)
     asked = [Question("a", "1", [3]), Question("b", "2", [4])], [Question("c", "3", [5])]
     write_config(make_run(args=args, policy=SimpleNamespace(model=model), questions=asked[0], eval_questions=asked[1],
-                          val_questions=[], skipped=4, date="2024-02-29"))
+                          val_questions=[], skipped=4, date="2024-02-29", start={}))
     saved = json.loads((tmp_path / "config.json").read_text())
     numbers = {"training_questions": 2, "evaluation_questions": 1, "validation_questions": 0, "skipped_questions": 4,
-               "parameters": 21, "device": "cpu", "ranks": 1, "date": "2024-02-29", "validation_drawn": True,
+               "parameters": 21, "device": "cpu", "ranks": 1, "date": "2024-02-29",
                "digests": {"training": digests(asked[0]), "evaluation": digests(asked[1]), "validation": digests([])}}
     assert {name: saved[name] for name in numbers} == numbers
     assert saved["versions"].keys() == {"python", "torch", "transformers", "numpy"} and "git_revision" in saved
@@ -70,7 +70,7 @@ def test_a_run_that_goes_on_must_have_the_questions_and_prompts_it_began_with(tm
     before = {f"{name}_questions": len(part) for name, part in zip(session.LISTS, asked)}
     before["digests"] = {name: digests(part) for name, part in zip(session.LISTS, asked)}
     check_questions(tmp_path, before, asked)
-    check_questions(tmp_path, {}, asked)                         # older versions kept no checksums
+    check_questions(tmp_path, {}, asked)                         # of a new run
     for i, name in enumerate(session.LISTS):
         longer = [part + [Question("d", "4", [6])] * (i == j) for j, part in enumerate(asked)]
         n = len(asked[i])

@@ -12,7 +12,7 @@ import eval_math
 import train_gsm8k
 from deep_grpo import Config
 from trainer.session import keep_changes, write_config
-from trainer.settings import PRESETS, RETIRED, OneLineParser, parse_args
+from trainer.settings import PRESETS, OneLineParser, parse_args
 from variants import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -60,10 +60,11 @@ def test_data_of_your_own_is_not_evaluated_on_gsm8k(flags, expected):
     ("", "last", "authors"), ("--answer boxed", "boxed", "authors"), ("--data my.jsonl", None, "authors"),
     ("--data my.jsonl --answer hash", "hash", "authors"), ("--method treerl", "last", "paper"),
     ("--method grpo", "last", "authors"), ("--objective paper", "last", "paper")])
-def test_what_of_the_gsm8k_preset_goes_with_what(flags, answer, objective):
-    """Other rows are asked in their own way, and another method has an objective of its own."""
+def test_what_of_the_gsm8k_preset_goes_with_what(flags, answer, objective, capsys):
+    """Other rows are asked in their own way, which is said, and another method has an objective of its own."""
     args = parse_args(["--preset", "gsm8k", *flags.split()])
     assert (args.answer, args.objective) == (answer, objective)
+    assert ("--answer follows the rows of my.jsonl" in capsys.readouterr().out) == (answer is None)
 
 
 # ---- a resumed run ----
@@ -74,7 +75,7 @@ def saved(tmp_path):
     def saved(**changes):
         args = parse_args(["--preset", "tiny", "--steps", "3", "--gamma", "3", "--out", str(tmp_path)])
         write_config(SimpleNamespace(args=args, policy=SimpleNamespace(model=torch.nn.Linear(1, 1)), questions=[],
-                                     eval_questions=[], val_questions=[], skipped=0, date=None, start=None))
+                                     eval_questions=[], val_questions=[], skipped=0, date=None, start={}))
         about = json.loads((tmp_path / "config.json").read_text())
         about["settings"] |= {"out": "elsewhere", **changes}
         for name in [name for name, value in changes.items() if value is None]:
@@ -114,10 +115,6 @@ def test_to_offload_needs_torchrun_also_in_a_run_that_goes_on(saved, capsys):
     assert "start with torchrun" in capsys.readouterr().err
 
 
-def test_a_run_from_before_the_probability_mask_goes_on_without_one(saved):
-    assert parse_args(["--resume", str(saved(prob_mask=None))]).prob_mask is None
-
-
 @pytest.mark.parametrize("text", ["[]", "null", '{"settings": null}', '{"settings": {"gamma": 2}}', "{"])
 def test_a_damaged_configuration_is_one_line(text, saved, capsys):
     folder = saved()
@@ -127,16 +124,16 @@ def test_a_damaged_configuration_is_one_line(text, saved, capsys):
     assert f"argument --resume: {folder} does not hold a run" in capsys.readouterr().err
 
 
-def test_a_resumed_run_of_an_older_version_is_refused_where_its_meaning_has_changed(saved, capsys):
-    """Ablations were flags once. A run that did not use them goes on. One that did would go on as another method."""
-    assert parse_args(["--resume", str(saved(**RETIRED))]).gamma == 3.0
-    for changes, message in (({"uniform_pivot": True}, "an older version with --uniform_pivot, which is now a --meth"),
-                             ({"pivots": 2}, "an older version with --pivots"),
-                             ({"lam": None}, "an older version, which had no lam")):
-        with pytest.raises(SystemExit, match="2"):
-            parse_args(["--resume", str(saved(**(RETIRED | changes)))])
-        error, = capsys.readouterr().err.splitlines()
-        assert error.startswith("error: argument --resume: ") and message in error
+@pytest.mark.parametrize("changes, flags", [({"lam": None, "std": True}, "lam, std"), ({"stapo": None}, "stapo")])
+def test_a_run_of_a_version_with_other_flags_is_refused(changes, flags, saved, capsys):
+    """What a flag that one of the two lacks would have meant cannot be known."""
+    folder = saved(**changes)
+    commit = json.loads((folder / "config.json").read_text())["git_revision"]
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["--resume", str(folder)])
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: argument --resume: ") and f"whose flags differ in {flags}: " in error
+    assert f"the code of the commit {commit}" in error
 
 
 # ---- --help ----

@@ -1,6 +1,5 @@
 """Prompts character by character, stop ids, and every set from local files and through `datasets`."""
 import copy
-import hashlib
 import json
 import re
 import shutil
@@ -488,9 +487,8 @@ def test_validation_is_drawn_and_always_the_same():
     quarters = [sum(row // 250 == quarter for row in validation) for quarter in range(4)]
     assert all(45 < n < 85 for n in quarters)                                           # 64 each, 6 standard deviation
     assert [len(part) for part in split_validation(rows, 10)] == [990, 10]
-    assert split_validation(rows, 10, drawn=False) == (rows[:-10], rows[-10:])          # that of older versions
     for n in (0, 1000, -1):
-        with pytest.raises(ValueError, match=f"n must .* 1 to 999 of 1000 rows, got {n}"):
+        with pytest.raises(ValueError, match=f"{n} of the 1000 training rows .* hold out 1 to 999 "):
             split_validation(rows, n)
 
 
@@ -532,9 +530,10 @@ def test_an_answer_that_is_no_number_can_only_be_boxed(gold):
         make_questions([row], CHARACTERS, 512, answer="box")
 
 
-def test_checksums_of_older_versions_are_kept():
-    """Their rows had a bool: is the answer boxed? A third way to answer is another question."""
-    old = json.dumps([["a", "1", False], ["b", ["2"], True]])
-    questions = [Question("a", "1", [3]), Question("b", ["2"], [4], "boxed")]
-    assert digests(questions)["rows"] == hashlib.sha256(old.encode()).hexdigest()[:16]
-    assert digests([questions[0]._replace(answer="last"), questions[1]])["rows"] != digests(questions)["rows"]
+def test_checksums_see_the_gold_answer_and_how_it_is_read():
+    """The same text with another gold answer, or another way to answer, is another question; prompts are apart."""
+    question = Question("a", "1", [3])
+    for change in ({"text": "b"}, {"gold": "2"}, {"gold": ["1"]}, {"answer": "last"}):
+        assert digests([question._replace(**change)])["rows"] != digests([question])["rows"]
+    moved = digests([question._replace(prompt=[4])])
+    assert moved["rows"] == digests([question])["rows"] and moved["prompts"] != digests([question])["prompts"]

@@ -35,7 +35,7 @@ from grading import grade_gsm8k
 from packing import pack, score_rows
 from recoverability import Recoverability
 from resample import sample
-from tasks import GSM8K_INSTRUCTION, Question, chat_prompt, split_validation
+from tasks import GSM8K_INSTRUCTION, Question, chat_prompt
 from trainer import compiling, decoding
 from trainer.checkpoint import find_checkpoints
 from trainer.compiling import compiled_rows, plain_rows, stopwatch
@@ -415,6 +415,9 @@ def bad_inputs(tmp_path):
         "output has something in it": (["--out", tmp_path], "is not empty: choose another --out"),
         "resume from nothing": (["--resume", tmp_path / "folder"], "folder does not hold a run"),
         "validation without a test set": (["--val-rows", 8], "--val-rows: only with --eval-data"),
+        "selection without a test set": (["--select-on-test"], "--select-on-test: only with --eval-data"),
+        "more to hold out than there is": (["--data", tmp_path / "three.jsonl", "--eval-data", tmp_path / "three.jsonl",
+                                            "--val-rows", 256], "256 of the 3 training rows are to be held out"),
         "no validation left": (["--data", tmp_path / "long_last.jsonl", "--eval-data", tmp_path / "three.jsonl",
                                 "--val-rows", 1, "--max-prompt-tokens", 14], "all are longer than"),
     }
@@ -451,6 +454,16 @@ def test_full_memory_is_one_line_that_says_what_to_lower(tmp_path, capsys, monke
     line, = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error:")]
     assert "Tried to allocate 20.00 GiB. Lower --micro-batch-tokens (it is 777)" in line
     assert f"--resume {tmp_path / 'run'}" in line
+
+
+def test_full_memory_before_the_first_step_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand more")
+
+    monkeypatch.setattr(train_gsm8k, "place", full)
+    assert train(*FAST, "--steps", 1, "--out", tmp_path / "run") == 1
+    line, = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error:")]
+    assert "Tried to allocate 20.00 GiB. --dry-run says what fits" in line and not (tmp_path / "run").exists()
 
 
 def test_an_output_directory_that_holds_a_run_is_left_alone(short_run, capsys):
@@ -509,24 +522,30 @@ def test_a_data_file_that_was_replaced_is_named_when_the_run_goes_on(file, name,
     assert train("--resume", out, "--steps", 2) == 0
 
 
-def test_a_run_of_an_older_version_goes_on_with_the_rows_that_it_held_out(own_data, tmp_path):
-    """It has no word on how they were chosen, and no checksums in its config.json."""
-    texts = [json.loads(row)["question"] for row in tiny_rows(20)]
-    for flags, n in ((own_data, 5), (own_data[:-4], 8)):           # with a test set; without one, to evaluate on
-        out = tmp_path / f"run-{n}"
-        assert train(*flags, "--steps", 1, "--out", out) == 0
-        args = parse_args(["--resume", str(out)])
+def test_a_run_goes_on_where_its_model_and_its_data_have_moved(own_data, tmp_path, capsys):
+    """They must be the same ones: checksums say so. A run that began with another reward is refused."""
+    load_model(str(ROOT / "assets" / "tiny"))[0].save_pretrained(tmp_path / "model")
+    load_model(str(ROOT / "assets" / "tiny"))[1].save_pretrained(tmp_path / "model")
+    out = tmp_path / "run"
+    assert train(*own_data, "--model", tmp_path / "model", "--steps", 1, "--out", out) == 0
+    moved = []
+    for flag, name in (("--model", "model"), ("--data", "train.jsonl"), ("--eval-data", "test.jsonl")):
+        moved += [flag, (tmp_path / name).rename(tmp_path / f"moved-{name}")]
+    assert train("--resume", out, "--steps", 2, *moved) == 0
+    assert train("--resume", out, "--steps", 3) == 0                # from where they are now
+    about = json.loads((out / "config.json").read_text())
+    about["start"]["reward"] = "my_reward.reward"
+    (out / "config.json").write_text(json.dumps(about))
+    capsys.readouterr()
+    assert train("--resume", out, "--steps", 4) == 2
+    assert "the reward was my_reward.reward then and is trainer.policy.Policy.reward now" in capsys.readouterr().err
 
-        def held_out(args=args):
-            run = train_gsm8k.prepare(args)
-            return [q.text for q in run.val_questions or run.eval_questions]
 
-        assert held_out() == split_validation(texts, n)[1] != texts[-n:]
-        about = json.loads((out / "config.json").read_text())
-        for name in ("validation_drawn", "digests", "date"):
-            del about[name]
-        (out / "config.json").write_text(json.dumps(about))
-        assert held_out() == texts[-n:]
+def test_a_longer_test_set_than_eval_rows_is_said_to_be_cut(own_data, capsys):
+    args = parse_args([*map(str, own_data), "--eval-rows", "4"])
+    train_rows, test, val = train_gsm8k.load_questions(args)
+    assert (len(train_rows), len(test), len(val)) == (15, 4, 5)
+    assert "evaluations have the first 4 of 6 rows of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["weights", "stop_ids"])
@@ -543,7 +562,7 @@ def test_a_starting_model_that_was_replaced_is_named_when_the_run_goes_on(change
         model.generation_config.eos_token_id = [1, 7]
     model.save_pretrained(tmp_path / "model")
     assert train("--resume", out, "--steps", 2) == 2
-    assert f"began with another starting model: its {change} were" in capsys.readouterr().err
+    assert f"{change} of the starting model was" in capsys.readouterr().err
 
 
 def test_a_date_in_the_chat_template_is_that_of_the_first_day(tmp_path, capsys, monkeypatch):
@@ -640,6 +659,26 @@ def test_weights_that_an_update_made_infinite_are_neither_evaluated_nor_saved(tm
     assert "stopped at step 2: the update made weights that are not finite" in err and "Traceback" not in err
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_1"]
     assert [row["step"] for row in read(out)] == [0, 1]
+
+
+def test_logits_that_are_not_finite_in_an_evaluation_end_the_run_in_one_line(tmp_path, capsys, monkeypatch):
+    """The weights are finite, but a greedy answer cannot be drawn. The step is not logged, and no state is saved."""
+    evaluate, calls = train_gsm8k.evaluate, []
+
+    def broken(run):
+        calls.append(run.step)
+        if run.step == 2:
+            raise FloatingPointError("the policy's logits are not finite")
+        return evaluate(run)
+
+    monkeypatch.setattr(train_gsm8k, "evaluate", broken)
+    out = tmp_path / "run"
+    assert train(*SHORT, "--steps", 4, "--save-every", 1, "--eval-every", 1, "--out", out) == 1
+    err = capsys.readouterr().err
+    assert "stopped at step 2: the policy's logits are not finite. " in err and "Traceback" not in err
+    assert f"--model {out / 'checkpoints' / 'step_1'} it goes on from the last good weights" in err
+    assert calls == [0, 1, 2] and [row["step"] for row in read(out)] == [0, 1]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_1"]
 
 
 def test_an_evaluation_in_parts_gives_what_it_gives_as_a_whole(tmp_path, monkeypatch):

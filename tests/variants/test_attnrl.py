@@ -118,6 +118,11 @@ def test_steps_are_split_at_blank_lines_or_else_as_those_of_deep_grpo(response, 
     assert policy.asked == [([3, 9], response, ends)]
 
 
+def test_a_blank_line_may_hold_spaces():
+    assert [bool(attnrl.BLANK_LINE.search(text)) for text in ("a\n\nb", "a\n \t\nb", "a\nb", "a\n b")] == [
+        True, True, False, False]
+
+
 def test_the_number_of_trees_follows_the_accuracy_of_each_question():
     """round(6 exp(-accuracy)) of its rollouts."""
     policy, y = make_policy(kind=Watched), [5, 2, 6, EOS]                  # two steps; the second begins at 2

@@ -235,10 +235,6 @@ def test_with_one_candidate_a_run_is_the_run_without_selection(tmp_path):
     predicted, observed = ([row.pop(f"{name}_utility") for row in rows] for name in ("predicted", "observed"))
     assert rows == plain and predicted[0] == 0.25 != predicted[1] and min(observed) > 0
     assert (tmp_path / "plain" / "samples.jsonl").read_text() == (tmp_path / "one" / "samples.jsonl").read_text()
-    about = json.loads((tmp_path / "plain" / "config.json").read_text())
-    for name in ("select", *TEACHER):                      # of a version without them
-        assert about["settings"].pop(name) is None
-    (tmp_path / "plain" / "config.json").write_text(json.dumps(about))
     again = ["--resume", str(tmp_path / "plain"), "--steps", "3"]
     assert parse_args(again).select is parse_args(again).candidates is None
     with pytest.raises(SystemExit, match="2"):

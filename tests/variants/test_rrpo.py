@@ -125,6 +125,21 @@ def test_srpo_resets_to_any_step_where_the_answer_names_none(answers):
     assert 65 < seconds.count(0) < 135
 
 
+def test_srpo_does_not_ask_what_does_not_fit_into_the_context():
+    """The first question has 40 tokens here, the other one 20. With learned positions, a longer one would crash."""
+    class Counting(Answering):
+        def encode(self, text):
+            return [text, *range(39 if "Why" in text else 19)]
+
+    for context, asked in ((48, 2), (47, 1), (28, 1), (27, 0)):
+        policy = make_policy(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context)), Counting)
+        policy.asked, policy.answers = [], ["2"] * asked
+        first, second = (groups[0] for groups in pivots(choose(rrpo.choose_named, policy, three_questions(), QUESTIONS,
+                                                               seed=0))[::2])
+        assert sum(len(prefixes) for prefixes, *_ in policy.asked) == asked and policy.answers == []
+        assert second == ([3] if asked else second)          # what the answer names, and otherwise any step
+
+
 def test_srpo_asks_nothing_where_all_rollouts_are_right():
     policy, right = answering(), [Group([3], [Trajectory([5, EOS], 1.0)])]
     assert choose(rrpo.choose_named, policy, right, QUESTIONS[:1]) == right and not policy.asked

@@ -14,15 +14,17 @@ from conftest import EOS
 from small_policy import choose, make_policy, pivots
 from test_deep_grpo import BETA, assert_gradients, example, gradients, token_terms
 from test_methods import shorten_the_task
+from test_vcpo import rollouts_only
 
 import deep_grpo
 import train_gsm8k
-from deep_grpo import Config, Fork, Group, Trajectory, objective, resample_failures
+from deep_grpo import Config, Fork, Group, Trajectory, known_logps, objective, resample_failures
 from loss import loss_table, sequence_weights
 from packing import attention_length, pack_groups
 from resample import Continuation
 from trainer.settings import parse_args
-from variants import METHODS, ablations, spo
+from variants import METHODS, ablations, spo, vcpo
+from variants.maspo import soft_surrogate
 from variants.spo import boundaries, joined, masked
 
 EXAMPLE = [0.95, 0.5, 0.99, 0.8, 0.97, 0.6, 0.99, 0.7]                 # p of the tokens of a rollout
@@ -415,6 +417,26 @@ def test_the_streams_keep_their_weights_where_lambda_weighs_them():
     assert sum(sums[2]) == pytest.approx(sum(sums[0]), rel=1e-12) and sums[2][1] > 1.2 * sums[0][1]
 
 
+def test_what_an_update_knows_of_its_weights_gets_through_the_mask():
+    """VCPO has ratios and norms. They are those of the weights without a mask, times one factor for all of them."""
+    groups, config = with_probabilities(rollouts_only()), Config(beta=BETA)
+    known = dict(log_w=torch.linspace(-1, 1, 9, dtype=torch.float64), squared_norms=torch.arange(1.0, 10).double())
+    plain = loss_table(groups, vcpo.weights(groups, config, **known))
+    kept = known_logps(groups).exp() < 0.8
+    assert 0 < kept.sum() < len(kept)
+    got = loss_table(groups, masked(vcpo.weights, 0.8)(groups, config, **known))
+    torch.testing.assert_close(got[:, 0], plain[:, 0], rtol=1e-12, atol=0)
+    w = plain[:, 1] * kept
+    torch.testing.assert_close(got[:, 1], w * plain[:, 1].sum() / w.sum(), rtol=1e-12, atol=0)
+
+
+def test_a_mask_of_one_leaves_out_tokens_that_are_certain_to_the_last_digit():
+    groups = with_probabilities(rollouts_only())
+    groups[0].trajectories[0].response.logps[:2] = 0.0
+    w = loss_table(groups, masked(sequence_weights, 1.0)(groups, Config()))[:, 1]
+    assert not w[:2].any() and (w[2:] > 0).all()
+
+
 def test_tokens_with_unknown_probabilities_are_refused():
     groups = with_probabilities(example())
     groups[1].trajectories[0].response = [5, EOS]
@@ -456,12 +478,13 @@ def test_every_method_has_the_mask_and_its_default(method):
 @pytest.mark.parametrize("flags", ["--method deep_grpo --maspo --branch-share .5", "--method train_prefix --stapo",
                                    "--method grpo"])
 def test_the_training_script_passes_the_mask_on(flags, tmp_path, monkeypatch):
-    """The update gets the masked weights, with a factor for each stream where lambda weighs them."""
+    """The update gets the masked weights, with a factor for each stream where lambda weighs them; and --maspo, --stapo.
+    """
     name, given = flags.split()[1], []
     shorten_the_task(monkeypatch)
 
     def update(model, optimizer, groups, config, ref_model, **options):
-        given.append((groups, config, options["weights"]))
+        given.append((groups, config, options["weights"], options.get("surrogate"), options.get("reweigh")))
         return row.update(model, optimizer, groups, config, ref_model, **options)
 
     row = METHODS[name]
@@ -471,7 +494,8 @@ def test_the_training_script_passes_the_mask_on(flags, tmp_path, monkeypatch):
     run = train_gsm8k.prepare(parse_args([*small.split(), *flags.split(), *branches, "--prob-mask", "0.6", "--out",
                                           str(tmp_path / "run")]))
     metrics, *_ = train_gsm8k.train_step(run)
-    (groups, config, weights), = given
+    (groups, config, weights, surrogate, reweigh), = given
     expected = masked(row.weights, 0.6, name in ("deep_grpo", "train_prefix"))(groups, config)
     assert weights(groups, config) == expected != row.weights(groups, config)
+    assert (surrogate is soft_surrogate) == ("--maspo" in flags) and (reweigh is not None) == ("--stapo" in flags)
     assert math.isfinite(metrics["loss"]) and (metrics["pivots"] > 0) == bool(branches)

@@ -115,15 +115,16 @@ def slow_twin(model, groups):
     return gradients, e
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [None, 12])
-def test_an_update_is_that_of_the_slow_twin(model, micro_batch_tokens):
+@pytest.mark.parametrize("micro_batch_tokens, stale", [(None, False), (12, False), (None, True)])
+def test_an_update_is_that_of_the_slow_twin(model, micro_batch_tokens, stale):
+    """stale, as with --lag, changes nothing: w already is what the ratio of a stale batch would be."""
     torch.manual_seed(0)
     groups = drawn_by(perturbed(model), rollouts_only())
     gradients, e = slow_twin(model, groups)
     assert 0.2 < e < 0.9 and all(x.abs().max() > 1e-5 for x in gradients.values())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    metrics = vcpo.update(model, optimizer, groups, CONFIG, micro_batch_tokens=micro_batch_tokens)
+    metrics = vcpo.update(model, optimizer, groups, CONFIG, micro_batch_tokens=micro_batch_tokens, stale=stale)
     for name, p in model.named_parameters():
         step = 0.1 * math.sqrt(e) * gradients[name]
         torch.testing.assert_close(p.detach() - before[name], step, rtol=1e-6, atol=1e-9)       # logps are float32

@@ -110,7 +110,8 @@ def add_first_flags(group):
     group.add_argument("--gamma", type=float, help=f"the exponent of depth in Eq. (Q); default: {Config.gamma:g}")
     group.add_argument("--lam", type=float, help="lambda, the weight of the branch stream in Eq. (J); default: "
                        f"{Config.lam:g}")
-    group.add_argument("--lr", type=float, help="the learning rate, which stays constant; default: the preset's")
+    group.add_argument("--lr", type=float, help="the learning rate of AdamW, which stays constant (its betas are .9 "
+                       "and .999, its weight decay is .01); default: the preset's")
     group.add_argument("--max-new-tokens", type=int, help="the cap of a response, in tokens; a longer one has reward "
                        "0; default: the preset's")
 
@@ -188,7 +189,7 @@ def add_method_flags(group):
 
 
 def add_memory_flags(group):
-    """AdamW's betas are .9 and .999, its weight decay is .01; these are the settings of the authors' scripts."""
+    """The clip of the gradient, and what changes memory and time alone."""
     group.add_argument("--max-grad-norm", type=float, help="clip the gradient to this norm; default: "
                        f"{Config.max_grad_norm:g}")
     group.add_argument("--micro-batch-tokens", type=count, help="padded tokens in one forward pass of the update; "

@@ -30,8 +30,9 @@ from tqdm import tqdm
 import tasks.lock
 import train_gsm8k
 from deep_grpo import Fork, Group, resample_failures, roll_out, segment_ends
+from eval_math import wilson
 from experiments.figures import ACCENT, GREY, INK, LIGHT, new_figure, save_figure
-from experiments.runs import interval, log_of, start_run, write_page
+from experiments.runs import interval, kept_numbers, last_line, start_run, write_page
 from pivot import candidate_ratios
 from recoverability import Recoverability, sigmoid
 from tasks import make_questions
@@ -100,7 +101,7 @@ def trained_policy(seed, args) -> Path:
         flags = ["--preset", args.preset, "--seed", str(seed), "--steps", str(args.steps), "--eval-every", "0",
                  "--out", str(folder)]
         if start_run(folder, flags).wait():
-            sys.exit(f"error: {folder} failed, its last line: {log_of(folder).read_text().splitlines()[-1]}")
+            sys.exit(f"error: {folder} failed, its last line: {last_line(folder)}")
     return checkpoint
 
 
@@ -109,7 +110,7 @@ def trained_policy(seed, args) -> Path:
 def fit_logistic(features, y, l2=1.0) -> np.ndarray:
     """Weights [d + 1] (the last is the bias) that minimise summed cross-entropy + l2/2 |w|^2, by Newton's method.
 
-    This is Eq. (P) for several features. The caller scales each of them to unit variance.
+    This is Eq. (P) for several features. The penalty acts on the features as they are given.
     """
     x = np.column_stack([features, np.ones(len(y))])
     penalty = l2 * np.diag([1.0] * features.shape[1] + [1e-9])
@@ -219,9 +220,9 @@ def plot_rates(axis, kept):
         if seen:
             r, states, recovered = np.array(seen).T
             rate = recovered / states
-            width = 1.96 * np.sqrt(np.maximum(rate * (1 - rate), 1e-4) / states)
-            axis.errorbar(r, rate, yerr=width, fmt="o", color=colour, markersize=5)
-            axis.annotate(label, (r.mean(), (rate + width).max()), (0, 6), textcoords="offset points", color=colour,
+            low, high = np.array([wilson(p, n) for p, n in zip(rate, states)]).T
+            axis.errorbar(r, rate, yerr=(rate - low, high - rate), fmt="o", color=colour, markersize=5)
+            axis.annotate(label, (r.mean(), high.max()), (0, 6), textcoords="offset points", color=colour,
                           ha="center")
     depth = np.linspace(0.05, 0.95, 50)
     for fit in kept["fits"]:
@@ -246,7 +247,7 @@ def plot_gains(axis, policies):
                       (7, 0) if offset < 0 else (0, -8), textcoords="offset points", color=colour, fontsize=9,
                       ha="left" if offset < 0 else "center", va="center" if offset < 0 else "top")
     axis.axvline(0, color=INK, linewidth=1, zorder=0)
-    axis.set(yticks=range(len(names)), yticklabels=names.values(), ylim=(len(names) - 0.2, -0.6),
+    axis.set(yticks=range(len(names)), yticklabels=names.values(), ylim=(len(names) + 0.1, -0.6),
              xlabel="gain in log-likelihood over Eq. (P),\nin nats per outcome")
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
@@ -264,7 +265,8 @@ def plot_calibration(measured):
         axes["a"].set_title("The rate is level up to the first\nwrong step and near 0 after it.")
         axes["b"].set_title("No second feature clearly helps.\nThe place of the error would.")
     figure.suptitle(MESSAGE if kept_result else TITLE, x=0.01, ha="left")
-    figure.supxlabel(f"A state is recovered if one of its 8 branches is correct. Left: {policy}.\nRight: mean of "
+    figure.supxlabel(f"A state is recovered if one of its 8 branches is correct. Left: {policy}, 95 % intervals "
+                     f"that take\nstates as independent. Right: mean of "
                      f"{len(kept['fits'])} seeds and 95 % interval, on held-out questions.",
                      fontsize=9, color=GREY, x=0.01, ha="left")
     return figure
@@ -306,15 +308,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     numbers, picture, page = (args.results / f"calibration.{ending}" for ending in ("json", "png", "md"))
     if args.redraw:
-        if not numbers.exists():
-            parser.error(f"argument --redraw: {numbers} does not exist, so there are no numbers to draw")
-        measured = json.loads(numbers.read_text())
+        measured = kept_numbers(parser, numbers)
         save_figure(plot_calibration(measured), picture)
         print(picture)
         return
+    args.results.mkdir(parents=True, exist_ok=True)
     measured = {"settings": {name: getattr(args, name) for name in SETTINGS},
                 "policies": {policy: summarize_states(seeds) for policy, seeds in observe_all(args).items()}}
-    args.results.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(measured, indent=1) + "\n")
     save_figure(plot_calibration(measured), picture)
     text = gain_tables(measured)

@@ -11,15 +11,17 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
     python -m experiments.compare --experiment uneven      # a choice of questions, where they differ, 10 seeds
     python -m experiments.compare --extend --arms mine     # an arm that you added to ARMS beside the kept ones
 
-Every update of every method has the same number of generated tokens (--step-tokens). The number of updates is therefore
-equal, too, and a method that needs fewer tokens for a question gets more questions. All runs of an experiment start
-from one base model and walk through the same questions in the same order. Two runs go on at a time, with one thread
-each. Runs are kept in --out: finished ones are not run again, and interrupted ones go on.
+Every step of every method generates at least --step-tokens tokens: whole batches of questions are added until it does.
+So all methods make about as many steps, and one that needs fewer tokens for a question gets more questions. All runs of
+an experiment start from one base model. All but those with Goldilocks take the same questions in the same order. Two
+runs go on at a time, with one thread each. Runs are kept in --out: finished ones are not run again, and interrupted
+ones go on.
 
 An experiment writes three files into results/. NAME.json has the numbers of every run, NAME.png is the figure, and
 NAME.md has the tables between two markers. --redraw draws the figure from NAME.json, without any runs. --extend makes
 only the runs that NAME.json does not have. First it repeats one kept run, and ends with an error if a number is not the
-same to the last digit. (The kept numbers of rare, branches, prefix and ablations are too few for it.)
+same to the last digit. It cannot extend rare, branches, prefix and ablations: of most of their runs only the mean
+accuracy is kept.
 """
 import argparse
 import json
@@ -36,6 +38,7 @@ from experiments.runs import (
     Experiment,
     about_task,
     add_common_flags,
+    holm,
     interval,
     kept_numbers,
     make_task,
@@ -47,6 +50,7 @@ from experiments.runs import (
 from tasks.lock import Lock
 from trainer.settings import OneLineParser, count
 
+# --questions is the batch that is added until a step has its tokens. One batch should have far fewer than 8,000.
 ARMS = {
     "grpo": Arm("GRPO, G = 8", "--method grpo --questions 4"),
     "grpo64": Arm("GRPO, G = 64", "--method grpo --group-size 64"),
@@ -103,7 +107,7 @@ EXPERIMENTS = {                                      # the last line of each is 
     "rare": Experiment(
         "The methods where correct answers are rare", 10, 128_000, f"{EQUAL} --lr 1.6e-4",
         arms(METHODS), RARE,
-        "Where correct answers are rare, ten seeds show only TreeRL ahead of GRPO"),
+        "Where correct answers are rare, only TreeRL's lead is significant, and only by itself"),
     "branches": Experiment(
         "How many branches where correct answers are rare", 20, 128_000, f"{EQUAL} --lr 1.6e-4",
         arms("deep_grpo k4 k16 treerl grpo"), RARE,
@@ -122,7 +126,7 @@ EXPERIMENTS = {                                      # the last line of each is 
     "ablations": Experiment(
         "DEEP-GRPO without one of its parts", 5, 128_000, EQUAL,
         arms("deep_grpo k4 k16 two_pivots uniform root branch_all one_stream no_std grpo24"), None,
-        "Shallow or more branches cost accuracy; other changes make no clear difference"),
+        "The changes that cost the most questions have the lowest accuracy"),
     "uneven": Experiment(
         "A choice of questions, where they differ", 10, 128_000, f"{EQUAL} --lr 8e-5", arms("grpo goldilocks"), RARE,
         "Where questions differ, Goldilocks is not shown to help", hard=(1, 3)),
@@ -141,7 +145,7 @@ def settings_of(experiment) -> dict:
 
 
 def known_runs(measured, experiment) -> dict[tuple[str, int], dict]:
-    """(arm, seed) -> the numbers of a run, of all runs that collect() had; ends the program if it had other runs.
+    """The numbers of all kept runs, by (arm, seed). Ends the program if they were made with other settings.
 
     measured: what collect() returned before; None: there are no runs.
     """
@@ -175,7 +179,8 @@ def measure(experiment, out, jobs, base="", known=()) -> dict:
         now, then = read_run(run_all(once, out / "again", jobs)[arm][0]), known[arm, seed]
         if other := [name for name in then if name != "seconds" and now[name] != then[name]]:
             sys.exit(f"error: --extend: {out / 'again'} has {other[0]} {now[other[0]]}, the kept run has "
-                     f"{then[other[0]]}: the kept runs were made with other versions, or on another kind of CPU")
+                     f"{then[other[0]]}: the kept runs were made with other versions, or on another kind of CPU. "
+                     "To measure here, leave out --extend, and give --arms and --results FOLDER")
     return collect(experiment, run_all(made, out, jobs, known=known), known)
 
 
@@ -215,6 +220,8 @@ def tables(measured) -> str:
     """Markdown: accuracy with 95 % intervals and the paired test against the first arm, the cost, and every seed."""
     base = next(iter(measured["arms"]))
     label = measured["arms"][base]["label"]
+    others = [arm for arm in measured["arms"] if arm != base]
+    corrected = dict(zip(others, holm([interval(differences(measured, arm))[2] for arm in others])))
 
     def lines(header, row):
         yield f"| method | {' | '.join(header)} |"
@@ -229,6 +236,7 @@ def tables(measured) -> str:
         mean, width, p = interval(differences(measured, arm))
         yield "" if arm == base else f"{mean:+.3f} \u00b1 {width:.3f}"
         yield "" if arm == base else f"{p:.3f}"
+        yield "" if arm == base else f"{corrected[arm]:.3f}"
         yield str(sum(run["accuracy_end"] > 0.1 for run in kept["seeds"]))
 
     def pairs(arm, kept):
@@ -250,11 +258,11 @@ def tables(measured) -> str:
     return "\n".join([
         f"The table has the greedy accuracy on held-out questions: mean of {measured['seeds']} seeds \u00b1 95 %",
         "interval (Student's t). The mean over the run is the area under the curve over generated tokens. The paired t",
-        f"test compares runs of the same seed with {label}. It is two-sided, and p is not corrected for the number of",
-        "methods. The last column has the number of runs that end above 0.1.",
+        f"test compares runs of the same seed with {label}. It is two-sided. The second p is corrected for the number",
+        "of rows (Holm). The last column has the number of runs that end above 0.1.",
         "",
-        *lines(("half of the tokens", "all tokens", "mean over the run", f"minus {label}", "p", "runs above 0.1"),
-               accuracy), "",
+        *lines(("half of the tokens", "all tokens", "mean over the run", f"minus {label}", "p", "p, corrected",
+                "runs above 0.1"), accuracy), "",
         "The next table has the same difference for every pair: the method of the row minus that of the column.", "",
         *lines([other["label"] for other in measured["arms"].values()], pairs), "",
         "The next table has the mean cost of a run. Correct answers are counted per 1,000 generated tokens in the",
@@ -291,7 +299,7 @@ def plot_comparison(measured, title):
     axes["a"].set_xlabel(
         f"mean accuracy over the run minus that of {kept[base]['label']}, in percentage points\n"
         f"paired by seed: mean of {measured['seeds']} seeds and 95 % interval; "
-        f"every run generates {measured['budget_tokens']:,} tokens", fontsize=9)
+        f"every run generates at least {measured['budget_tokens']:,} tokens", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
@@ -302,10 +310,10 @@ def main(argv=None):
     parser.add_argument("--experiment", choices=EXPERIMENTS, default="methods",
                         help="Selects what is compared. The default is methods.")
     parser.add_argument("--arms", help="Runs only these arms, separated by commas; the first is what the others are "
-                        "compared with. The default is all arms of the experiment.")
+                        "compared with (with --extend, the first kept one). The default is all arms of the experiment.")
     parser.add_argument("--seeds", type=count,
                         help="Sets how many seeds each arm has. The default is 5, 10 for rare, hot and uneven, 20 for "
-                        "branches and 40 for thinning.")
+                        "branches and 40 for thinning; with --extend it is the number that is kept.")
     parser.add_argument("--budget-tokens", type=count,
                         help="Sets the generated tokens of a run. The default is 128000.")
     parser.add_argument("--extend", action="store_true", help="Makes only the runs whose numbers are not kept: for "
@@ -328,11 +336,13 @@ def main(argv=None):
                                  seeds=args.seeds or (kept or {}).get("seeds", experiment.seeds),
                                  budget_tokens=args.budget_tokens or experiment.budget_tokens)
     known = known_runs(kept, chosen)                 # before a base policy is made, which takes minutes
+    if known:
+        print(f"kept, and not made again: {', '.join(kept['arms'])}")
+    args.results.mkdir(parents=True, exist_ok=True)  # now: what cannot be written should not be measured
     start, out = time.time(), args.out
     if chosen.flags != EXPERIMENTS["methods"].flags:     # those with equal flags share runs
         out = out / args.experiment
     measured = measure(chosen, out, args.jobs, make_task(chosen, out / "base"), known)
-    args.results.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(measured, indent=1) + "\n")
     save_figure(plot_comparison(measured, headline(experiment, measured)), picture)
     text = tables(measured)

@@ -165,9 +165,9 @@ def main(argv=None):
     parser.add_argument("--preset", choices=["tiny", "tiny-deep"], default="tiny-deep",
                         help="Selects the base model and the length of the questions. The default is tiny-deep.")
     parser.add_argument("--seeds", type=count, default=3, help="Sets the seeds of every method. The default is 3.")
-    parser.add_argument("--budget-tokens", type=int, default=80_000,
+    parser.add_argument("--budget-tokens", type=count, default=80_000,
                         help="Sets the generated tokens of a run. The default is 80000.")
-    parser.add_argument("--eval-every", type=int, default=4,
+    parser.add_argument("--eval-every", type=count, default=4,
                         help="Evaluates after this many updates. GRPO with G = 8, whose updates are a third as "
                         "long, is evaluated after three times as many. The default is 4.")
     parser.add_argument("--jobs", type=count, default=2,

@@ -47,14 +47,17 @@ def read_pivots(run) -> dict[str, np.ndarray]:
 
 
 def groups_of(pivots, values, edges) -> list[dict]:
-    """Of the pivots in each interval of `values`: how many, the share that is recovered, its interval, and the fit."""
+    """Of the pivots in each interval of `values`: how many, the share that is recovered, its interval, and the fit.
+
+    Pivots that were drawn before the first fit are left out.
+    """
     found = []
     for low, high in zip(edges, edges[1:]):
-        inside = (values >= low) & (values < high)
+        inside = (values >= low) & (values < high) & ~np.isnan(pivots["fit"])
         if n := int(inside.sum()):
             k = pivots["recovered"][inside].sum()
             found.append({"low": low, "high": high, "pivots": n, "recovered": k / n, "interval": wilson(k / n, n),
-                          "at": float(values[inside].mean()), "fit": float(np.nanmean(pivots["fit"][inside]))})
+                          "at": float(values[inside].mean()), "fit": float(pivots["fit"][inside].mean())})
     return found
 
 

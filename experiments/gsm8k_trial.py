@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.runs import Arm, check_settings, log_of, start_run, write_page, written_by
+from experiments.runs import Arm, check_settings, last_line, log_of, start_run, write_page, written_by
 from trainer.plot import read_metrics
 from trainer.settings import OneLineParser, count
 
@@ -55,7 +55,7 @@ def run_arm(arm, seed, steps, out, others) -> Path:
         print(f"{directory}: {ARMS[arm].label}; its progress is in {log_of(directory)}", flush=True)
         if start_run(directory, flags).wait() or not finished.exists():
             sys.exit(f"error: {directory} is not finished, its last line: "
-                     f"{log_of(directory).read_text().splitlines()[-1]}")
+                     f"{last_line(directory)}")
     return directory
 
 

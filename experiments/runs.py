@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -32,19 +33,22 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 class Arm(NamedTuple):
-    """What is compared: its name in tables and figures, its flags of train_gsm8k.py, and the module that runs it."""
+    """What is compared: its name in tables and figures, and its flags of train_gsm8k.py.
+
+    module: what `python -m` starts, with any words that come before the flags.
+    """
     label: str
     flags: str
-    module: str = "train_gsm8k"                      # or another one, with words that come before the flags
+    module: str = "train_gsm8k"
 
 
 class Experiment(NamedTuple):
     """Arms that run with equal budgets. The others are compared with the first one.
 
-    seeds, first_seed: there are `seeds` of them, and they begin with this one.
+    seeds: how many seeds each arm has. first_seed: the first of them.
     lock: a difficulty of the embedded task, for which a base policy is made first; None is the one of the preset.
     message: what the kept result says, in one sentence. It is the title of the figure.
-    hard: the numbers of hard turns that its questions have by turns; () means that all have those of the lock.
+    hard: the numbers of hard turns between which its questions alternate; () means that all have those of the lock.
     """
     title: str
     seeds: int
@@ -84,7 +88,8 @@ def make_base(lock, folder, steps=300) -> dict[str, float]:
 
 
 def write_rows(folder, locks, kind="") -> None:
-    """Write 4,096 training and 128 evaluation rows of these locks, by turns. kind: that of base_flags()."""
+    """Write 4,096 training and 128 evaluation rows, which alternate between these locks. kind: that of base_flags().
+    """
     for name, n, seed in (("train", 4096, 1), ("eval", 128, 0)):
         of_lock = [make_rows(lock, n // len(locks), seed) for lock in locks]
         rows = [row for one_of_each in zip(*of_lock) for row in one_of_each]
@@ -116,7 +121,7 @@ def make_task(experiment, folder) -> str:
 
 def about_task(experiment) -> str:
     """The lock and the hard turns of an experiment, in words."""
-    mixed = f"; the questions have {' and '.join(map(str, experiment.hard))} hard turns by turns"
+    mixed = f"; the questions alternate between {' and '.join(map(str, experiment.hard))} hard turns"
     return f"{experiment.lock or 'the lock of the preset'}{mixed if experiment.hard else ''}"
 
 
@@ -125,6 +130,7 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False, known=()) -
 
     enough(directory): may this run end now, whatever is left of its budget?
     known: (arm, seed) of runs that are not made, because their numbers are known; they may have no directory.
+    No run goes on when this function ends, whatever ends it.
     """
     seeds = range(experiment.first_seed, experiment.first_seed + experiment.seeds)
     directories = {arm: [out / f"{arm}-{seed}" for seed in seeds] for arm in experiment.arms}
@@ -142,7 +148,7 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False, known=()) -
     running = {}
     total = len(everything) * experiment.budget_tokens
     tokens = {d: min(experiment.budget_tokens, tokens_so_far(d)) for _, _, d in everything}
-    with tqdm(total=total, unit="token", unit_scale=True, desc="generated") as bar:
+    with tqdm(total=total, unit="token", unit_scale=True, desc="generated") as bar, all_ended(running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 arm, _, directory = waiting.pop(0)
@@ -155,14 +161,25 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False, known=()) -
                 if process.poll() is not None:
                     del running[directory]
                     if process.returncode and not enough(directory):
-                        for other in running.values():
-                            other.terminate()
-                        last_line = log_of(directory).read_text().splitlines()[-1]
-                        sys.exit(f"error: {directory} failed, its last line: {last_line}")
+                        sys.exit(f"error: {directory} failed, its last line: {last_line(directory)}")
                 tokens[directory] = min(experiment.budget_tokens, tokens_so_far(directory))
             bar.n = sum(tokens.values())
             bar.refresh()
     return directories
+
+
+@contextlib.contextmanager
+def all_ended(running):
+    """End the processes that are among the values of `running` when the block ends, also by Ctrl-C or SIGTERM."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; the same command goes on from here"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
 
 
 def flags_of(experiment, arm, seed, directory) -> list[str]:
@@ -197,7 +214,12 @@ def start_run(directory, flags, module="train_gsm8k") -> subprocess.Popen:
 
 def log_of(run_dir) -> Path:
     """The file with what a run printed."""
-    return run_dir.with_suffix(".log")
+    return run_dir.with_name(f"{run_dir.name}.log")
+
+
+def last_line(run_dir) -> str:
+    """The last line that a run printed."""
+    return (log_of(run_dir).read_text().splitlines() or ["(it printed nothing)"])[-1]
 
 
 # ---- read ----
@@ -284,6 +306,15 @@ def interval(values) -> tuple[float, float, float]:
     if error == 0 or n == 1:
         return mean, error, 1.0 if mean == 0 or n == 1 else 0.0
     return mean, t_quantile(n - 1) * error, t_tail(abs(mean) / error, n - 1)
+
+
+def holm(ps) -> list[float]:
+    """p values, corrected for their number by the method of Holm."""
+    corrected, largest = [0.0] * len(ps), 0.0
+    for tests_before, i in enumerate(np.argsort(ps)):
+        largest = max(largest, min(1.0, ps[i] * (len(ps) - tests_before)))
+        corrected[i] = largest
+    return corrected
 
 
 # ---- the programs: what they share ----

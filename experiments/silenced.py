@@ -88,7 +88,7 @@ def main(argv=None):
     cells = [(name, temperature) for name in tasks.lock.LOCKS for temperature in TEMPERATURES]
     found = {cell: count_tokens(draw(*cell, args.questions)) for cell in tqdm(cells, desc="temperatures")}
     about = written_by("-m experiments.silenced", argv, f"{args.questions} questions with 8 rollouts each")
-    write_page(args.results / "stapo-regime.md", TITLE, "stapo.png", f"{about}\n\n{tables(found)}")
+    write_page(args.results / "stapo-regime.md", TITLE, None, f"{about}\n\n{tables(found)}")
     print(tables(found))
 
 

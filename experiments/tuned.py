@@ -99,7 +99,7 @@ def main(argv=None):
             found = choose_rates(experiment, out / "choice", args.jobs, base)
             args.results.mkdir(parents=True, exist_ok=True)
             numbers.write_text(json.dumps(settings_of(experiment) | {"choice": found}, indent=1) + "\n")
-            write_page(page, title, "", f"{about}\n\n{choice_table(experiment, found)}")
+            write_page(page, title, picture.name, f"{about}\n\n{choice_table(experiment, found)}")
         tuned = {name: with_rate(arm, best_rate(found[name])) for name, arm in experiment.arms.items()}
         measured = measure(experiment._replace(arms=tuned), out, args.jobs, base) | {"choice": found}
         numbers.write_text(json.dumps(measured, indent=1) + "\n")

@@ -36,7 +36,17 @@ from tqdm import tqdm
 
 import tasks.lock
 from experiments.figures import ACCENT, GREY, GREY_TO_ACCENT, INK, new_figure, save_figure
-from experiments.runs import Arm, Experiment, accuracy_curve, base_flags, interval, make_base, run_all, write_page
+from experiments.runs import (
+    Arm,
+    Experiment,
+    accuracy_curve,
+    base_flags,
+    interval,
+    kept_numbers,
+    make_base,
+    run_all,
+    write_page,
+)
 from pivot import draw_pivot
 from recoverability import Recoverability
 from tasks.lock import Lock
@@ -245,10 +255,13 @@ def main(argv=None):
         parser.error(f"argument --lr: must be positive, got {args.lr}")
     known = args.results / "where.json"
     settings = {name: getattr(args, name) for name in ("seeds", "updates", "step_tokens", "lr", "base_steps")}
-    kept = json.loads(known.read_text()) if known.exists() else {"settings": settings, "cells": {}}
+    kept = (kept_numbers(parser, known) if args.redraw or known.exists()
+            else {"settings": settings, "cells": {}})
     if args.predict:
         print(table(kept["cells"], args))
         return
+    if not kept["cells"] and args.redraw:
+        parser.error(f"argument --redraw: {known} has no cells")
     if kept["settings"] != settings:
         parser.error(f"{known} holds a map with {kept['settings']}, here it is {settings}: choose another --results")
     if not args.redraw:

@@ -9,8 +9,10 @@ hyper-parameters and replaces one or two functions of the algorithm:
 
 To add a method, copy the file that is nearest to it: dr_grpo.py (only weights, 20 lines), treerl.py (states and
 weights), or ablations.py (a change of one function). Write its paper, its rule and "differs from deep_grpo.py in" at
-the top, add a row here, and a test beside tests/variants/. The policy offers text, encode, sample, rewards, score and
-each (trainer/policy.py).
+the top, add a row here and its line in the tables of tests/variants/test_methods.py, and write a test of its own. A
+constant of the method stands at the top of its file; a flag needs a field of deep_grpo.Config and a line in
+trainer/settings.py. An update() of its own returns the metrics of deep_grpo.update, best by calling it. The policy
+offers text, encode, sample, rewards, score and each (trainer/policy.py).
 
 Six options are no methods, and can be combined with them where they have a meaning: stapo.py, maspo.py, thin.py,
 goldilocks.py, the mask of spo.py, and --lag, which vcpo.py is about.

@@ -33,8 +33,21 @@ def test_differences_and_their_intervals_by_hand():
     assert "| dead groups of G = 8, first quarter | 0.75 |" in text
     figure = plot_budget(kept, "The message")
     texts = {text.get_text(): text.get_weight() for text in figure.axes[0].texts}
-    assert texts["30 %"] == "normal" and texts["-9.3"] == "bold" and texts["+10.0"] == "normal"
+    assert texts["30 %"] == "normal" and texts["\u22129.3"] == "bold" and texts["+10.0"] == "normal"
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert rows[0] == "GRPO, G = 8" and rows[-1] == "DEEP-GRPO, G = 8, K = 8, S = 1"
     plt.close(figure)
+
+
+def test_the_figure_has_the_message_of_the_kept_numbers_only(tmp_path, monkeypatch):
+    """Another --seeds does not matter where nothing is run."""
+    titles, kept = [], json.loads((Path(__file__).parents[2] / "results" / "budget.json").read_text())
+    monkeypatch.setattr(program, "save_figure", lambda figure, path: titles.append(figure.get_suptitle()))
+    for part in (kept, {"late error, rare": kept["late error, rare"]}):
+        (tmp_path / "budget.json").write_text(json.dumps(part))
+        program.main(["--redraw", "--seeds", "7", "--locks", "late error, rare", "--results", str(tmp_path)])
+    assert titles == [program.MESSAGE, program.TITLE]
+    plt.close("all")
 
 
 def test_the_signs_are_means_over_runs_that_have_them():

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from test_compare import SHORT
@@ -114,6 +115,16 @@ def test_commands_differ_in_the_rule_alone():
 def test_a_run_without_a_rule_or_a_directory_is_named(capsys):
     for words in ((), ("depth",), ("deep", "--out", "x"), ("depth", "--seed", "1")):
         assert run_one(*words) == 2 and "needs a rule of depth, rate, both, got " in capsys.readouterr().err
+
+
+def test_the_figure_has_the_message_of_the_kept_numbers_only(tmp_path, monkeypatch):
+    titles, kept = [], json.loads((Path(__file__).parents[2] / "results" / "choice.json").read_text())
+    monkeypatch.setattr(choice, "save_figure", lambda figure, path: titles.append(figure.get_suptitle()))
+    for change in ({}, {"budget_tokens": 9}):
+        (tmp_path / "choice.json").write_text(json.dumps(kept | change))
+        choice.main(["--redraw", "--results", str(tmp_path)])
+    assert titles == [choice.MESSAGE, choice.TITLE]
+    plt.close("all")
 
 
 def test_nothing_can_be_drawn_without_numbers(tmp_path, capsys):

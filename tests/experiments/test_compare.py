@@ -38,8 +38,8 @@ def test_tables_by_hand(small):
     means = {arm: [read_run(d)["accuracy_mean"] for d in runs] for arm, runs in directories.items()}
     differences = [b - a for a, b in zip(means["grpo"], means["treerl"])]
     mean, width, p = interval(differences)
-    assert first[3].split(" | ")[-3:] == [f"{mean:+.3f} ± {width:.3f}", f"{p:.3f}", "2 |"]
-    assert first[2].startswith("| GRPO, G = 8 | 0.200 ± ") and first[2].endswith("|  |  | 2 |")
+    assert first[3].split(" | ")[-4:] == [f"{mean:+.3f} ± {width:.3f}", f"{p:.3f}", f"{p:.3f}", "2 |"]
+    assert first[2].startswith("| GRPO, G = 8 | 0.200 ± ") and first[2].endswith("|  |  |  | 2 |")
     assert pairs[0] == "| method | GRPO, G = 8 | TreeRL, 6 trees |"
     assert pairs[2:] == [f"| GRPO, G = 8 |  | {-mean:+.3f} ± {width:.3f} |",
                          f"| TreeRL, 6 trees | {mean:+.3f} ± {width:.3f} |  |"]

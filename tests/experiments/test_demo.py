@@ -146,12 +146,12 @@ def test_finished_runs_are_kept(demo):
     assert (out / "grpo-0" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_failing_run_ends_the_demo_with_its_last_line(tmp_path):
+def test_a_failing_run_ends_the_demo_with_its_last_line(tmp_path, monkeypatch):
     """The run is a process of its own. The demo ends with one line and therefore with the exit code 1."""
+    monkeypatch.setitem(program.ARMS, "deep_grpo", program.Arm("", "--method deep_grpo --beta -1"))
     with pytest.raises(SystemExit) as ended:
-        program.main(["--preset", "tiny", "--seeds", "1", "--jobs", "1", "--budget-tokens", "0",
-                      "--out", str(tmp_path)])
-    assert re.fullmatch(r"error: \S*deep_grpo-0 failed, its last line: .*--budget-tokens: must be at least 1.*",
+        program.main(["--preset", "tiny", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path)])
+    assert re.fullmatch(r"error: \S*deep_grpo-0 failed, its last line: .*beta must be 0 or positive.*",
                         ended.value.code)
 
 

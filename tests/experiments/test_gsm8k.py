@@ -113,8 +113,9 @@ def test_every_pivot_has_the_fit_of_the_step_before(tmp_path):
     assert np.isnan(pivots["fit"][:4]).all()                             # drawn before there was a fit
     assert pivots["fit"][4:].tolist() == pytest.approx([1 / (1 + np.exp(2 * r - 1)) for r in (0.2, 0.2, 0.8, 0.8)])
     groups = gsm8k_pivots.groups_of(pivots, pivots["depth"], [0, 0.5, 1])
-    assert [(g["pivots"], g["recovered"], g["at"]) for g in groups] == [(4, 0.5, pytest.approx(0.2)),
-                                                                      (4, 0.5, pytest.approx(0.8))]
+    assert [(g["pivots"], g["recovered"], g["at"]) for g in groups] == [(2, 0.5, pytest.approx(0.2)),
+                                                                      (2, 0.5, pytest.approx(0.8))]
+    assert [g["fit"] for g in groups] == pytest.approx([1 / (1 + np.exp(2 * r - 1)) for r in (0.2, 0.8)])
 
 
 def test_predictions_are_tested_on_the_later_steps(tmp_path):

@@ -61,6 +61,11 @@ def test_the_tables_by_hand(monkeypatch):
     assert seeds[3].split(" | ")[1:] == [f"{mean[0]:.3f}; 0.200; 0.600", f"{mean[1]:.3f}; 0.100; 0.400 |"]
 
 
+def test_there_is_no_midway_where_no_run_has_as_many_updates():
+    """np.interp would give the accuracy at the end again."""
+    assert list(accuracies(measured_of({}), "grpo-4")) == ["mean over 8 updates", "after 8 updates"]
+
+
 def test_the_figure_has_a_line_for_every_lag():
     measured = measured_of({"vcpo-0": [(0, 0.4, 0.8), (0, 0.2, 0.6)]})
     figure = plot_lags(measured, "The message")

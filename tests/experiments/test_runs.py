@@ -1,7 +1,10 @@
 """Runs of an experiment: what is read from their directories, Student's t against its tables, bases, pages."""
 import contextlib
 import json
+import os
+import signal
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from experiments.runs import (
     END,
     Experiment,
     accuracy_curve,
+    holm,
     interval,
     make_base,
     make_task,
@@ -82,6 +86,14 @@ def test_intervals_by_hand():
     assert p == pytest.approx(t_tail(0.7 / error, 4)) and interval([-v for v in values])[2] == pytest.approx(p)
     assert interval([0.5]) == (0.5, np.inf, 1.0)
     assert interval([0.2, 0.2]) == (0.2, 0.0, 0.0) and interval([0.0, 0.0]) == (0.0, 0.0, 1.0)
+
+
+def test_p_values_corrected_by_hand():
+    """The smallest times 3, the next one times 2 but not below it, and none above 1."""
+    assert holm([0.04, 0.01, 0.6]) == pytest.approx([0.08, 0.03, 0.6])
+    assert holm([0.02, 0.02, 0.01]) == pytest.approx([0.04, 0.04, 0.03])
+    assert holm([0.02, 0.015, 0.6]) == pytest.approx([0.045, 0.045, 0.6]) and holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def write_run(folder, accuracy, tokens=(100, 300, 400), seconds=1.0):
@@ -183,6 +195,53 @@ def test_questions_of_a_mixture_differ_by_turns(tmp_path, monkeypatch):
         assert [row["question"].count(tasks.lock.HARD) for row in rows] == [1, 3] * (n // 2)
         assert rows[1] == tasks.lock.make_rows(lock, n // 2, seed)[0]
     assert flags[:2] == ["--model", str(tmp_path / "base")]
+
+
+def asleep(folder, *_):
+    """A run that prints nothing and does not end by itself."""
+    runs.log_of(folder).touch()
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, "SIGTERM"])
+def test_no_run_goes_on_when_the_program_has_ended(how, tmp_path, monkeypatch):
+    """Otherwise the next start would find its directories locked."""
+    started = []
+
+    def start(*arguments):
+        started.append(asleep(*arguments))
+        return started[-1]
+
+    def end(_):
+        if how == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            raise how
+
+    monkeypatch.setattr(runs, "start_run", start)
+    monkeypatch.setattr(runs.time, "sleep", end)
+    before = signal.getsignal(signal.SIGTERM)
+    arms = {name: runs.Arm("", "") for name in "ab"}
+    with pytest.raises(SystemExit if how == "SIGTERM" else how):
+        runs.run_all(Experiment("", 1, 9, "--preset tiny", arms), tmp_path)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_was_killed_before_it_printed_is_named(tmp_path, monkeypatch):
+    def killed(folder, *_):
+        process = asleep(folder)
+        process.kill()
+        process.wait()
+        return process
+
+    monkeypatch.setattr(runs, "start_run", killed)
+    with pytest.raises(SystemExit, match=r"a-0 failed, its last line: \(it printed nothing\)"):
+        runs.run_all(Experiment("", 1, 9, "--preset tiny", {"a": runs.Arm("", "")}), tmp_path)
+
+
+def test_every_run_has_a_log_of_its_own():
+    assert runs.log_of(Path("out/grpo-1.6e-4-100")) == Path("out/grpo-1.6e-4-100.log")
 
 
 def test_the_task_of_an_experiment_is_made_only_where_it_has_a_lock(tmp_path, monkeypatch):

@@ -97,6 +97,17 @@ def test_the_kept_map_can_be_drawn_again(tmp_path, monkeypatch):
         plt.close(drawn)
 
 
+def test_nothing_is_drawn_without_cells(tmp_path, capsys):
+    """An empty map would replace the kept figure."""
+    for text, message in ((None, "does not exist"), ("{", "is damaged"),
+                          (json.dumps({"settings": {}, "cells": {}}), "has no cells")):
+        if text is not None:
+            (tmp_path / "where.json").write_text(text)
+        with pytest.raises(SystemExit):
+            where.main(["--redraw", "--results", str(tmp_path)])
+        assert message in capsys.readouterr().err and not (tmp_path / "where.png").exists()
+
+
 def test_one_cell_in_small(tmp_path, monkeypatch, capsys):
     run_here(monkeypatch)
     monkeypatch.setattr(where, "predict", roughly)

@@ -144,7 +144,7 @@ def plot(curves, runs):
     axes["b"].grid(axis="x", color=LIGHT, linewidth=0.5, alpha=0.6)
     for label, name in zip(axes["b"].get_yticklabels(), order):
         label.set_color(ACCENT if name == DEEP else INK if name.startswith("GRPO") else GREY)
-    axes["a"].set_title("DEEP-GRPO is ahead from\nstep 500 on, in one seed.")
+    axes["a"].set_title("DEEP-GRPO is mostly ahead\nafter step 500, in one seed.")
     axes["b"].set_title("The best evaluation of a run lies\n2 points above its mean.", x=-0.6)
     figure.suptitle(MESSAGE, x=0.01, ha="left")
     return figure

@@ -121,7 +121,7 @@ def plot(measured):
                   ylim=(0, 0.75))
     axes["b"].set(xlabel="correct rollouts of its question")
     if measured["run"] == str(KEPT):                 # the sentences are about this one
-        axes["a"].set_title("Eq. (P) is too high at both ends.")
+        axes["a"].set_title("Eq. (P) is too high for late pivots.")
         axes["b"].set_title("It does not see the question.")
     figure.suptitle(MESSAGE if measured["run"] == str(KEPT) else TITLE, x=0.01, ha="left")
     figure.supxlabel(f"{measured['pivots']:,} pivots with Wilson's 95 % intervals; those of one question are not "

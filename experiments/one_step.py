@@ -32,7 +32,7 @@ def main():
 
 
 def tell(run, questions, groups, metrics):
-    """The lines of the story: of a failure that was recovered, and of a question with right and wrong rollouts."""
+    """The lines of the story: of a failure that was recovered, and of a question with correct and wrong rollouts."""
     config, text = run.policy.config, run.policy.text
 
     def interest(candidate):
@@ -47,7 +47,7 @@ def tell(run, questions, groups, metrics):
 
     G, K = config.group_size, config.branches
     yield f"One step of DEEP-GRPO on {len(questions)} questions, with G = {G} and K = {K}."
-    yield f"One question: {' '.join(question.text.split())}   (right: {question.gold})"
+    yield f"One question: {' '.join(question.text.split())}   (correct: {question.gold})"
     yield ""
     yield f"Line 1   Its {G} rollouts have the rewards {' '.join(f'{r:.0f}' for r in rewards)}."
     yield (f"Line 2   Rollout {number} failed. It can be cut before each of its steps; "

@@ -1,5 +1,6 @@
 """The budget: its table, signs and heat map by hand, and commands that differ in how tokens are spent alone."""
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -7,8 +8,11 @@ import pytest
 
 from experiments import budget as program
 from experiments.budget import ARMS, FLAGS, LOCKS, grid, plot_budget, signs, table
+from experiments.compare import settings_of
 from experiments.runs import Experiment, flags_of, interval
 from trainer.settings import parse_args
+
+ROOT = Path(__file__).parents[2]
 
 
 def kept_of(**accuracies):
@@ -41,7 +45,7 @@ def test_differences_and_their_intervals_by_hand():
 
 def test_the_figure_has_the_message_of_the_kept_numbers_only(tmp_path, monkeypatch):
     """Another --seeds does not matter where nothing is run."""
-    titles, kept = [], json.loads((Path(__file__).parents[2] / "results" / "budget.json").read_text())
+    titles, kept = [], json.loads((ROOT / "results" / "budget.json").read_text())
     monkeypatch.setattr(program, "save_figure", lambda figure, path: titles.append(figure.get_suptitle()))
     for part in (kept, {"late error, rare": kept["late error, rare"]}):
         (tmp_path / "budget.json").write_text(json.dumps(part))
@@ -94,3 +98,22 @@ def test_locks_of_other_settings_do_not_come_into_one_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.main(["--locks", "late error, rare", "--seeds", "2", "--results", str(tmp_path)])
     assert "has seeds and tokens (3, 9), here they are (2, 128000): choose another" in capsys.readouterr().err
+
+
+def test_the_kept_results_are_those_of_these_locks_and_splits():
+    kept = json.loads((ROOT / "results" / "budget.json").read_text())
+    assert list(kept) == list(program.LOCKS)
+    for name, measured in kept.items():
+        own = settings_of(Experiment("", measured["seeds"], 128_000, program.FLAGS, program.ARMS, program.LOCKS[name]))
+        assert {key: measured.get(key, own[key]) for key in own} == own
+        assert {arm: k["flags"] for arm, k in measured["arms"].items()} == {a: o.flags for a, o in program.ARMS.items()}
+    assert program.table(kept) in (ROOT / "results" / "budget.md").read_text()
+
+
+def test_the_runs_of_a_lock_have_its_base_policy(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(program, "make_task", lambda experiment, folder: f"--model {folder} {experiment.lock.p}")
+    monkeypatch.setattr(program, "measure", lambda experiment, out, jobs, base, known: seen.append((out, jobs, base)))
+    args = Namespace(seeds=1, budget_tokens=9, jobs=2)
+    program.measure_lock(program.LOCKS["late error, rare"], tmp_path, args)
+    assert seen == [(tmp_path, 2, f"--model {tmp_path / 'base'} 0.01")]

@@ -10,7 +10,16 @@ from test_runs import run_here, write_run
 
 import tasks.lock
 from experiments import compare, runs
-from experiments.compare import ARMS, EXPERIMENTS, collect, differences, headline, plot_comparison, tables
+from experiments.compare import (
+    ARMS,
+    EXPERIMENTS,
+    collect,
+    differences,
+    headline,
+    plot_comparison,
+    settings_of,
+    tables,
+)
 from experiments.runs import flags_of, interval, read_run
 from tasks.lock import Lock
 from trainer.settings import parse_args
@@ -257,3 +266,29 @@ def test_an_experiment_with_a_lock_makes_its_base_policy_first(tmp_path, monkeyp
     rows = [json.loads(line) for line in (out / "rare" / "base" / "train.jsonl").read_text().splitlines()]
     assert rows == tasks.lock.make_rows(lock, 4096, 1)
     assert (tmp_path / "results" / "rare.md").exists()
+
+
+def test_the_first_table_and_the_time_by_hand(small, tmp_path):
+    experiment, directories = small
+    first, *_ = (block.splitlines() for block in tables(collect(experiment, directories)).split("\n\n")
+                 if block.startswith("|"))
+    assert first[0].startswith("| method | half of the tokens | all tokens | mean over the run | minus GRPO, G = 8 | p")
+    assert first[2].startswith("| GRPO, G = 8 | 0.200 \u00b1 0.847 | 0.600 \u00b1 0.000 | 0.225 \u00b1 0.632 |")
+    directories["grpo"][1] = write_run(tmp_path / "slow", (0.0, 0.2, 0.6), seconds=4.0)
+    got = collect(experiment, directories)["arms"]["treerl"]["summary"]["relative_time"]
+    assert got == pytest.approx((2 / 1 + 2 / 4) / 2)
+
+
+@pytest.mark.parametrize("name", [name for name, experiment in EXPERIMENTS.items() if experiment.message])
+def test_the_kept_results_are_those_of_the_experiments_of_now(name):
+    experiment, measured = EXPERIMENTS[name], json.loads((ROOT / "results" / f"{name}.json").read_text())
+    assert {key: measured.get(key, {"first_seed": 0, "hard": []}.get(key)) for key in settings_of(experiment)} == (
+        settings_of(experiment))
+    for arm, own in measured["arms"].items():
+        assert own.get("flags", experiment.arms[arm].flags) == experiment.arms[arm].flags
+
+
+@pytest.mark.parametrize("name", ["methods", "hot", "uneven", "thinning", "choice"])
+def test_the_kept_pages_have_the_tables_of_the_kept_numbers(name):
+    measured = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    assert tables(measured) in (ROOT / "results" / f"{name}.md").read_text()

@@ -268,3 +268,17 @@ def test_a_page_keeps_what_people_wrote(tmp_path):
         with pytest.raises(ValueError, match="once each and in this order, or neither"):
             write_page(page, "A title", "name.png", "| 6 |")
         assert page.read_text() == broken
+
+
+def test_correct_answers_are_those_of_the_first_third_of_the_updates(tmp_path):
+    run = write_run(tmp_path / "run", (0.0, 0.6, 0.8))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows += [rows[3] | {"step": step, "generated_total": 100 * step} for step in (4, 5)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Two of five updates: 6 rollouts and 2 branches in 100 tokens, 12 rollouts in 200.
+    assert read_run(run)["correct_per_1000_tokens"] == pytest.approx(
+        1000 * (0.25 * 6 + 0.5 * 2 + 0.5 * 12) / 300, rel=1e-12)
+
+
+def test_the_mean_accuracy_is_an_area(tmp_path):
+    assert read_run(write_run(tmp_path / "run", (0.0, 0.6, 0.8)))["accuracy_mean"] == pytest.approx(0.4, rel=1e-9)

@@ -138,3 +138,21 @@ def test_one_cell_in_small(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         where.main([*flags, "--cells", "nowhere 1"])
     assert "--cells: nowhere 1: choose from long, late 0.3" in capsys.readouterr().err
+
+
+def test_the_factor_is_grpo_over_deep_grpo():
+    args = Namespace(step_tokens=100, updates=10)
+    assert where.factor_of({"grpo": [400.0, None], "deep_grpo": [100.0, 200.0]}, args)[2].startswith("> 4.47 (")
+
+
+def test_the_kept_page_has_the_table_of_the_kept_numbers():
+    kept = json.loads((ROOT / "results" / "where.json").read_text())
+    assert where.table(kept["cells"], Namespace(**kept["settings"])) in (ROOT / "results" / "where.md").read_text()
+
+
+def test_the_runs_of_a_cell_have_its_base_policy(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(where, "make_base", lambda lock, folder, steps: {"hard": 0.1})
+    monkeypatch.setattr(where, "run_all", lambda made, *rest: seen.append(made) or dict.fromkeys(where.ARMS, []))
+    where.measure_cell(Lock(), tmp_path, Namespace(base_steps=2, step_tokens=600, lr=1e-4, seeds=1, updates=2, jobs=1))
+    assert f"--model {tmp_path / 'base'} " in seen[0].flags and seen[0].budget_tokens == 1200

@@ -875,3 +875,32 @@ def test_a_fork_without_branches_is_as_if_it_were_not_there(model):
     for config in (Config(), Config(objective="authors")):
         without = sequence_weights([Group([3], [Trajectory([5, EOS], 0.0), Trajectory([6, EOS], 1.0)])], config)
         assert sequence_weights([Group([3], [bare, Trajectory([6, EOS], 1.0)])], config) == without
+
+
+def test_a_reward_between_0_and_1_is_a_success():
+    """Whatever is above 0 is a success: it is not branched, and its pivot is recovered."""
+    groups = three_sentences()
+    groups[0].trajectories[1].reward = 0.5
+    chosen = choose_pivots(Scripted(), [A, B], groups, Config(), Recoverability(), np.random.default_rng(0))
+    assert [[len(t.forks) for t in g.trajectories] for g in chosen] == [[1, 0], [1]]
+    forked = Group([3], [Trajectory([5, EOS], 0.0, [Fork(1, 0.5, [[4], [5]], [0.0, 0.5])])])
+    estimate = Recoverability()
+    learn_recoverability([forked], estimate)
+    assert list(estimate.outcomes) == [(0.5, True)]
+
+
+def test_the_clip_fraction_is_of_all_computed_tokens(model):
+    """Also of those whose advantage is 0, on which the KL term acts."""
+    logp = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
+    old = [torch.tensor([-1.0, -2.0], dtype=torch.float64), torch.tensor([-2.5], dtype=torch.float64)]
+    groups = [Group([3], [Trajectory([4, 5], 1.0), Trajectory([6], 0.0)])]
+    spans = [Span(1, 1.0, 0.5, 0.01), Span(1, 0.0, 0.25, 0.02), Span(1, -2.0, 0.1, 0.03)]
+    _, metrics = objective(model, groups, Config(beta=1.0), REFERENCE, old_logps=old,
+                           weights=lambda groups, config: spans, ranks=Given(logp, logp - 0.1))
+    assert metrics["clip_fraction"] == pytest.approx(1 / 3, rel=1e-12) and metrics["trained_tokens"] == 2
+
+
+def test_trained_tokens_have_an_advantage_and_a_weight(model, ref_model):
+    """With lambda = 0 the branches have advantages and no weight."""
+    _, metrics = objective(model, example()[:1], Config(beta=BETA, objective="authors", lam=0.0), ref_model)
+    assert metrics["trained_tokens"] == 5 + 6 + 3

@@ -168,3 +168,8 @@ def test_the_saved_state_does_not_change_with_later_outcomes():
     state = estimate.state_dict()
     estimate.observe(0.2, False)
     assert state["outcomes"] == [(0.5, True)]                # it is that of then
+
+
+def test_the_defaults_are_those_of_the_readme():
+    estimate = Recoverability()
+    assert (estimate.outcomes.maxlen, estimate.min_observations, estimate.l2) == (10_000, 10, 1.0)

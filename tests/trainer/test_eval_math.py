@@ -547,3 +547,40 @@ def test_the_sets_whose_unfinished_answers_count(name, right):
 def test_reasoning_of_r1_may_name_the_tags_and_a_turn_of_the_user():
     text = "I end with </answer> User: and so on </think> <answer> 18 </answer>"
     assert grade(Question("", "18", [], "boxed"), text, True, "r1") == {"correct": True}
+
+
+def test_template_and_answer_get_into_the_questions(checkpoint, data, tmp_path):
+    args = eval_math.parse_args(["--model", str(checkpoint), "--sets", "gsm8k", "--data-dir", str(data), "--out",
+                                 str(tmp_path / "out"), "--template", "no", "--answer", "last"])
+    (*_, questions), _ = eval_math.prepare(args, "2026-01-31")
+    assert {(q.template, q.answer) for q in questions["gsm8k"]} == {("no", "last")}
+
+
+def test_samples_and_temperature_get_to_the_sampler(checkpoint, data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(eval_math, "choose_sampler", lambda model: lambda model, prompts, k, **options: (
+        seen.append((k, options["temperature"])) or resample.sample(model, prompts, k, **options)))
+    assert run(checkpoint, data, tmp_path / "out", "amc", **SAMPLED) == 0
+    assert set(seen) == {(3, 1.5)}
+
+
+def test_the_printed_table_by_hand():
+    def answer(row, sample, correct, tokens=10, finished=True):
+        return {"row": row, "sample": sample, "correct": correct, "tokens": tokens, "finished": finished,
+                "strict": correct and row == 0, "last_number": True}
+
+    answers = [answer(0, 0, True), answer(0, 1, False, 30), answer(0, 2, False, 20, False),
+               answer(1, 0, True), answer(1, 1, True), answer(1, 2, False)]
+    numbers = eval_math.summarize(answers, 3)
+    assert numbers["pass"] == pytest.approx({"1": 0.5, "2": (2 / 3 + 1) / 2, "3": 1.0})
+    text = eval_math.write_table({"config": {"model": "m", "samples": 3, "temperature": 0.5, "template": "chat"},
+                                  "sets": {"gsm8k": numbers}, "math_mean": None})
+    low, high = wilson(0.5, 2)
+    assert (f"| gsm8k | 2 | 50.0 | {100 * low:.1f} to {100 * high:.1f} | 100.0 | 15 | 16.7 | 16.7 | 100.0 |"
+            in text.splitlines())
+    assert ("| set | n | accuracy % | 95 % interval | pass@3 % | tokens | truncated % | strict % | "
+            "last number % (fallback) |") in text.splitlines()
+    for row in ("| GRPO, N = 8, Qwen2.5-0.5B-Instruct | 64.1 |", "| GRPO, N = 64, Qwen2.5-0.5B-Instruct | 66.2 |",
+                "| TreeRL, Qwen2.5-0.5B-Instruct | 65.5 |", "| AttnRL, Qwen2.5-0.5B-Instruct | 67.0 |",
+                "| DEEP-GRPO, Qwen2.5-0.5B-Instruct | 67.7 |"):
+        assert row in text.splitlines()

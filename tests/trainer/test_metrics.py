@@ -33,3 +33,8 @@ def test_branches_that_are_all_right_are_dead():
     groups = [Group([3], [Trajectory([6, 7], 0.0, [fork]) for fork in forks])]
     metrics = summarize(groups, [EOS])
     assert metrics["live_branches"] == 2 and metrics["dead_branch_groups"] == pytest.approx(2 / 3)
+
+
+def test_a_pivot_is_recovered_by_a_reward_between_0_and_1():
+    forked = Group([3], [Trajectory([5, EOS], 0.0, [Fork(1, 0.5, [[4], [5]], [0.0, 0.5])])])
+    assert summarize([forked], [EOS])["recovered"] == 1

@@ -194,3 +194,12 @@ def test_help_shows_the_description_and_every_flag(program, flags, capsys):
     assert program.__doc__.strip().splitlines()[0] in shown
     for flag in flags:
         assert f"--{flag} " in shown
+
+
+def test_the_presets_of_math_and_of_the_embedded_task():
+    args = parse_args(["--preset", "math-7b"])
+    expected = dict(questions=64, group_size=8, branches=8, gamma=2.0, lam=1.0, lr=1e-6, beta=1e-4,
+                    objective="authors", max_prompt_tokens=1024, max_new_tokens=3072, data="math_train",
+                    eval_data="math500", eval_rows=500, val_rows=256, steps=1000, model="Qwen/Qwen2.5-Math-7B")
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert (PRESETS["tiny"]["lr"], PRESETS["tiny-deep"]["lr"]) == (1e-4, 4e-5)

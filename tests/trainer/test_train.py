@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -217,9 +219,12 @@ def test_the_seconds_of_a_step_are_counted_once(tmp_path, monkeypatch):
         method, choose_pivots=taking(1000, method.choose_pivots), update=taking(10_000, method.update)))
     run.policy.sampler = taking(100, sample)
     run.policy.reward = taking(1, lambda question, response: 0.0)
-    _, timing, _, _ = train_gsm8k.train_step(run)
-    seconds = [timing[f"seconds_{part}"] for part in ("rollout", "resample", "score", "update")]
-    assert seconds == [100, 1100, 2 * 4 + 2 * 4 * 2, 10_000]       # 8 rollouts fail, and each has 2 branches
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))     # in kB
+    for _ in range(2):                                             # each step has a clock of its own
+        _, timing, _, _ = train_gsm8k.train_step(run)
+        seconds = [timing[f"seconds_{part}"] for part in ("rollout", "resample", "score", "update")]
+        assert seconds == [100, 1100, 2 * 4 + 2 * 4 * 2, 10_000]   # 8 rollouts fail, and each has 2 branches
+        assert timing["peak_memory_gb"] == 3.0
 
 
 def test_samples_hold_text_pivots_and_branches(short_run):
@@ -919,3 +924,55 @@ def test_a_resumed_run_asks_the_next_questions_where_a_step_has_several_batches(
     assert train("--resume", tmp_path / "halves", "--steps", 2) == 0
     rows = read(tmp_path / "whole")
     assert rows[0]["questions"] > 1 and rows == read(tmp_path / "halves")
+
+
+def test_pivots_and_training_rows_follow_the_seed(tmp_path):
+    assert prepared(tmp_path, "--seed", "7").pivot_rng.random() == np.random.default_rng(7).random()
+    rows = [train_gsm8k.load_questions(parse_args([*FAST, "--seed", seed]))[0] for seed in "01"]
+    assert rows[0] != rows[1]
+
+
+def test_what_a_step_drew_too_much_the_next_ones_draw_less(tmp_path):
+    """A question has 120 tokens, so 3, 5, 8 and 10 of them reach 300, 600, 900 and 1,200 tokens."""
+    run = prepared(tmp_path, "--method", "grpo", "--branches", "0", "--questions", "1", "--beta", "0",
+                   "--step-tokens", "300")
+
+    def draw(prompts, k, *_):
+        run.policy.generated += 30 * k * len(prompts)
+        return [[[5] * 30] * k for _ in prompts]
+
+    run.policy.sample, run.policy.rewards = draw, lambda pairs: [0.0] * len(pairs)
+    assert [train_gsm8k.train_step(run)[0]["questions"] for _ in range(4)] == [3, 2, 3, 2]
+
+
+def test_a_run_is_evaluated_after_its_last_step(tmp_path):
+    assert train(*SHORT, "--steps", 3, "--eval-every", 2, "--out", tmp_path / "run") == 0
+    assert [row["step"] for row in read(tmp_path / "run") if "eval_accuracy" in row] == [0, 2, 3]
+
+
+def test_flags_of_prompts_and_of_the_update_get_there(tmp_path):
+    run = prepared(tmp_path, "--template", "no", "--answer", "last", "--micro-batch-tokens", "60")
+    asked = run.questions + run.eval_questions
+    assert {q.template for q in asked} == {"no"} and {q.answer for q in asked} == {"last"}
+    run.score = object()
+    options = train_gsm8k.loss_options(run, [])
+    assert options["micro_batch_tokens"] == 60 and options["ranks"].score_rows is run.score
+
+
+def test_max_hours_reckons_with_the_longest_step_and_checkpoint(tmp_path, monkeypatch):
+    seen, now = [], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    save = train_gsm8k.save_run
+
+    def taking(seconds, function):
+        def slow(*args, **options):
+            now[0] += seconds
+            return function(*args, **options)
+        return slow
+
+    method = train_gsm8k.METHODS["deep_grpo"]
+    monkeypatch.setitem(train_gsm8k.METHODS, "deep_grpo", replace(method, update=taking(10, method.update)))
+    monkeypatch.setattr(train_gsm8k, "save_run", taking(4, save))
+    monkeypatch.setattr(train_gsm8k, "ended_by", lambda args, received, start, longest: seen.append(longest))
+    assert train(*SHORT, "--steps", 3, "--save-every", 1, "--eval-every", 0, "--out", tmp_path / "run") == 0
+    assert seen == [0, 14, 14]

@@ -1,8 +1,8 @@
 r"""FR3E (arXiv 2507.07017): a right and a wrong rollout are branched where the policy was least certain.
 
 Rule. Of each question with right and wrong rollouts, the first of either kind is forked at its 4 positions of highest
-entropy (the very first, which is the question, apart), each into 16 branches; the token there is sampled anew. The 16
-rollouts are the branches of the question.
+entropy, each into 16 branches. The first position, which is the question, is left out. The token at a fork is sampled
+anew. The 16 rollouts are the branches of the question.
 
 Advantage. V_j is the mean reward of the branches of state j of a rollout; state 0 is the question.
 

@@ -60,7 +60,8 @@ def test_a_run_is_compared_with_the_authors_at_the_same_steps(tmp_path):
     mine, theirs = (0.50 + 0.52) / 2, (at[25] + at[50]) / 2
     assert "over the last 1 of 3 evaluations is 0.520" in late
     assert f"at step 50 this run is at {mine:.3f} +- {1.96 * np.sqrt(mine * (1 - mine) / 1319):.3f}" in line
-    assert f"the authors' deep_grpo was at {theirs:.3f} +- " in line and "the authors' grpo was at " in line
+    spread = 1.96 * np.std([value for step, value in at.items() if 0 < step <= 50])
+    assert f"the authors' deep_grpo was at {theirs:.3f} +- {spread:.3f}" in line and "the authors' grpo was at " in line
     line = last_words(write_run(tmp_path / "b", "gsm8k", {4590: 0.6}))[1]
     assert "the authors' deep_grpo ended before" in line and "the authors' grpo was at " in line
     assert len(last_words(write_run(tmp_path / "c", None, {50: 0.6}))) == 1          # another test set

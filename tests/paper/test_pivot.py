@@ -77,6 +77,7 @@ def test_bad_arguments_are_named(name, call):
     ("So| **|18|.|**|\n|End", ["So **18.**\n", "End"]),                         # markdown in the next token
     ("Steps|:\n|1|.| Add| 3|.\n|12|.| Then| 4|.\n|So| 7|.|$",                             # numbers of a list
      ["Steps:\n", "1. Add 3.\n", "12. Then 4.\n", "So 7.$"]), ("18|.|$", ["18.$"]),
+    ("One| x|.\n|100|.| Then| 4|.$", ["One x.\n", "100.", " Then 4.$"]),         # a number of three digits is none
     ("One| x|.\n|2|.|$", ["One x.\n", "2.$"]),                                  # but not a number that is the answer
     ("no| end", ["no end"]), ("$", ["$"]), (".|$", [".$"]),
 ])

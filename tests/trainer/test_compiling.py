@@ -145,7 +145,7 @@ def test_compiled_layers_give_the_same_and_nothing_is_compiled_after_the_warm_up
     if checkpointing:
         checkpoint_activations(model)
     before = stopwatch.seconds
-    assert warm_up(model, ref_model, 0.7) is None and stopwatch.seconds > before + 0.1
+    assert warm_up(model, ref_model, 0.7) is None and stopwatch.seconds > before
     before = stopwatch.seconds
     for n, branches in ((3, 2), (1, 2), (1, 0), (5, 0), (2, 3)):
         rows = random_rows(n, n, branches)

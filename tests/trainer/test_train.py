@@ -140,7 +140,7 @@ def test_metrics_of_the_run_by_hand(short_run):
         assert timing["tokens_per_second"] == pytest.approx(row["generated_tokens"] / seconds)
         assert row["sequences"] == 2 * 4 + 4 * row["pivots"] and row["pivots"] == round((1 - row["reward"]) * 8)
         assert timing["step"] == row["step"] and timing["peak_memory_gb"] > 0.1
-        assert math.isfinite(row["loss"]) and row["grad_norm"] >= 0
+        assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
     parts = torch.load(short_run / "checkpoints" / "step_3" / "trainer.pt", weights_only=False)
     again = Recoverability()
     for ratio, success in parts["recoverability"]["outcomes"]:

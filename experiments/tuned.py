@@ -1,7 +1,7 @@
 r"""The methods at an equal budget once more, each with a learning rate of its own.
 
-    python -m experiments.tuned                        # all methods: two hours on two cores; not run yet
-    python -m experiments.tuned --experiment rare      # where correct answers are rare
+    python -m experiments.tuned                        # all methods: two to two and a half hours on two cores
+    python -m experiments.tuned --experiment rare      # where correct answers are rare; not run yet
 
 experiments.compare has one learning rate for all methods. It was chosen for none of them, but it may suit some better
 than others. Here each method first runs with three learning rates and with the seeds 100 to 102. The one with the

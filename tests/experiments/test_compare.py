@@ -288,7 +288,7 @@ def test_the_kept_results_are_those_of_the_experiments_of_now(name):
         assert own.get("flags", experiment.arms[arm].flags) == experiment.arms[arm].flags
 
 
-@pytest.mark.parametrize("name", ["methods", "hot", "uneven", "thinning", "choice"])
+@pytest.mark.parametrize("name", ["methods", "methods-tuned", "hot", "uneven", "thinning", "choice"])
 def test_the_kept_pages_have_the_tables_of_the_kept_numbers(name):
     measured = json.loads((ROOT / "results" / f"{name}.json").read_text())
     assert tables(measured) in (ROOT / "results" / f"{name}.md").read_text()

@@ -566,10 +566,21 @@ def test_all_ranks_branch_the_pivots_of_the_first(on_ranks):
         assert agreed == forks
 
 
+def odd(self, question, response):
+    """In the place of Policy.reward: what responses of 16 tokens can earn. Without any, nothing would be learned."""
+    return float(sum(response) % 2)
+
+
 def train(argv):
-    """The command, with rewards that responses of 16 tokens can earn: without any, nothing would be learned."""
-    trainer.policy.Policy.reward = lambda self, question, response: float(sum(response) % 2)
+    """The command, with these rewards."""
+    trainer.policy.Policy.reward = odd
     return train_gsm8k.main(argv)
+
+
+def resumed(folder, n_steps):
+    """The run in `folder`, as train() would go on with it."""
+    trainer.policy.Policy.reward = odd
+    return train_gsm8k.prepare(train_gsm8k.parse_args(["--resume", folder, "--steps", str(n_steps)]))
 
 
 SMALL = ["--preset", "tiny", "--questions", "2", "--group-size", "3", "--branches", "2", "--eval-rows", "4",
@@ -608,7 +619,7 @@ def killed_run(whole_run, tmp_path):
 def state(folder, n_steps):
     """Whole weights, moments and fit of a run's newest checkpoint, as this number of ranks loads them."""
     ranks.start()
-    run = train_gsm8k.prepare(train_gsm8k.parse_args(["--resume", folder, "--steps", str(n_steps)]))
+    run = resumed(folder, n_steps)
     names = {p: name for name, p in run.policy.model.named_parameters()}
     moments = {f"{names[p]} {key}": whole(value) for p, values in run.optimizer.state.items()
                for key, value in values.items()}
@@ -816,7 +827,7 @@ def test_an_evaluation_on_a_full_disk_is_one_line_of_all_ranks_together(on_ranks
 def draws_after_resuming(folder):
     """What this rank draws first when the run goes on."""
     ranks.start()
-    train_gsm8k.prepare(train_gsm8k.parse_args(["--resume", folder, "--steps", "3"]))
+    resumed(folder, 3)
     return torch.rand(3).tolist()
 
 

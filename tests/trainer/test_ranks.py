@@ -571,10 +571,18 @@ def odd(self, question, response):
     return float(sum(response) % 2)
 
 
-def train(argv):
+def train(argv, reward=odd):
     """The command, with these rewards."""
-    trainer.policy.Policy.reward = odd
+    trainer.policy.Policy.reward = reward
     return train_gsm8k.main(argv)
+
+
+OWN_REWARD = trainer.policy.Policy.reward
+
+
+def train_as_it_is(argv):
+    """The command, with the reward of the repository."""
+    return train(argv, OWN_REWARD)
 
 
 def resumed(folder, n_steps):
@@ -794,7 +802,7 @@ def test_a_rank_that_dies_ends_the_run_and_it_resumes(on_ranks, tmp_path):
     assert launcher.returncode == 1
     assert re.search(r"Root Cause.*rank +: 1 .*exitcode +: -9", errors, re.S)
     step = max(int(path.name[5:]) for path in (out / "checkpoints").glob("step_*[0-9]"))
-    on_ranks(2, "train", ["--resume", str(out), "--steps", str(step + 1)])
+    on_ranks(2, "train_as_it_is", ["--resume", str(out), "--steps", str(step + 1)])
     lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert step >= 2 and lines == list(range(1, step + 2))
 

@@ -29,7 +29,7 @@ import numpy as np
 
 import train_gsm8k
 from experiments.calibrate import fit_logistic
-from experiments.compare import EQUAL, RARE, measure, plot_comparison, tables
+from experiments.compare import EQUAL, RARE, headline, measure, plot_comparison, tables
 from experiments.figures import save_figure
 from experiments.runs import (
     Arm,
@@ -50,8 +50,8 @@ HALF = "--method deep_grpo --branch-share .5 --questions 4"      # a rule choose
 ARMS = {"random": Arm("a random choice", HALF)} | {
     rule: Arm(label, HALF, f"experiments.choice run {rule}")
     for rule, label in (("depth", "by depth"), ("rate", "by the question's rate"), ("both", "by both"))}
-TITLE = "Which failures should be branched?"
-MESSAGE = "No choice of the failures that are branched is shown to help"
+EXPERIMENT = Experiment("Which failures should be branched?", 20, 128_000, f"{EQUAL} --lr 8e-5", ARMS, RARE,
+                        "No choice of the failures that are branched is shown to help", hard=(1, 3))
 
 
 # ---- one run ----
@@ -112,17 +112,15 @@ def main(argv=None):
     if args.redraw:
         measured = kept_numbers(parser, numbers)
     else:
-        flags = f"{EQUAL} --lr 8e-5"
-        experiment = Experiment(TITLE, args.seeds, args.budget_tokens, flags, ARMS, RARE, hard=(1, 3))
+        experiment = EXPERIMENT._replace(seeds=args.seeds, budget_tokens=args.budget_tokens)
         args.results.mkdir(parents=True, exist_ok=True)
         measured = measure(experiment, args.out, args.jobs, make_task(experiment, args.out / "base"))
         numbers.write_text(json.dumps(measured, indent=1) + "\n")
         about = written_by("-m experiments.choice", argv,
-                           f"{flags} {HALF}, {args.budget_tokens:,} tokens; {about_task(experiment)}")
-        write_page(page, TITLE, picture.name, f"{about}\n\n{tables(measured)}")
+                           f"{experiment.flags} {HALF}, {args.budget_tokens:,} tokens; {about_task(experiment)}")
+        write_page(page, EXPERIMENT.title, picture.name, f"{about}\n\n{tables(measured)}")
         print(tables(measured))
-    kept = (measured["seeds"], measured["budget_tokens"]) == (20, 128_000)
-    save_figure(plot_comparison(measured, MESSAGE if kept else TITLE), picture)
+    save_figure(plot_comparison(measured, headline(EXPERIMENT, measured)), picture)
     print(picture)
 
 

@@ -54,8 +54,7 @@ def run_arm(arm, seed, steps, out, others) -> Path:
     if not finished.exists():
         print(f"{directory}: {ARMS[arm].label}; its progress is in {log_of(directory)}", flush=True)
         if start_run(directory, flags).wait() or not finished.exists():
-            sys.exit(f"error: {directory} is not finished, its last line: "
-                     f"{last_line(directory)}")
+            sys.exit(f"error: {directory} is not finished, its last line: {last_line(directory)}")
     return directory
 
 

@@ -203,7 +203,7 @@ def add_memory_flags(group):
 
 
 def fill_settings(parser, args):
-    """Preset and defaults into the flags that were not given; checks what no other module checks."""
+    """Preset and defaults into the flags that were not given; checks that a flag has a part in the run."""
     gpu = torch.cuda.is_available()
     why = "asked for"
     if args.preset is None:
@@ -245,6 +245,11 @@ def fill_settings(parser, args):
     for name, value in (defaults | preset | settings).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    check_together(parser, args)
+
+
+def check_together(parser, args):
+    """What flags say together, and ranges that argparse does not know; --out where it was not given."""
     if args.steps <= args.lag:
         parser.error(f"argument --lag: none of the {args.steps} steps would train anything, got {args.lag}")
     if not 0 < args.branch_share <= 1:
@@ -253,7 +258,7 @@ def fill_settings(parser, args):
         parser.error(f"argument --epsilon: must be between 0 and 1, got {args.epsilon}")
     if args.prob_mask is not None and not 0 < args.prob_mask <= 1:
         parser.error(f"argument --prob-mask: must be above 0 and at most 1, got {args.prob_mask}")
-    if "segment_tokens" in settings and args.segment_tokens == 0:
+    if "segment_tokens" in METHODS[args.method].settings and args.segment_tokens == 0:
         parser.error(f"argument --segment-tokens: --method {args.method} has nodes of at least 1 token, got 0")
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"
     if args.select_on_test and args.eval_data is None:

@@ -123,7 +123,7 @@ def test_the_figure_has_the_message_of_the_kept_numbers_only(tmp_path, monkeypat
     for change in ({}, {"budget_tokens": 9}):
         (tmp_path / "choice.json").write_text(json.dumps(kept | change))
         choice.main(["--redraw", "--results", str(tmp_path)])
-    assert titles == [choice.MESSAGE, choice.TITLE]
+    assert titles == [choice.EXPERIMENT.message, choice.EXPERIMENT.title]
     plt.close("all")
 
 

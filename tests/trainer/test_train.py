@@ -204,8 +204,9 @@ def test_the_reference_is_the_start_and_the_policy_is_sampled_at_its_temperature
     assert temperatures[-1] == 0
 
 
-def test_the_seconds_of_a_step_are_counted_once(tmp_path, monkeypatch):
-    run, now = prepared(tmp_path, "--beta", "0"), [0.0]
+def clock(monkeypatch):
+    """Stop the clock. taking(seconds, function) is a function during which it goes on by so many seconds."""
+    now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def taking(seconds, function):
@@ -214,6 +215,11 @@ def test_the_seconds_of_a_step_are_counted_once(tmp_path, monkeypatch):
             return function(*args, **kwargs)
         return slow
 
+    return taking
+
+
+def test_the_seconds_of_a_step_are_counted_once(tmp_path, monkeypatch):
+    run, taking = prepared(tmp_path, "--beta", "0"), clock(monkeypatch)
     method = train_gsm8k.METHODS["deep_grpo"]
     monkeypatch.setitem(train_gsm8k.METHODS, "deep_grpo", replace(
         method, choose_pivots=taking(1000, method.choose_pivots), update=taking(10_000, method.update)))
@@ -960,19 +966,10 @@ def test_flags_of_prompts_and_of_the_update_get_there(tmp_path):
 
 
 def test_max_hours_reckons_with_the_longest_step_and_checkpoint(tmp_path, monkeypatch):
-    seen, now = [], [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    save = train_gsm8k.save_run
-
-    def taking(seconds, function):
-        def slow(*args, **options):
-            now[0] += seconds
-            return function(*args, **options)
-        return slow
-
+    seen, taking = [], clock(monkeypatch)
     method = train_gsm8k.METHODS["deep_grpo"]
     monkeypatch.setitem(train_gsm8k.METHODS, "deep_grpo", replace(method, update=taking(10, method.update)))
-    monkeypatch.setattr(train_gsm8k, "save_run", taking(4, save))
+    monkeypatch.setattr(train_gsm8k, "save_run", taking(4, train_gsm8k.save_run))
     monkeypatch.setattr(train_gsm8k, "ended_by", lambda args, received, start, longest: seen.append(longest))
     assert train(*SHORT, "--steps", 3, "--save-every", 1, "--eval-every", 0, "--out", tmp_path / "run") == 0
     assert seen == [0, 14, 14]

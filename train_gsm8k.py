@@ -51,7 +51,7 @@ from trainer.memory import evaluated_at_once, report, update_warning
 from trainer.metrics import summarize
 from trainer.model import Ranks, checkpoint_activations, checksum, layers_of, load_model, place
 from trainer.plot import last_words, plot_run
-from trainer.policy import Clock, Policy
+from trainer.policy import BadReward, Clock, Policy
 from trainer.ranks import (
     agree,
     device,
@@ -74,6 +74,7 @@ from trainer.session import (
     ended_by,
     keep_changes,
     log,
+    name_of,
     owned,
     read_config,
     sample_lines,
@@ -115,8 +116,7 @@ def prepare(args) -> Run:
         longest = max(len(q.prompt) for part in asked[:3] for q in part)
         check_length(model, args.model, longest, config.max_new_tokens)
         check_questions(args.out, before, asked[:3])
-        start = {"stop_ids": stop_ids(tokenizer, model), "weights": checksum(model),
-                 "reward": f"{Policy.reward.__module__}.{Policy.reward.__qualname__}"}
+        start = {"stop_ids": stop_ids(tokenizer, model), "weights": checksum(model), "reward": name_of(Policy.reward)}
         check_start(args.out, before, start)
         return asked, tokenizer, model.config, date, start, sampler
 
@@ -460,6 +460,8 @@ def main(argv=None) -> int:
                   f"{args.micro_batch_tokens}), or add --gradient-checkpointing; --dry-run says what fits. Go on with "
                   f"--resume {args.out} and these flags", file=sys.stderr)
             return 1
+        except BadReward as error:
+            return fail(f"{error}; go on with --resume {args.out}, or remove that folder to begin again", 1)
         except OSError as error:                         # most often a full disk
             return fail(f"{error}. What was saved is still there: make room, then --resume {args.out}", 1)
 

@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from math import inf
+from numbers import Real
 
 from deep_grpo import score_groups
 from grading import GRADERS, r1_text
@@ -41,6 +43,10 @@ class Clock:
             self.seconds[name] += whole - self.inner.pop()
             if self.inner:
                 self.inner[-1] += whole
+
+
+class BadReward(ValueError):
+    """A reward that is neither a failure nor a success."""
 
 
 class Policy:
@@ -98,14 +104,13 @@ class Policy:
     def rewards(self, pairs) -> list[float]:
         """The rewards of (question, response) pairs; each is graded on one rank only.
 
-        0 is a failure, and anything above is a success. Raises ValueError for a reward below 0, which would be neither.
+        0 is a failure, and anything above is a success. Raises BadReward for what is neither.
         """
         with self.clock.phase("score"):
             rewards = share(pairs, lambda part: [self.reward(*pair) for pair in part])
-        if wrong := [reward for reward in rewards if not reward >= 0]:
-            raise ValueError(f"a reward must be 0 (a failure, which is branched) or above, got {wrong[0]}: shift "
-                             "all rewards")
-        return rewards
+        if wrong := [reward for reward in rewards if not isinstance(reward, Real) or not 0 <= reward < inf]:
+            raise BadReward(f"a reward must be a number, 0 (a failure, which is branched) or above; got {wrong[0]!r}")
+        return [float(reward) for reward in rewards]
 
     def text(self, ids) -> str:
         """Token ids as text, without special tokens. Pairs are kept, because pivot.py asks for the same ones often."""

@@ -10,6 +10,8 @@ checkpoint.py has the files of a checkpoint, and how all of these survive a proc
 """
 import argparse
 import fcntl
+import hashlib
+import inspect
 import json
 import signal
 import subprocess
@@ -35,6 +37,7 @@ from variants.goldilocks import Teacher
 
 ROOT = Path(__file__).parents[1]
 PIVOT_COLUMNS = "step,response_tokens,pivot,depth,right_branches,branches,question_rate\n"
+OWN_REWARD = Policy.reward                           # of this repository, before a fork puts its own there
 LISTS = ("training", "evaluation", "validation")     # of questions
 # A run that goes on may get other values of these: how far it goes, how often it is saved, what changes memory and time
 # but no result, and where its model and its questions are, which must be the same ones (check_start, check_questions).
@@ -133,8 +136,25 @@ def check_questions(run_dir, before, asked) -> None:
                              "its chat template back as they were, or start a new run")
 
 
+def name_of(reward) -> str:
+    """A text that tells a reward from others: its name and, of a user's own, the checksum of the file that holds it."""
+    name = f"{reward.__module__}.{reward.__qualname__}"
+    if reward is OWN_REWARD:
+        return name
+    try:
+        file = Path(inspect.getsourcefile(reward))
+        return f"{name} in {file.name}, checksum {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+    except (TypeError, OSError):                         # typed into an interpreter
+        return name
+
+
 def check_start(run_dir, before, start) -> None:
-    """Raise ValueError when a run that goes on would have another starting model or reward. start: that of Run."""
+    """Raise ValueError when a run that goes on would have another starting model or reward. start: that of Run.
+
+    Other code is only said: it may be a mended message.
+    """
+    if before and (then := before.get("git_revision")) != (now := git_revision()):
+        print(f"warning: {run_dir} began with the code of {then}, and this is {now}")
     for name, now in start.items():
         if (then := before["start"][name] if before else now) != now:
             what = "the reward" if name == "reward" else f"{name} of the starting model"
@@ -143,9 +163,10 @@ def check_start(run_dir, before, start) -> None:
 
 
 def git_revision() -> str | None:
-    """The commit of this code; None where it is not in a repository, or there is no git."""
+    """The commit of this code, with "-dirty" where a file of it was changed since; None without a repository or git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     except OSError:
         return None
     return found.stdout.strip() or None
@@ -193,12 +214,18 @@ def log(run, metrics, timing, samples=(), groups=()) -> None:
 
 
 def pivot_lines(step, groups):
-    """For pivots.csv: PIVOT_COLUMNS of every fork. question_rate: the share of correct rollouts of its question."""
+    """For pivots.csv: PIVOT_COLUMNS of every fork. Correct is what has a reward above 0.
+
+    question_rate: the share of correct rollouts of its question.
+    """
+    def right(rewards):
+        return sum(reward > 0 for reward in rewards)
+
     for g in groups:
-        rate = sum(t.reward for t in g.trajectories) / len(g.trajectories)
+        rate = right(t.reward for t in g.trajectories) / len(g.trajectories)
         for t in g.trajectories:
             for fork in t.forks:
-                yield (f"{step},{len(t.response)},{fork.pivot},{fork.ratio:.4f},{sum(fork.rewards):g},"
+                yield (f"{step},{len(t.response)},{fork.pivot},{fork.ratio:.4f},{right(fork.rewards)},"
                        f"{len(fork.rewards)},{rate:.4f}\n")
 
 
@@ -206,8 +233,8 @@ def sample_lines(run, questions, groups):
     """For samples.jsonl: the first right and the first failed rollout of every question, a line for each fork."""
     text = run.policy.text
     for question, group in zip(questions, groups):
-        for wanted in (1.0, 0.0):
-            for t in [t for t in group.trajectories if t.reward == wanted][:1]:
+        for right in (True, False):
+            for t in [t for t in group.trajectories if (t.reward > 0) == right][:1]:
                 line = {"step": run.step, "question": question.text, "gold": question.gold,
                         "response": text(t.response), "reward": t.reward}
                 for fork in [fork for fork in t.forks if fork.branches]:
@@ -219,6 +246,7 @@ def sample_lines(run, questions, groups):
 
 def why_nothing_is_right(run, asked) -> str:
     """One line on the form of the responses of the first steps, of which none is right. asked: (question, group)s."""
+    cut = [t.response[-1] not in run.policy.stop for _, g in asked for t in g.trajectories]
     texts = [(q, run.policy.text(t.response)) for q, g in asked for t in g.trajectories]
     numbers = [(q, text) for q, text in texts if isinstance(q.gold, str) and is_number(q.gold)]
 
@@ -231,8 +259,9 @@ def why_nothing_is_right(run, asked) -> str:
 
     marked, boxed = share("####" in text for _, text in texts), share("\\boxed" in text for _, text in texts)
     stated = share([states_gold(text, q.gold) for q, text in numbers], numbers)
-    return (f"no response of the first two steps is right. {marked} of them contain ####, {boxed} a box, and in "
-            f"{stated} some number equals the gold answer. Read otherwise, finished or not, these would be right: "
+    return (f"no response of the first two steps is right. {share(cut)} of them were cut off at --max-new-tokens, "
+            f"{marked} contain ####, {boxed} a box, and in {stated} some number equals the gold answer. Read "
+            "otherwise, finished or not, these would be right: "
             + ", ".join(f"{read_as(how)} with --answer {how}" for how in GRADERS))
 
 

@@ -13,7 +13,7 @@ from deep_grpo import Config, Group, Trajectory, choose_pivots, resample_failure
 from recoverability import Recoverability
 from tasks import GSM8K_INSTRUCTION, Question, chat_prompt
 from trainer.model import load_model
-from trainer.policy import Clock, Policy
+from trainer.policy import BadReward, Clock, Policy
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +131,21 @@ def test_a_subclass_has_its_own_reward_in_rollouts_and_branches(make, questions)
             assert fork.rewards == [float(sum(t.response[:fork.pivot] + y) % 2) for y in fork.branches]
 
 
-@pytest.mark.parametrize("reward", [-1.0, float("nan")])
-def test_a_reward_below_0_is_refused(reward, make, questions, monkeypatch):
+@pytest.mark.parametrize("reward", [-1.0, float("nan"), float("inf"), None, "1"])
+def test_what_is_neither_a_failure_nor_a_success_is_refused(reward, make, questions, monkeypatch):
     """With rewards of -1 and 1, nothing would count as failed, and every pivot as recovered."""
     policy = make()
     monkeypatch.setattr(policy, "reward", lambda question, response: reward)
-    with pytest.raises(ValueError, match=f"a reward must be 0 .* or above, got {reward}"):
+    with pytest.raises(BadReward, match=f"a reward must be a number, 0 .* or above; got {reward!r}"):
         policy.rewards([(questions[0], [3])])
+
+
+@pytest.mark.parametrize("reward", [True, 1, np.float32(1)])
+def test_every_kind_of_number_is_a_reward(reward, make, questions, monkeypatch):
+    policy = make()
+    monkeypatch.setattr(policy, "reward", lambda question, response: reward)
+    found, = policy.rewards([(questions[0], [3])])
+    assert found == 1.0 and type(found) is float                         # which json can write
 
 
 # ---- drawing ----

@@ -149,8 +149,53 @@ def test_samples_are_the_first_right_and_the_first_failed_rollout_with_a_line_fo
         ("8", 0.0, None, None, [])]
 
 
+def test_a_reward_between_0_and_1_is_a_success_in_samples_and_pivots():
+    half = Trajectory([1], 0.5)
+    group = Group([9], [half, Trajectory([2, 3], 0.0, [Fork(1, 0.6, [[4], [5]], [0.3, 0.0])]), Trajectory([6], 0.0)])
+    run = make_run(step=7, policy=SimpleNamespace(text=lambda ids: " ".join(map(str, ids))))
+    lines = list(sample_lines(run, [SimpleNamespace(text="1 + 1?", gold="2")], [group]))
+    assert [(line["response"], line["reward"]) for line in lines] == [("1", 0.5), ("2 3", 0.0)]
+    assert list(session.pivot_lines(7, [group])) == ["7,2,1,0.6000,1,2,0.3333\n"]
+
+
+def test_a_reward_of_ones_own_is_told_by_the_file_that_holds_it(tmp_path):
+    """The same name may hold another rule tomorrow."""
+    assert session.name_of(session.Policy.reward) == "trainer.policy.Policy.reward"
+    names = []
+    for text in ("reward = lambda: 0.3", "reward = lambda: 0.6", "reward = lambda: 0.3"):
+        (tmp_path / "mine.py").write_text(text)
+        found = {"__name__": "__main__"}
+        exec(compile(text, tmp_path / "mine.py", "exec"), found)
+        names.append(session.name_of(found["reward"]))
+    assert names[0] == names[2] != names[1] and names[0].startswith("__main__.<lambda> in mine.py, checksum ")
+    typed = {"__name__": "__main__"}
+    exec("reward = lambda: 0.3", typed)
+    assert session.name_of(typed["reward"]) == "__main__.<lambda>"
+
+
+def test_changed_code_is_dirty_and_a_run_that_goes_on_with_other_code_says_so(monkeypatch, tmp_path, capsys):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                       capture_output=True)
+
+    monkeypatch.setattr(session, "ROOT", tmp_path)
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = session.git_revision()
+    session.check_start(tmp_path, {"start": {}, "git_revision": clean}, {})
+    assert re.fullmatch("[0-9a-f]{40}", clean) and not capsys.readouterr().out
+    (tmp_path / "code.py").write_text("2")
+    assert session.git_revision() == f"{clean}-dirty"
+    session.check_start(tmp_path, {"start": {}, "git_revision": clean}, {})
+    assert f"began with the code of {clean}, and this is {clean}-dirty" in capsys.readouterr().out
+    session.check_start(tmp_path, {}, {})                                # a new run
+    assert not capsys.readouterr().out
+
+
 def test_a_machine_without_git_has_no_revision(monkeypatch, tmp_path):
-    assert re.fullmatch("[0-9a-f]{40}", session.git_revision() or "0" * 40)
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", session.git_revision() or "0" * 40)
     monkeypatch.setattr(session, "ROOT", tmp_path)       # no repository
     assert session.git_revision() is None
     monkeypatch.setenv("PATH", str(tmp_path))            # no git

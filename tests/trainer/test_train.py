@@ -552,6 +552,14 @@ def test_a_run_goes_on_where_its_model_and_its_data_have_moved(own_data, tmp_pat
     assert "the reward was my_reward.reward then and is trainer.policy.Policy.reward now" in capsys.readouterr().err
 
 
+def test_a_bad_reward_in_the_middle_of_a_run_is_one_line(tmp_path, monkeypatch, capsys):
+    rewards = itertools.chain([0.0] * 20, itertools.repeat(None))
+    monkeypatch.setattr(Policy, "reward", lambda self, question, response: next(rewards))
+    assert train(*SHORT, "--eval-every", 0, "--steps", 3, "--out", tmp_path / "run") == 1
+    line, = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("error: a reward must be a number, ") and f"got None; go on with --resume {tmp_path}" in line
+
+
 def test_a_longer_test_set_than_eval_rows_is_said_to_be_cut(own_data, capsys):
     args = parse_args([*map(str, own_data), "--eval-rows", "4"])
     train_rows, test, val = train_gsm8k.load_questions(args)
@@ -773,8 +781,8 @@ def test_when_nothing_is_right_a_run_says_what_the_responses_look_like(tmp_path,
     flags = [*FAST, "--data", data, "--eval-every", 0, "--steps", 3, "--out", tmp_path / "run"]
     assert train(*flags) == 0
     line, = [line for line in capsys.readouterr().out.splitlines() if "no response of the first two steps" in line]
-    for said in ("25 % of them contain ####", "25 % a box", "in 50 % some number", "0 % with --answer hash",
-                 "25 % with --answer last", "25 % with --answer boxed"):
+    for said in ("0 % of them were cut off", "25 % contain ####", "25 % a box", "in 50 % some number",
+                 "0 % with --answer hash", "25 % with --answer last", "25 % with --answer boxed"):
         assert said in line
     samples = read(tmp_path / "run", "samples.jsonl")
     assert {line["step"] for line in samples} == {1, 3}                  # although nothing is evaluated
@@ -782,7 +790,7 @@ def test_when_nothing_is_right_a_run_says_what_the_responses_look_like(tmp_path,
 
 def test_what_nothing_right_means_is_read_from_the_answer_tags_of_the_template_r1():
     """The same text is right by the last box in the form r1, and only there, because no box is written in it."""
-    policy = SimpleNamespace(text=lambda ids: "I guess 5 </think> <answer> 4 </answer>")
+    policy = SimpleNamespace(stop=[2], text=lambda ids: "I guess 5 </think> <answer> 4 </answer>")
     groups = {t: Group([1], [Trajectory([2], 0.0)]) for t in ("r1", "chat")}
     found = {t: why_nothing_is_right(SimpleNamespace(policy=policy), [(Question("2 + 2?", "4", [1], template=t), g)])
              for t, g in groups.items()}

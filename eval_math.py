@@ -5,6 +5,7 @@ r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with c
     python eval_math.py --model sail/Qwen2.5-Math-7B-Oat-Zero --template qwen_math --sets math500 \
                         --samples 8 --temperature 0.6
     python eval_math.py --model assets/tiny --sets tiny --max-new-tokens 96      # embedded task, no download
+    python eval_math.py --model runs/mine/checkpoints/step_100 --sets mine.jsonl     # questions of your own
     torchrun --nproc-per-node 8 eval_math.py ...     # the same answers, each GPU does every 8th batch
 
 The protocol is that of the MATH table of the paper, which is that of Dr. GRPO. Decoding is greedy, with at most 3,000
@@ -46,7 +47,7 @@ from tqdm import tqdm
 
 import tasks.lock
 from grading import GRADERS, grade_gsm8k, grade_last_number, r1_answer, r1_text
-from tasks import SETS, TEMPLATES, digests, fix_date, load_set, make_questions, stop_ids
+from tasks import SETS, TEMPLATES, digests, fix_date, load_rows, load_set, make_questions, stop_ids
 from trainer.check import check_length, check_model, choose_sampler, context_of
 from trainer.checkpoint import append_lines, write_whole
 from trainer.model import checksum, load_model
@@ -72,7 +73,8 @@ def parse_args(argv=None):
                            allow_abbrev=False)
     parser.add_argument("--model", required=True, help="the model to evaluate, a hub name or a local folder; required")
     parser.add_argument("--sets", required=True, help="the sets to evaluate it on, separated by commas, out of "
-                        f"{', '.join([*SETS, *tasks.lock.LOCKS])}; required")
+                        f"{', '.join([*SETS, *tasks.lock.LOCKS])}; a file of your own, whose name ends in .jsonl, is "
+                        "one, too; required")
     parser.add_argument("--data-dir", type=Path, help="a folder with local files of the sets (gsm8k_test.jsonl, "
                         "eval_aime24.jsonl, ...); default: read them from the hub")
     parser.add_argument("--out", type=Path, help="the folder to write, or to go on in; default: runs/eval-MODEL")
@@ -94,8 +96,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.sets = list(dict.fromkeys(name.strip() for name in args.sets.split(",")))
     for name in args.sets:
-        if name not in SETS and name not in tasks.lock.LOCKS:
-            parser.error(f"argument --sets: {name!r} is not one of {', '.join([*SETS, *tasks.lock.LOCKS])}")
+        if name not in SETS and name not in tasks.lock.LOCKS and not name.endswith(".jsonl"):
+            parser.error(f"argument --sets: {name!r} is neither a .jsonl file nor one of "
+                         f"{', '.join([*SETS, *tasks.lock.LOCKS])}")
     if not 0 <= args.temperature < float("inf"):
         parser.error(f"argument --temperature: must be 0 (greedy) or positive, got {args.temperature}")
     if args.samples > 1 and args.temperature == 0:
@@ -305,7 +308,7 @@ def prepare(args, today):
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ValueError(f"--data-dir {args.data_dir} is not a folder")
     rows = {name: tasks.lock.make_rows(tasks.lock.LOCKS[name], 256, seed=0) if name in tasks.lock.LOCKS
-            else load_set(name, args.data_dir) for name in args.sets}
+            else load_set(name, args.data_dir) if name in SETS else load_rows(name, "test") for name in args.sets}
     there = read_folder(args.out) or {}
     model, tokenizer = load_model(args.model, torch.bfloat16 if device().type == "cuda" else torch.float32)
     check_model(model.to(device()).eval(), args.model, training=False)

@@ -47,6 +47,8 @@ def load_model(name, dtype=torch.float32):
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         adapter = " (it holds an adapter: merge it into its base model first)" if has_adapter(name) else ""
         raise ValueError(f"{name} does not hold a model: there is no config.json in it{adapter}")
+    if (Path(name) / "checkpoints").is_dir():
+        raise ValueError(f"{name} is the directory of a run: name one of the models in {Path(name) / 'checkpoints'}")
     if has_adapter(name):
         raise ValueError(f"{name} holds an adapter beside a base model, and adapters are not applied here: merge it "
                          "into the base model, or remove adapter_config.json to use the base model alone")

@@ -401,7 +401,9 @@ def test_another_process_in_the_same_folder_is_refused(checkpoint, data, tmp_pat
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (dict(sets="gsm8k,aime"), "'aime' is not one of gsm8k_train, gsm8k, math_train, aime24"),
+    (dict(sets="gsm8k,aime"), "'aime' is neither a .jsonl file nor one of gsm8k_train, gsm8k, math_train, aime24"),
+    (dict(sets="no/such.jsonl"), "cannot read the data file no/such.jsonl"),
+    (dict(model="RUN"), "is the directory of a run: name one of the models in"),
     (dict(sets=""), "--sets: ''"), (dict(samples=0), "--samples: must be at least 1, got 0"),
     (dict(samples="two"), "--samples: invalid int"),
     (dict(samples=2), "--samples: 2 greedy answers would all be the same"),
@@ -420,9 +422,11 @@ def test_another_process_in_the_same_folder_is_refused(checkpoint, data, tmp_pat
 def test_bad_input_is_one_line_and_leaves_nothing_behind(checkpoint, data, tmp_path, monkeypatch, capsys,
                                                          flags, complaint):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    places = {name: tmp_path / name for name in ("EMPTY", "HALF", "BAD", "BARE")}
+    places = {name: tmp_path / name for name in ("EMPTY", "HALF", "BAD", "BARE", "RUN")}
     for place in places.values():
         place.mkdir()
+    (places["RUN"] / "checkpoints").mkdir()
+    (places["RUN"] / "config.json").write_text("{}")
     (tmp_path / "FILE").write_text("mine")
     (places["HALF"] / "config.json").write_text("{}")
     (places["BAD"] / "gsm8k_test.jsonl").write_text("{")
@@ -554,6 +558,15 @@ def test_template_and_answer_get_into_the_questions(checkpoint, data, tmp_path):
                                  str(tmp_path / "out"), "--template", "no", "--answer", "last"])
     (*_, questions), _ = eval_math.prepare(args, "2026-01-31")
     assert {(q.template, q.answer) for q in questions["gsm8k"]} == {("no", "last")}
+
+
+def test_a_file_of_ones_own_is_a_set(checkpoint, data, tmp_path, graders):
+    """The answers and grades are those that the same rows have as a known set; the paper has no scores beside them."""
+    own = data / "gsm8k_test.jsonl"
+    assert run(checkpoint, data, tmp_path / "known", "gsm8k") == run(checkpoint, data, tmp_path / "own", own) == 0
+    known, mine = (json.loads((tmp_path / name / "results.json").read_text())["sets"] for name in ("known", "own"))
+    assert mine == {str(own): known["gsm8k"]} and 0 < known["gsm8k"]["accuracy"] < 1
+    assert "GRPO, N = 8" not in (tmp_path / "own" / "results.md").read_text()
 
 
 def test_samples_and_temperature_get_to_the_sampler(checkpoint, data, tmp_path, monkeypatch):

@@ -133,6 +133,7 @@ def test_state_dict_restores_everything():
         assert b.fitted == (n == 100)
         for _ in range(2):                                       # at once, and one outcome later
             assert (a.w, a.b, a.fitted, list(a.outcomes)) == (b.w, b.b, b.fitted, list(b.outcomes))
+            assert a.predict(np.linspace(0, 1, 11)).tolist() == b.predict(np.linspace(0, 1, 11)).tolist()
             for estimate in (a, b):
                 estimate.observe(0.3, True)
                 estimate.fit()

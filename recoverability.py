@@ -28,7 +28,8 @@ def sigmoid(x):
 class Recoverability:
     """The buffer M of the last `window` outcomes (r, y) and the logistic fit to it.
 
-    Attributes: w, b (floats, 0 until fitted) and fitted (bool).
+    Attributes: w, b (floats, 0 until fitted) and fitted (bool). The algorithm asks for observe(), fit() and predict().
+    The logs and figures of a run, and experiments/, read w and b: they are to be changed with another form of P.
     """
 
     def __init__(self, window=10_000, min_observations=10, l2=1.0):

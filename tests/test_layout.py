@@ -139,7 +139,8 @@ def test_a_forbidden_import_is_found(file, statement, found):
 
 
 def test_the_root_holds_the_paper_and_the_two_commands():
-    assert {path.name for path in ROOT.glob("*.py")} == {f"{name}.py" for name in PAPER + COMMANDS}
+    found = {path.name for path in ROOT.glob("*.py")}
+    assert found == {f"{name}.py" for name in PAPER + COMMANDS}, "name a program of your own in COMMANDS, above"
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, "results"])

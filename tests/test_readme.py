@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -73,6 +74,16 @@ def test_the_readme_shows_the_five_equations():
     for name in "QPALJ":
         assert f"**({name})**" in README
     assert not [block for block in blocks if block.count("{") != block.count("}")]
+
+
+def test_the_reward_of_the_readme_grades_the_last_word():
+    block, = [block for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "Policy.reward" in block]
+    found = {}
+    exec("from trainer.policy import Policy\n" + re.search(r"def reward.*?\n\n", block, re.S)[0], found)
+    policy = SimpleNamespace(stop=[1], text=lambda ids: {2: "it is 14", 3: "it is 4", 4: ""}[ids[0]])
+    question = SimpleNamespace(gold="4")
+    assert [found["reward"](policy, question, [ids, 1]) for ids in (2, 3, 4)] == [0.0, 1.0, 0.0]
+    assert found["reward"](policy, question, [3]) == 0.0                 # it is not finished
 
 
 def test_every_function_exists():

@@ -9,8 +9,10 @@ hyper-parameters and replaces one or two functions of the algorithm:
 
 To add a method, copy the file that is nearest to it: dr_grpo.py (only weights, 20 lines), treerl.py (states and
 weights), or ablations.py (a change of one function). Write its paper, its rule and "differs from deep_grpo.py in" at
-the top, add a row here and its line in the tables of tests/variants/test_methods.py, and write a test of its own. A
-constant of the method stands at the top of its file; a flag needs a field of deep_grpo.Config and a line in
+the top, add a row here under a new name, and write a test of its own. Four tables of tests/variants/test_methods.py
+name every method: its G and K, its functions, whether it fits P, and its forks. Every Fork gets config.branches
+branches. Two forks with K/2 each are a row with half of the branches; loss.py divides by the branches of the whole
+rollout. A constant of the method stands at the top of its file; a flag needs a field of deep_grpo.Config and a line in
 trainer/settings.py. An update() of its own returns the metrics of deep_grpo.update, best by calling it. The policy
 offers text, encode, sample, rewards, score and each (trainer/policy.py).
 

@@ -215,7 +215,7 @@ def plot_where(cells, args):
     plot_factors(axes["b"], cells, args)
     whole = all(f"{row} {p}" in cells for row, p in CELLS)
     if whole:
-        axes["a"].set_title("After early errors GRPO needs fewer\ntokens, after late ones no gain is shown")
+        axes["a"].set_title("After early errors, GRPO needs\nfewer tokens")
         axes["b"].set_title("They differ most where correct\nanswers are rare")
     figure.suptitle("Resampling shows no clear gain in any cell, and a loss after early errors" if whole else TITLE,
                     x=0.01, ha="left")

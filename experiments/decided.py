@@ -16,9 +16,10 @@ the probability
 A new rollout of the same question is correct with probability V(x), and a branch costs 1 - r of its tokens. Branches
 therefore have (1 - D(r)) / (1 - r) times as many correct answers per token: more where D(r) < r, less where D(r) > r.
 
-1 - D is estimated from the pivots of a run, as the sum of two shares over all pivots: the share of correct branches,
-over the share of correct rollouts among the G - 1 others of the question. Both sums weigh a question by V(x) (1 - V(x)).
-The intervals are from a bootstrap of the steps of all runs.
+1 - D is estimated from the pivots of a run. It is the mean share of correct branches, over the mean share of correct
+rollouts among the G - 1 others of the question. Both means are over all pivots, and both weigh a question by V(x) (1 -
+V(x)). For the cost of a branch the tokens of branches and rollouts are counted. Intervals are from a bootstrap of the
+steps of all runs.
 """
 import argparse
 import json
@@ -30,6 +31,7 @@ from experiments.budget import LOCKS
 from experiments.figures import ACCENT, GREY, INK, LIGHT, new_figure, save_figure
 from experiments.gsm8k_pivots import KEPT, read_pivots
 from experiments.runs import write_page, written_by
+from trainer.plot import read_metrics
 from trainer.settings import OneLineParser
 
 GSM8K = "GSM8K"
@@ -39,49 +41,126 @@ MESSAGE = TITLE
 
 
 def shares_of(run) -> dict[str, np.ndarray]:
-    """Of every pivot of a run of DEEP-GRPO: step, depth in tokens, the shares of correct branches and of correct others.
+    """Of every pivot of a run of DEEP-GRPO: step, depth, cost, and the shares of correct branches and correct others.
 
-    depth: the share of the response's tokens that stand before the pivot. others: the rollouts of the same question but
-    the failed one itself.
+    depth: the share of the response's tokens that stand before the pivot. cost: the tokens of a branch, relative to
+    those of a rollout. As a run keeps only their means, the tokens of all branches are divided among the pivots in
+    proportion to what stood after them. others: the rollouts of the same question but the failed one itself.
     """
     settings = json.loads((run / "config.json").read_text())["settings"]
     if settings["method"] != "deep_grpo":
-        raise ValueError(f"its method is {settings['method']}, and only deep_grpo branches all failures and nothing else")
-    pivots = read_pivots(run)
+        raise ValueError(f"{run} has the method {settings['method']}, and only deep_grpo branches failures alone")
+    pivots, metrics = read_pivots(run), read_metrics(run)
+    lengths = {name: dict(zip(*metrics[name])) for name in ("branch_length", "response_length")}
+    branch, response = (np.mean([lengths[name][step] for step in pivots["step"]]) for name in lengths)
+    rest = pivots["response_tokens"] - pivots["pivot"]
     return {"step": pivots["step"], "depth": pivots["pivot"] / pivots["response_tokens"],
-            "branches": pivots["right_branches"] / pivots["branches"],
+            "cost": rest / rest.mean() * branch / response, "branches": pivots["right_branches"] / pivots["branches"],
             "others": pivots["rate"].round() / (settings["group_size"] - 1)}
 
 
 def decided(runs, resamples=2000) -> list[dict]:
-    """The rows of one source: for each interval of EDGES that has pivots, and for all of them.
+    """A row for each interval of EDGES in which a question has a correct rollout, and a last one for all pivots.
 
-    runs: what shares_of() returns for each. A row has pivots, branches and others (means of the shares), at (the mean
-    depth), D and its 95 % interval, and per_token, (1 - D) / (1 - at), with its interval.
+    runs: what shares_of() returns for each. A row has the number of pivots, the means of depth, cost and both shares,
+    recovered and answered (how often these are above 0), D, per_token (correct answers per token, relative to more
+    rollouts of the same questions), and 95 % intervals of the last two.
     """
-    columns = {name: np.concatenate([run[name] for run in runs]) for name in ("depth", "branches", "others")}
-    steps = np.unique(np.concatenate([np.stack([np.full(len(run["step"]), i), run["step"]], 1)
-                                      for i, run in enumerate(runs)]), axis=0, return_inverse=True)[1]
-    draws = np.random.default_rng(0).multinomial(steps.max() + 1, np.full(steps.max() + 1, 1 / (steps.max() + 1)),
-                                                 resamples)                       # how often each step is drawn
+    names = ("depth", "cost", "branches", "others")
+    depth, cost, branches, others = (np.concatenate([run[name] for run in runs]) for name in names)
+    labels = np.concatenate([run["step"] + 1e6 * i for i, run in enumerate(runs)])
+    step = np.unique(labels, return_inverse=True)[1]                     # of each pivot, numbered over all runs
+    n = step.max() + 1
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)          # how often, in a resample
     rows = []
     for low, high in [*zip(EDGES, EDGES[1:]), (0.0, 1.0)]:
-        inside = (columns["depth"] >= low) & (columns["depth"] < high)
-        if not columns["others"][inside].any():
+        inside = (depth >= low) & (depth < high)
+        if not others[inside].any():
             continue
-        sums = np.stack([np.bincount(steps[inside], values[inside], steps.max() + 1) for values in
-                         (np.ones(len(steps)), *(columns[name] for name in ("depth", "branches", "others")))], 1)
-        n, depth, branches, others = sums.sum(0)
-        left, per_token = curves(sums.sum(0))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            intervals = [np.nanpercentile(values, [2.5, 97.5]).tolist() for values in curves((draws @ sums).T)]
-        rows.append({"low": low, "high": high, "pivots": int(n), "at": depth / n, "branches": branches / n,
-                     "others": others / n, "D": 1 - left, "D_interval": [1 - x for x in reversed(intervals[0])],
-                     "per_token": per_token, "per_token_interval": intervals[1]})
+        columns = [np.bincount(step[inside], values[inside], n)
+                   for values in (np.ones(len(depth)), cost, branches, others)]
+        found, resampled = estimates(*np.sum(columns, 1)), estimates(*(drawn @ np.transpose(columns)).T)
+        rows.append({"low": low, "high": high, "pivots": int(inside.sum())}
+                    | {name: values[inside].mean() for name, values in zip(names, (depth, cost, branches, others))}
+                    | {"recovered": (branches[inside] > 0).mean(), "answered": (others[inside] > 0).mean()}
+                    | {name: float(value) for name, value in found.items()}
+                    | {f"{name}_interval": np.nanpercentile(values, [2.5, 97.5]).tolist()
+                       for name, values in resampled.items()})
     return rows
 
 
-def curves(sums):
-    """(1 - D, (1 - D) / (1 - r)) from the sums over pivots of 1, of the depth and of both shares."""
-    n, depth, branches, others = sums
-    return branches / others, branches / others / (1 - depth / n)
+def estimates(pivots, cost, branches, others) -> dict:
+    """D and per_token, from the number of pivots and the sums over them; arrays give arrays."""
+    with np.errstate(invalid="ignore", divide="ignore"):                 # a resample may have no correct rollout
+        left = branches / others
+        return {"D": 1 - left, "per_token": left / (cost / pivots)}
+
+
+def tables(measured) -> str:
+    """The Markdown of the page: all pivots of every source, then the intervals of depth of each."""
+    lines = ["| source | pivots | depth | cost of a branch | correct branches | correct others | pivots with a correct "
+             "branch | with a correct other | D | correct answers per token |", "|---" * 10 + "|"]
+    for name, rows in measured.items():
+        row = rows[-1]
+        lines.append(f"| {name} | {row['pivots']:,} | {row['depth']:.2f} | {row['cost']:.2f} | "
+                     f"{100 * row['branches']:.1f} % | {100 * row['others']:.1f} % | "
+                     f"{100 * row['recovered']:.1f} % | {100 * row['answered']:.1f} % | "
+                     f"{between(row, 'D')} | {between(row, 'per_token')} |")
+    for name, rows in measured.items():
+        lines += ["", f"### {name}", "", "| depth | pivots | D | correct answers per token |", "|---" * 4 + "|"]
+        lines += [f"| {row['low']:.1f} to {row['high']:.1f} | {row['pivots']:,} | {between(row, 'D')} | "
+                  f"{between(row, 'per_token')} |" for row in rows[:-1]]
+    return "\n".join(lines)
+
+
+def between(row, name) -> str:
+    """A value and its interval, as text."""
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.2f} ({low:.2f} to {high:.2f})"
+
+
+def plot(measured, title):
+    """D against the depth, a line for each source, and the line D = r."""
+    figure, axes = new_figure(4.4)
+    axis = axes["a"]
+    axis.fill_between([0, 1], [0, 1], color=LIGHT, alpha=0.25, linewidth=0)
+    axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+    for name, rows in measured.items():
+        x, y = ([row[column] for row in rows[:-1]] for column in ("depth", "D"))
+        errors = np.abs(np.array([row["D_interval"] for row in rows[:-1]]).T - y)
+        color = ACCENT if name == GSM8K else INK if "late" in name else GREY
+        axis.errorbar(x, y, yerr=errors, fmt="o:" if "rare" in name else "o-", color=color, markersize=4, linewidth=1.6,
+                      elinewidth=1, label=name)
+    axis.legend(frameon=False)
+    axis.set(xlabel="share r of the rollout's tokens that stand before the pivot", xlim=(0, 1), ylim=(-0.25, 1.1),
+             ylabel="share D(r) of the outcome\nthat is decided there")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def main(argv=None):
+    """Write numbers, figure and tables."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/budget"), help="Names the folder with the runs of "
+                        "experiments.budget; locks without runs there keep their numbers. The default is runs/budget.")
+    parser.add_argument("--results", type=Path, default=Path("results"),
+                        help="Names the folder for numbers, figure and tables. The default is results.")
+    args = parser.parse_args(argv)
+    numbers = args.results / "decided.json"
+    measured = json.loads(numbers.read_text()) if numbers.exists() else {}
+    folders = {GSM8K: [KEPT]} | {lock: sorted(args.runs.glob(lock.replace(", ", "-").replace(" ", "-") + "/s100-*"))
+                                 for lock in LOCKS}
+    for name, paths in folders.items():
+        if runs := [path for path in paths if path.is_dir()]:
+            measured[name] = decided([shares_of(run) for run in runs])
+    args.results.mkdir(parents=True, exist_ok=True)
+    numbers.write_text(json.dumps(measured, indent=1) + "\n")
+    save_figure(plot(measured, MESSAGE if measured.keys() == folders.keys() else TITLE), args.results / "decided.png")
+    text = tables(measured)
+    write_page(args.results / "decided.md", TITLE, "decided.png",
+               f"{written_by('-m experiments.decided', argv, 'pivots of kept runs')}\n\n{text}")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

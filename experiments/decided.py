@@ -90,26 +90,35 @@ def decided(runs, resamples=2000) -> list[dict]:
 
 
 def estimates(pivots, cost, branches, others) -> dict:
-    """D and per_token, from the number of pivots and the sums over them; arrays give arrays."""
-    with np.errstate(invalid="ignore", divide="ignore"):                 # a resample may have no correct rollout
-        left = branches / others
-        return {"D": 1 - left, "per_token": left / (cost / pivots)}
+    """D and per_token, from the number of pivots and the sums over them; arrays give arrays.
+
+    Both are nan in a resample that has no correct rollout.
+    """
+    left = branches / np.where(others > 0, others, np.nan)
+    return {"D": 1 - left, "per_token": left / (cost / np.maximum(pivots, 1))}
+
+
+def first_quarter(run):
+    """What shares_of() returned, of the first quarter of the steps alone."""
+    early = run["step"] <= np.ceil(run["step"].max() / 4)
+    return {name: values[early] for name, values in run.items()}
 
 
 def tables(measured) -> str:
     """The Markdown of the page: all pivots of every source, then the intervals of depth of each."""
     lines = ["| source | pivots | depth | cost of a branch | correct branches | correct others | pivots with a correct "
-             "branch | with a correct other | D | correct answers per token |", "|---" * 10 + "|"]
-    for name, rows in measured.items():
-        row = rows[-1]
+             "branch | with a correct other | D | correct answers per token | in the first quarter of the steps |",
+             "|---" * 11 + "|"]
+    for name, found in measured.items():
+        row = found["depths"][-1]
         lines.append(f"| {name} | {row['pivots']:,} | {row['depth']:.2f} | {row['cost']:.2f} | "
                      f"{100 * row['branches']:.1f} % | {100 * row['others']:.1f} % | "
                      f"{100 * row['recovered']:.1f} % | {100 * row['answered']:.1f} % | "
-                     f"{between(row, 'D')} | {between(row, 'per_token')} |")
-    for name, rows in measured.items():
+                     f"{between(row, 'D')} | {between(row, 'per_token')} | {between(found['early'], 'per_token')} |")
+    for name, found in measured.items():
         lines += ["", f"### {name}", "", "| depth | pivots | D | correct answers per token |", "|---" * 4 + "|"]
         lines += [f"| {row['low']:.1f} to {row['high']:.1f} | {row['pivots']:,} | {between(row, 'D')} | "
-                  f"{between(row, 'per_token')} |" for row in rows[:-1]]
+                  f"{between(row, 'per_token')} |" for row in found["depths"][:-1]]
     return "\n".join(lines)
 
 
@@ -125,9 +134,10 @@ def plot(measured, title):
     axis = axes["a"]
     axis.fill_between([0, 1], [0, 1], color=LIGHT, alpha=0.25, linewidth=0)
     axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
-    for name, rows in measured.items():
-        x, y = ([row[column] for row in rows[:-1]] for column in ("depth", "D"))
-        errors = np.abs(np.array([row["D_interval"] for row in rows[:-1]]).T - y)
+    for name, found in measured.items():
+        rows = found["depths"][:-1]
+        x, y = ([row[column] for row in rows] for column in ("depth", "D"))
+        errors = np.abs(np.array([row["D_interval"] for row in rows]).T - y)
         color = ACCENT if name == GSM8K else INK if "late" in name else GREY
         axis.errorbar(x, y, yerr=errors, fmt="o:" if "rare" in name else "o-", color=color, markersize=4, linewidth=1.6,
                       elinewidth=1, label=name)
@@ -151,8 +161,9 @@ def main(argv=None):
     folders = {GSM8K: [KEPT]} | {lock: sorted(args.runs.glob(lock.replace(", ", "-").replace(" ", "-") + "/s100-*"))
                                  for lock in LOCKS}
     for name, paths in folders.items():
-        if runs := [path for path in paths if path.is_dir()]:
-            measured[name] = decided([shares_of(run) for run in runs])
+        if runs := [shares_of(path) for path in paths if path.is_dir()]:
+            measured[name] = {"runs": len(runs), "depths": decided(runs),
+                              "early": decided([first_quarter(run) for run in runs])[-1]}
     args.results.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(measured, indent=1) + "\n")
     save_figure(plot(measured, MESSAGE if measured.keys() == folders.keys() else TITLE), args.results / "decided.png")

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from experiments.decided import decided, main, shares_of
+from experiments.decided import decided, first_quarter, main, shares_of
 
 
 @pytest.mark.parametrize("depth", range(6))
@@ -74,6 +74,14 @@ def test_several_runs_are_one_source_and_the_interval_comes_from_their_steps(tmp
 def test_a_depth_without_a_correct_rollout_has_no_row(tmp_path):
     rows = decided([shares_of(write_run(tmp_path / "run", [*LOCK, "1,100,95,0.9,0,2,0"], [(100, 50)]))])
     assert [row["low"] for row in rows] == [0.2, 0.7, 0]
+
+
+def test_the_first_quarter_of_the_steps_has_a_row_of_its_own(tmp_path):
+    """In the first of four steps no branch is correct."""
+    none = [line.replace(",1,2,", ",0,2,") for line in LOCK]
+    later = [f"{step}{line[1:]}" for step in (2, 3, 4) for line in LOCK]
+    run = shares_of(write_run(tmp_path / "run", none + later, [(100, 50)] * 4))
+    assert decided([first_quarter(run)])[-1]["D"] == 1 and decided([run])[-1]["D"] == pytest.approx(1 - 0.375 / 0.5 / 2)
 
 
 def test_a_method_that_branches_other_rollouts_is_refused(tmp_path):

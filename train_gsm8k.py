@@ -182,6 +182,10 @@ def encode_questions(args, rows, tokenizer):
     if skipped or eval_skipped:
         print(f"skipped {len(skipped)} of {len(rows[0])} training and "
               f"{len(eval_skipped)} of {len(rows[1]) + len(rows[2])} evaluation questions")
+    unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if unreadable := sum(not unknown.isdisjoint(q.prompt) for q in questions):
+        print(f"warning: the tokenizer has no token for a part of {unreadable} of {len(questions)} training prompts: "
+              f"the model sees {tokenizer.unk_token} there")
     if not questions or (args.eval_every and not eval_questions) or (rows[2] and not val_questions):
         raise ValueError(f"no question is left: all are longer than --max-prompt-tokens {args.max_prompt_tokens}")
     return questions, eval_questions, val_questions, len(skipped) + len(eval_skipped)

@@ -125,6 +125,7 @@ def plot_run(run_dir) -> Path:
             axes.flat[0].plot(steps, mine, color="black", label="eval_accuracy, smoothed")
             axes.flat[0].fill_between(steps, mine - width, mine + width, color="black", alpha=0.12, linewidth=0)
         axes.flat[0].legend(fontsize=8)
+    figure.suptitle(f"{run_dir}: {about['settings'].get('method', '')}")
     path = Path(run_dir) / "run.png"
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -560,6 +560,20 @@ def test_a_bad_reward_in_the_middle_of_a_run_is_one_line(tmp_path, monkeypatch, 
     assert line.startswith("error: a reward must be a number, ") and f"got None; go on with --resume {tmp_path}" in line
 
 
+def test_words_that_the_tokenizer_does_not_know_are_said(tmp_path, capsys):
+    """The tokenizer of the embedded task knows no word but its own, and the logs show the question as it was."""
+    rows = [{"question": text, "answer": "#### 4"} for text in ("R+5", "two and two", "R+5", "L+2")]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_model(str(ROOT / "assets" / "tiny"))[1]
+    args = parse_args([*map(str, SHORT), "--data", str(data)])
+    train_gsm8k.encode_questions(args, (rows, rows, []), tokenizer)
+    said = capsys.readouterr().out
+    assert "no token for a part of 1 of 4 training prompts: the model sees <unk> there" in said
+    train_gsm8k.encode_questions(args, (rows[:1], rows[:1], []), tokenizer)
+    assert "no token" not in capsys.readouterr().out
+
+
 def test_a_longer_test_set_than_eval_rows_is_said_to_be_cut(own_data, capsys):
     args = parse_args([*map(str, own_data), "--eval-rows", "4"])
     train_rows, test, val = train_gsm8k.load_questions(args)

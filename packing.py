@@ -274,7 +274,7 @@ def score_rows(model, rows: list[Row], temperature: float = 1.0, chunk: int = 40
     # The last chunk is the first one of the backward pass, so keeping it takes no more memory than computing it again.
     score = partial(score_tokens, model.get_output_embeddings(), temperature=temperature, entropies=entropies)
     # (A part of a tensor would be another case to torch.compile than the whole, so each chunk is a tensor of its own.)
-    chunks = [(hidden[i], y) for i, y in zip(predictors.split(chunk), targets.split(chunk))]
+    chunks = [(hidden[i], y.clone()) for i, y in zip(predictors.split(chunk), targets.split(chunk))]
     again = [torch.is_grad_enabled() and i < len(chunks) - 1 for i in range(len(chunks))]
     pairs = [checkpoint(score, *c, use_reentrant=False) if r else score(*c) for c, r in zip(chunks, again)]
     logps, found = zip(*pairs)

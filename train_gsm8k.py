@@ -129,7 +129,8 @@ def prepare(args) -> Run:
     warn_of_memory(args, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     score = plain_rows
-    if args.compile and compiles("the update", lambda: compiling.warm_up(model, ref_model, config.temperature)):
+    if args.compile and compiles("the update", lambda: compiling.warm_up(
+            model, ref_model, config.temperature, config.updates > 1 or args.stapo or args.method == "vcpo")):
         score = compiled_rows
     if sampler is decoding.sample:
         if args.compile and compiles("sampling", lambda: decoding.warm_up(model, True)):

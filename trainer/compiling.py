@@ -68,7 +68,9 @@ def additive_masks(rows, config, segments, prefixes, positions):
 def fused_scores(head, hidden, targets, temperature: float, entropies: bool):
     """packing.score_tokens in a form that torch makes few kernels of: the logits are kept, their softmax is not."""
     logits = head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:                             # a division by 1 would stay in the compiled code
+        logits = logits / temperature
     logz = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets[:, None])[:, 0] - logz
     if not entropies:
@@ -138,13 +140,15 @@ def padded_to(score, device) -> int:
     return BLOCK if score is compiled_rows else 8
 
 
-def warm_up(model, ref_model, temperature) -> str | None:
+def warm_up(model, ref_model, temperature, scores=False) -> str | None:
     """Compile all that an update needs, before the first step. Returns why a run has to go on without, or None, on all
     ranks alike.
 
+    scores: an update also needs deep_grpo.score_groups(), for old log-probabilities or for entropies.
     Log-probabilities and gradients of several rows and of one are compared with those of plain_rows(). On a GPU it is
-    the mean difference of log-probabilities, because bf16 rounds single tokens by more: two real models had .02 and .05
-    nats on average, measured on a CPU, and at most .15 and .34. A wrong mask makes differences of nats.
+    the mean difference of log-probabilities, because bf16 rounds single tokens by more. Measured on a CPU with a real
+    model of 135 M parameters, two correct kernels of attention differ by .05 nats and 2 % of the gradient under
+    autocast, and by .07 nats and 3 % with bf16 weights. With a wrong mask they differ by .45 nats and 24 to 35 %.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (3, 200), generator=torch.Generator().manual_seed(0)).tolist()
@@ -164,15 +168,19 @@ def warm_up(model, ref_model, temperature) -> str | None:
         try:
             with compiled_layers(model, *([] if ref_model is None else [ref_model])):
                 logp, grads = learn(compiled_rows, part)
-                if ref_model is not None:
-                    with torch.no_grad():
+                with torch.no_grad():
+                    if ref_model is not None:
                         Ranks(compiled_rows).score(ref_model, part, temperature, entropies=False)
+                    if scores:
+                        Ranks(compiled_rows).score(model, part, temperature)
+        except torch.OutOfMemoryError:               # of one rank, perhaps, and the others would wait for it
+            raise
         except Exception as error:                   # any type: what a compiler does is not ours to say
             return f"{type(error).__name__}: {first_line(error)}"
         gaps = (logp - right).abs()
         gap = (gaps.max() if exact else gaps.mean()).item()
         difference = get_total_norm([a - b for a, b in zip(grads, right_grads)]) / get_total_norm(right_grads)
-        if not (gap <= (1e-3 if exact else 0.1) and difference <= (1e-3 if exact else 0.05)):
+        if not (gap <= (1e-3 if exact else 0.25) and difference <= (1e-3 if exact else 0.2)):
             return f"log-probabilities differ by {gap:.2g} nats, gradients by {100 * difference:.1f} %"
         return None
 

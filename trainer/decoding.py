@@ -256,7 +256,9 @@ def draw(logits, temperature):
 
     The v with the largest logits_v / T - log E_v, where E ~ Exp(1) is noise, is a draw from the softmax.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:                             # a division by 1 would stay in the compiled code
+        logits = logits / temperature
     E = exponential(torch.rand_like(logits, dtype=torch.float32))
     token, logp = (logits - E.log()).argmax(-1), logits.log_softmax(-1)
     return token, logp.gather(-1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
@@ -337,7 +339,13 @@ def draw_block(model, fixed, seen, token, position, pick, block) -> list[list]:
             ASKS_THE_HOST[model] = asks_the_host(step)
             left -= 1
         if left and not ASKS_THE_HOST[model]:
-            replay = captured(step)
+            try:
+                replay = captured(step)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:            # nothing of the step has run
+                ASKS_THE_HOST[model] = True
+                no_graph(error)
     for _ in range(left):
         replay()
     if not all(torch.isfinite(values).all() for values in made[1:]):
@@ -373,7 +381,7 @@ def makes_graphs(model) -> bool:
     return model.device.type == "cuda" and not isinstance(model, FSDPModule)
 
 
-ASKS_THE_HOST = WeakKeyDictionary()                      # model -> found by asks_the_host()
+ASKS_THE_HOST = WeakKeyDictionary()                      # model -> no graph can be made of it
 
 
 def asks_the_host(step) -> bool:
@@ -391,12 +399,16 @@ def asks_the_host(step) -> bool:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        why = first_line(error)
+        no_graph(error)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    warnings.warn(f"no CUDA graph can be made of this model, so sampling is slower: {why}", stacklevel=2)
     step()
     return True
+
+
+def no_graph(why) -> None:
+    """Say that sampling goes on without CUDA graphs."""
+    warnings.warn(f"no CUDA graph can be made of this model, so sampling is slower: {first_line(why)}", stacklevel=2)
 
 
 def captured(step):
@@ -421,8 +433,8 @@ def warm_up(model, compile_layers: bool) -> str | None:
     """Try the loop on the device, and compile what it needs. Returns why it cannot be used so, or None, on all ranks.
 
     What is drawn from several rows, and from one, is scored by packing.score_rows: both must be one policy. On a GPU
-    the types are those of autocast, so the bound is wider than on a CPU: of random tokens, as the prompts are here, two
-    real models had gaps of .016 to .055 nats in bf16. A wrong mask or position makes gaps of nats.
+    the types are those of autocast, so the bound is wider than on a CPU. Of random tokens, as the prompts are here,
+    real models had gaps of .016 to .07 nats in bf16. A prefix that is one token short made gaps of .27 nats or more.
     """
     gpu = device_of(model).type == "cuda"
     many = 64 if gpu else 1                          # torch chooses kernels by the sizes that it sees first
@@ -443,7 +455,7 @@ def warm_up(model, compile_layers: bool) -> str | None:
             rows = [pack(prefix, y) for prefix, (y, *_) in zip(prefixes, drawn)]
             logps, _ = Ranks().score(model, rows, 1.0, entropies=False)
         gap = (logps.cpu() - torch.from_numpy(np.concatenate([y.logps for (y, *_) in drawn]))).abs().mean().item()
-        if not gap <= (0.1 if gpu else 1e-3):
+        if not gap <= (0.25 if gpu else 1e-3):
             return f"the log-probabilities of what it draws differ by {gap:.2g} nats from those of the update"
         return None
 

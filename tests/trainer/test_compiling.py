@@ -1,6 +1,7 @@
 """The compiled update gives the numbers of the plain one. On a CPU, FlexAttention has values, but no backward pass."""
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from trainer.compiling import (
     additive_masks,
     attend,
     block_masks,
+    compiled,
     compiled_layers,
     compiled_rows,
+    dense_masks,
     fused_scores,
     padded_to,
     plain_rows,
@@ -145,18 +148,24 @@ def test_compiled_layers_give_the_same_and_nothing_is_compiled_after_the_warm_up
     if checkpointing:
         checkpoint_activations(model)
     before = stopwatch.seconds
-    assert warm_up(model, ref_model, 0.7) is None and stopwatch.seconds > before
+    assert warm_up(model, ref_model, 0.7, scores=True) is None and stopwatch.seconds > before
     before = stopwatch.seconds
-    for n, branches in ((3, 2), (1, 2), (1, 0), (5, 0), (2, 3)):
+    # The last one is scored in chunks, as the head of a large micro-batch is.
+    in_chunks = partial(score_rows, masks=dense_masks, score_tokens=compiled(fused_scores), chunk=40)
+    for n, branches, score in ((3, 2, compiled_rows), (1, 2, compiled_rows), (1, 0, compiled_rows),
+                               (5, 0, compiled_rows), (2, 3, compiled_rows), (5, 2, in_chunks)):
         rows = random_rows(n, n, branches)
         right = learned(model, score_rows, rows)
         with compiled_layers(model, ref_model):
-            found = learned(model, lambda *args: compiled_rows(*args, entropies=False), rows)
+            found = learned(model, lambda *args, score=score: score(*args, entropies=False), rows)
             with torch.no_grad():
-                own, _ = compiled_rows(ref_model, rows, 0.7, entropies=False)
+                own, _ = score(ref_model, rows, 0.7, entropies=False)
+                scores = score(model, rows, 0.7)
         assert (found[0] - right[0]).abs().max() < 1e-4
         assert (found[2] - right[2]).norm() < 1e-5 * right[2].norm()
         assert (own - score_rows(ref_model, rows, 0.7)[0]).abs().max() < 1e-4
+        for a, b in zip(scores, score_rows(model, rows, 0.7)):
+            assert (a - b).abs().max() < 1e-4
     assert stopwatch.seconds == before
     assert "forward" not in model.model.layers[0].__dict__                           # as they were
 
@@ -241,3 +250,6 @@ def test_the_warm_up_has_every_kind_of_pass(monkeypatch):
     monkeypatch.setattr(compiling, "compiled_rows", watched)
     assert warm_up(model, make_model(1, torch.float32), 0.7) is None
     assert calls == [(3, 0.7, True), (3, 0.7, False), (1, 0.7, True), (1, 0.7, False)]
+    calls.clear()
+    assert warm_up(model, None, 1.0, scores=True) is None
+    assert calls == [(3, 1.0, True), (3, 1.0, False), (1, 1.0, True), (1, 1.0, False)]

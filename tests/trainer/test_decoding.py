@@ -340,6 +340,21 @@ def test_a_model_that_does_not_ask_is_captured_once_a_block(like_a_gpu, monkeypa
     assert did[:3] == ["error", 0, "capture"] and set(did[3:]) == {"capture"} and len(did) > 4
 
 
+def test_a_capture_that_fails_costs_the_graph_and_not_the_loop(like_a_gpu, monkeypatch):
+    """What was captured has not run, so the same tokens come without a graph, and it is not tried again."""
+    model, tries = make_model(), []
+    expected = [[argmax_step_by_step(model, p, 9, {EOS})] for p in RAGGED]
+
+    def fails(step):
+        tries.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(decoding, "captured", fails)
+    with pytest.warns(UserWarning, match="sampling is slower: operation not permitted when stream is capturing$"):
+        assert greedy_of(model) == expected
+    assert greedy_of(model) == expected and len(tries) == 1
+
+
 def test_no_memory_for_a_graph_is_no_other_failure(like_a_gpu, monkeypatch, recwarn):
     """It reaches resample.sample, which halves the rows, and the stream is the one of before."""
     did, captured = like_a_gpu

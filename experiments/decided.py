@@ -1,6 +1,7 @@
 r"""When is the outcome of a rollout decided: before or after its tokens are spent?
 
-    python -m experiments.decided       # the kept run on GSM8K, and the locks whose runs are in runs/budget; seconds
+    python -m experiments.decided                   # the kept run on GSM8K, and the locks with runs in runs/budget
+    python -m experiments.decided --run RUN_DIR     # the tables of a run of your own; writes nothing
 
 V(s) is the probability that a rollout which has reached the state s ends correct. Over the rollouts of a question x,
 the mean of V(s) is V(x) at every depth, and at the end V is 0 or 1. So the share of the outcome that is decided at the
@@ -98,6 +99,17 @@ def estimates(pivots, cost, branches, others) -> dict:
     return {"D": 1 - left, "per_token": left / (cost / np.maximum(pivots, 1))}
 
 
+def measured_of(runs) -> dict:
+    """The numbers of one source: its rows by depth, and that of all pivots in the first quarter of the steps.
+
+    The latter is None if no question has a correct rollout there; where none has one at all, it raises ValueError.
+    """
+    depths, early = decided(runs), decided([first_quarter(run) for run in runs])
+    if not depths:
+        raise ValueError("no question has both a failed and a correct rollout")
+    return {"runs": len(runs), "depths": depths, "early": early[-1] if early else None}
+
+
 def first_quarter(run):
     """What shares_of() returned, of the first quarter of the steps alone."""
     early = run["step"] <= np.ceil(run["step"].max() / 4)
@@ -114,7 +126,8 @@ def tables(measured) -> str:
         lines.append(f"| {name} | {row['pivots']:,} | {row['depth']:.2f} | {row['cost']:.2f} | "
                      f"{100 * row['branches']:.1f} % | {100 * row['others']:.1f} % | "
                      f"{100 * row['recovered']:.1f} % | {100 * row['answered']:.1f} % | "
-                     f"{between(row, 'D')} | {between(row, 'per_token')} | {between(found['early'], 'per_token')} |")
+                     f"{between(row, 'D')} | {between(row, 'per_token')} | "
+                     f"{between(found['early'], 'per_token') if found['early'] else '-'} |")
     for name, found in measured.items():
         lines += ["", f"### {name}", "", "| depth | pivots | D | correct answers per token |", "|---" * 4 + "|"]
         lines += [f"| {row['low']:.1f} to {row['high']:.1f} | {row['pivots']:,} | {between(row, 'D')} | "
@@ -153,17 +166,24 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/budget"), help="Names the folder with the runs of "
                         "experiments.budget; locks without runs there keep their numbers. The default is runs/budget.")
+    parser.add_argument("--run", type=Path, help="Names a run directory, prints its tables and ends. The default is to "
+                        "write those of the kept runs.")
     parser.add_argument("--results", type=Path, default=Path("results"),
                         help="Names the folder for numbers, figure and tables. The default is results.")
     args = parser.parse_args(argv)
+    if args.run is not None:
+        try:
+            print(tables({str(args.run): measured_of([shares_of(args.run)])}))
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"argument --run: {args.run} cannot be measured: {error}")
+        return
     numbers = args.results / "decided.json"
     measured = json.loads(numbers.read_text()) if numbers.exists() else {}
     folders = {GSM8K: [KEPT]} | {lock: sorted(args.runs.glob(lock.replace(", ", "-").replace(" ", "-") + "/s100-*"))
                                  for lock in LOCKS}
     for name, paths in folders.items():
         if runs := [shares_of(path) for path in paths if path.is_dir()]:
-            measured[name] = {"runs": len(runs), "depths": decided(runs),
-                              "early": decided([first_quarter(run) for run in runs])[-1]}
+            measured[name] = measured_of(runs)
     args.results.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(measured, indent=1) + "\n")
     save_figure(plot(measured, MESSAGE if measured.keys() == folders.keys() else TITLE), args.results / "decided.png")

@@ -99,3 +99,23 @@ def test_the_page_and_the_figure_are_written_and_a_lock_without_runs_keeps_its_n
     main(["--runs", str(tmp_path / "none"), "--results", str(tmp_path)])
     assert json.loads((tmp_path / "decided.json").read_text()) == kept
     assert "| late error, rare | 4 | 0.50 | 0.50 | 25.0 % | 50.0 % |" in (tmp_path / "decided.md").read_text()
+
+
+def test_the_tables_of_a_run_of_ones_own_are_printed_and_nothing_is_written(tmp_path, capsys):
+    run = write_run(tmp_path / "run", LOCK, [(100, 50)])
+    before = sorted(tmp_path.rglob("*"))
+    main(["--run", str(run), "--results", str(tmp_path)])
+    assert f"| {run} | 4 | 0.50 | 0.50 | 25.0 % | 50.0 % |" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    dead = [line for line in LOCK if line.endswith(",0")]                # of a question without a correct rollout
+    for bad in (tmp_path, write_run(tmp_path / "grpo", [], [(100, 50)]), write_run(tmp_path / "dead", dead, [(9, 5)])):
+        with pytest.raises(SystemExit):
+            main(["--run", str(bad)])
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: argument --run: ") and "cannot be measured" in line
+
+
+def test_a_first_quarter_without_a_correct_rollout_is_left_open(tmp_path, capsys):
+    lines = [line for line in LOCK if line.endswith(",0")] + [f"5{line[1:]}" for line in LOCK]
+    main(["--run", str(write_run(tmp_path / "run", lines, [(100, 50)] * 5))])
+    assert capsys.readouterr().out.splitlines()[2].endswith(" | - |")

@@ -36,9 +36,13 @@ from trainer.plot import read_metrics
 from trainer.settings import OneLineParser
 
 GSM8K = "GSM8K"
-EDGES = np.linspace(0, 1, 11).round(1)
+PLACES = ("early error", "late error")
+LINES = {GSM8K: (GSM8K, ACCENT, -1, (-2, 10)),           # label, colour, at which point it stands, and how far away
+         "early error, both": ("locks with early errors", GREY, -2, (-10, 10)),
+         "late error, both": ("locks with late errors", INK, -2, (10, -14))}
+EDGES = np.linspace(0, 1, 6).round(1)
 TITLE = "When is the outcome of a rollout decided?"
-MESSAGE = TITLE
+MESSAGE = "On GSM8K, the outcome is decided only slightly later than tokens are spent"
 
 
 def shares_of(run) -> dict[str, np.ndarray]:
@@ -142,20 +146,22 @@ def between(row, name) -> str:
 
 
 def plot(measured, title):
-    """D against the depth, a line for each source, and the line D = r."""
+    """D against the depth, a line for each source that LINES names, and the line D = r."""
     figure, axes = new_figure(4.4)
     axis = axes["a"]
     axis.fill_between([0, 1], [0, 1], color=LIGHT, alpha=0.25, linewidth=0)
     axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
-    for name, found in measured.items():
-        rows = found["depths"][:-1]
+    for name, (label, color, at, offset) in LINES.items():
+        if name not in measured:
+            continue
+        rows = measured[name]["depths"][:-1]
         x, y = ([row[column] for row in rows] for column in ("depth", "D"))
         errors = np.abs(np.array([row["D_interval"] for row in rows]).T - y)
-        color = ACCENT if name == GSM8K else INK if "late" in name else GREY
-        axis.errorbar(x, y, yerr=errors, fmt="o:" if "rare" in name else "o-", color=color, markersize=4, linewidth=1.6,
-                      elinewidth=1, label=name)
-    axis.legend(frameon=False)
-    axis.set(xlabel="share r of the rollout's tokens that stand before the pivot", xlim=(0, 1), ylim=(-0.25, 1.1),
+        axis.errorbar(x, y, yerr=errors, fmt="o-", color=color, markersize=5, linewidth=1.6, elinewidth=1)
+        axis.annotate(label, (x[at], y[at]), offset, textcoords="offset points", color=color,
+                      ha="left" if offset[0] > 0 else "right")
+    axis.text(0.98, 0.03, "branches have more correct answers per token", ha="right", color=GREY, fontsize=9)
+    axis.set(xlabel="share r of the rollout's tokens that stand before the pivot", xlim=(0, 1), ylim=(-0.25, 1.05),
              ylabel="share D(r) of the outcome\nthat is decided there")
     figure.suptitle(title, x=0.01, ha="left")
     return figure
@@ -181,6 +187,8 @@ def main(argv=None):
     measured = json.loads(numbers.read_text()) if numbers.exists() else {}
     folders = {GSM8K: [KEPT]} | {lock: sorted(args.runs.glob(lock.replace(", ", "-").replace(" ", "-") + "/s100-*"))
                                  for lock in LOCKS}
+    folders |= {f"{place}, both": [path for lock, paths in folders.items() if lock.startswith(place) for path in paths]
+                for place in PLACES}
     for name, paths in folders.items():
         if runs := [shares_of(path) for path in paths if path.is_dir()]:
             measured[name] = measured_of(runs)

@@ -1,11 +1,14 @@
 """D(r): the identity behind it by enumeration, and its estimate from run directories that were written by hand."""
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.decided import decided, first_quarter, main, shares_of
+from experiments.decided import KEPT, decided, first_quarter, main, measured_of, shares_of, tables
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 @pytest.mark.parametrize("depth", range(6))
@@ -47,7 +50,7 @@ LOCK = ["1,100,25,0.2,1,2,0", "1,100,75,0.7,0,2,0", "1,100,25,0.2,1,2,0.5", "1,1
 
 def test_d_is_0_before_the_outcome_is_decided_and_1_after_it(tmp_path):
     early, late, whole = decided([shares_of(write_run(tmp_path / "run", LOCK, [(100, 50)]))])
-    assert (early["low"], late["low"], whole["low"], whole["high"]) == (0.2, 0.7, 0, 1)
+    assert (early["low"], late["low"], whole["low"], whole["high"]) == (0.2, 0.6, 0, 1)
     assert (early["D"], late["D"], whole["D"]) == (0, 1, 0.5)
     # A branch costs 3/4 of a rollout before, and 1/4 after it; 1/2 in the mean.
     assert [row["cost"] for row in (early, late, whole)] == [0.75, 0.25, 0.5]
@@ -73,7 +76,7 @@ def test_several_runs_are_one_source_and_the_interval_comes_from_their_steps(tmp
 
 def test_a_depth_without_a_correct_rollout_has_no_row(tmp_path):
     rows = decided([shares_of(write_run(tmp_path / "run", [*LOCK, "1,100,95,0.9,0,2,0"], [(100, 50)]))])
-    assert [row["low"] for row in rows] == [0.2, 0.7, 0]
+    assert [row["low"] for row in rows] == [0.2, 0.6, 0]
 
 
 def test_the_first_quarter_of_the_steps_has_a_row_of_its_own(tmp_path):
@@ -95,7 +98,8 @@ def test_the_page_and_the_figure_are_written_and_a_lock_without_runs_keeps_its_n
     write_run(runs / "late-error-rare" / "s100-0", LOCK, [(100, 50)])
     main(["--runs", str(runs), "--results", str(tmp_path)])
     kept = json.loads((tmp_path / "decided.json").read_text())
-    assert list(kept) == ["GSM8K", "late error, rare"] and (tmp_path / "decided.png").stat().st_size > 10_000
+    assert list(kept) == ["GSM8K", "late error, rare", "late error, both"]
+    assert (tmp_path / "decided.png").stat().st_size > 10_000
     main(["--runs", str(tmp_path / "none"), "--results", str(tmp_path)])
     assert json.loads((tmp_path / "decided.json").read_text()) == kept
     assert "| late error, rare | 4 | 0.50 | 0.50 | 25.0 % | 50.0 % |" in (tmp_path / "decided.md").read_text()
@@ -108,7 +112,8 @@ def test_the_tables_of_a_run_of_ones_own_are_printed_and_nothing_is_written(tmp_
     assert f"| {run} | 4 | 0.50 | 0.50 | 25.0 % | 50.0 % |" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
     dead = [line for line in LOCK if line.endswith(",0")]                # of a question without a correct rollout
-    for bad in (tmp_path, write_run(tmp_path / "grpo", [], [(100, 50)]), write_run(tmp_path / "dead", dead, [(9, 5)])):
+    grpo, hopeless = (write_run(tmp_path / name, lines, [(9, 5)]) for name, lines in (("grpo", []), ("dead", dead)))
+    for bad in (tmp_path, grpo, hopeless):
         with pytest.raises(SystemExit):
             main(["--run", str(bad)])
         line, = capsys.readouterr().err.splitlines()
@@ -119,3 +124,13 @@ def test_a_first_quarter_without_a_correct_rollout_is_left_open(tmp_path, capsys
     lines = [line for line in LOCK if line.endswith(",0")] + [f"5{line[1:]}" for line in LOCK]
     main(["--run", str(write_run(tmp_path / "run", lines, [(100, 50)] * 5))])
     assert capsys.readouterr().out.splitlines()[2].endswith(" | - |")
+
+
+def test_the_page_has_the_kept_numbers_and_those_of_gsm8k_can_be_made_again():
+    kept = json.loads((RESULTS / "decided.json").read_text())
+    assert tables(kept) in (RESULTS / "decided.md").read_text()
+    again = measured_of([shares_of(KEPT)])
+    for row, before in zip([*again["depths"], again["early"]], [*kept["GSM8K"]["depths"], kept["GSM8K"]["early"]]):
+        assert row.keys() == before.keys()
+        for name, value in row.items():
+            assert value == pytest.approx(before[name], rel=1e-9)

@@ -170,7 +170,7 @@ def plot(measured, title):
 def main(argv=None):
     """Write numbers, figure and tables."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/budget"), help="Names the folder with the runs of "
+    parser.add_argument("--out", type=Path, default=Path("runs/budget"), help="Names the folder with the runs of "
                         "experiments.budget; locks without runs there keep their numbers. The default is runs/budget.")
     parser.add_argument("--run", type=Path, help="Names a run directory, prints its tables and ends. The default is to "
                         "write those of the kept runs.")
@@ -185,7 +185,7 @@ def main(argv=None):
         return
     numbers = args.results / "decided.json"
     measured = json.loads(numbers.read_text()) if numbers.exists() else {}
-    folders = {GSM8K: [KEPT]} | {lock: sorted(args.runs.glob(lock.replace(", ", "-").replace(" ", "-") + "/s100-*"))
+    folders = {GSM8K: [KEPT]} | {lock: sorted(args.out.glob(lock.replace(", ", "-").replace(" ", "-") + "/s100-*"))
                                  for lock in LOCKS}
     folders |= {f"{place}, both": [path for lock, paths in folders.items() if lock.startswith(place) for path in paths]
                 for place in PLACES}

@@ -96,11 +96,11 @@ def test_the_page_and_the_figure_are_written_and_a_lock_without_runs_keeps_its_n
     runs = tmp_path / "runs"
     (runs / "late-error-rare").mkdir(parents=True)
     write_run(runs / "late-error-rare" / "s100-0", LOCK, [(100, 50)])
-    main(["--runs", str(runs), "--results", str(tmp_path)])
+    main(["--out", str(runs), "--results", str(tmp_path)])
     kept = json.loads((tmp_path / "decided.json").read_text())
     assert list(kept) == ["GSM8K", "late error, rare", "late error, both"]
     assert (tmp_path / "decided.png").stat().st_size > 10_000
-    main(["--runs", str(tmp_path / "none"), "--results", str(tmp_path)])
+    main(["--out", str(tmp_path / "none"), "--results", str(tmp_path)])
     assert json.loads((tmp_path / "decided.json").read_text()) == kept
     assert "| late error, rare | 4 | 0.50 | 0.50 | 25.0 % | 50.0 % |" in (tmp_path / "decided.md").read_text()
 

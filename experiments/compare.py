@@ -7,7 +7,8 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
     python -m experiments.compare --experiment stapo       # with and without STAPO
     python -m experiments.compare --experiment hot         # the same where STAPO acts, 10 seeds
     python -m experiments.compare --experiment ablations   # DEEP-GRPO without one of its parts
-    python -m experiments.compare --experiment thinning    # a share of the failures branched, 40 seeds
+    python -m experiments.compare --experiment thinning    # a share of the failures branched there, 40 seeds
+    python -m experiments.compare --experiment thinning-methods    # the same with the lock of the preset, 20 seeds
     python -m experiments.compare --experiment uneven      # a choice of questions, where they differ, 10 seeds
     python -m experiments.compare --extend --arms mine     # an arm that you added to ARMS beside the kept ones
 
@@ -133,6 +134,9 @@ EXPERIMENTS = {                                      # the last line of each is 
     "thinning": Experiment(
         "Fewer branches, more questions, where correct answers are rare", 40, 128_000, f"{EQUAL} --lr 1.6e-4",
         arms("deep_grpo half half_light quarter eighth grpo treerl"), RARE, first_seed=20),
+    "thinning-methods": Experiment(
+        "Fewer branches, more questions, in the regime of the comparison of methods", 20, 128_000, EQUAL,
+        arms("deep_grpo half half_light quarter eighth grpo treerl"), None, first_seed=20),
 }
 
 
@@ -313,7 +317,7 @@ def main(argv=None):
                         "compared with (with --extend, the first kept one). The default is all arms of the experiment.")
     parser.add_argument("--seeds", type=count,
                         help="Sets how many seeds each arm has. The default is 5, 10 for rare, hot and uneven, 20 for "
-                        "branches and 40 for thinning; with --extend it is the number that is kept.")
+                        "branches and thinning-methods, and 40 for thinning; with --extend it is the number that is kept.")
     parser.add_argument("--budget-tokens", type=count,
                         help="Sets the generated tokens of a run. The default is 128000.")
     parser.add_argument("--extend", action="store_true", help="Makes only the runs whose numbers are not kept: for "

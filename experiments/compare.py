@@ -316,8 +316,8 @@ def main(argv=None):
     parser.add_argument("--arms", help="Runs only these arms, separated by commas; the first is what the others are "
                         "compared with (with --extend, the first kept one). The default is all arms of the experiment.")
     parser.add_argument("--seeds", type=count,
-                        help="Sets how many seeds each arm has. The default is 5, 10 for rare, hot and uneven, 20 for "
-                        "branches and thinning-methods, and 40 for thinning; with --extend it is the number that is kept.")
+                        help="Sets how many seeds each arm has. The default is that of the experiment, 5 to 40; with "
+                        "--extend it is the number that is kept.")
     parser.add_argument("--budget-tokens", type=count,
                         help="Sets the generated tokens of a run. The default is 128000.")
     parser.add_argument("--extend", action="store_true", help="Makes only the runs whose numbers are not kept: for "

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.figures import ACCENT, GREY, INK, LIGHT, new_figure, save_figure
+from experiments.figures import ACCENT, GREY, INK, LIGHT, new_figure, plot_accuracies, save_figure
 from experiments.runs import Arm, Experiment, accuracy_curve, interval, run_all, seconds_of
 from recoverability import sigmoid
 from trainer.checkpoint import find_checkpoints
@@ -85,25 +85,14 @@ def caption(directories) -> str:
 
 def plot_accuracy(axis, directories):
     """Accuracy over generated tokens: the mean over seeds, with all seeds behind it, named at its end."""
-    end, last = shared_tokens(directories), {}
+    curves = []
     for method, runs in directories.items():
-        colour, style = LOOKS[method]
-        curves = [accuracy_curve(read_metrics(run)) for run in runs]
-        for tokens, accuracy in curves:
-            axis.plot(tokens / 1000, 100 * accuracy, color=colour, alpha=0.25, linewidth=0.8)
-        grid = np.linspace(0, end, 61)
-        mean = np.mean([np.interp(grid, *curve) for curve in curves], axis=0)
-        axis.plot(grid / 1000, 100 * mean, style, color=colour, linewidth=2.5, label=NAMES[method])
-        last[method] = (100 * mean[-1], 100 * mean[30])
-    height = np.inf
-    for method in sorted(last, key=last.get, reverse=True):                  # names are kept apart from one another
-        height = min(last[method][0], height - 8)
-        axis.annotate(NAMES[method], (end / 1000, height), (6, 0), textcoords="offset points", va="center",
-                      color=LOOKS[method][0], annotation_clip=False)
-    best = max(last, key=lambda method: last[method][1])
+        seeds = [accuracy_curve(read_metrics(run)) for run in runs]
+        curves.append((NAMES[method], *LOOKS[method], [(tokens / 1000, 100 * accuracy) for tokens, accuracy in seeds]))
+    means = plot_accuracies(axis, curves, shared_tokens(directories) / 1000)
+    best, *_ = max(zip([name for name, *_ in curves], means), key=lambda pair: pair[1][len(pair[1]) // 2])
     axis.set(xlabel=f"generated tokens (thousands); bold lines are means of {len(runs)} seeds",
-             ylabel="greedy accuracy on\nheld-out questions (%)", ylim=(0, 100), xlim=(0, end / 1000),
-             title=f"After half of the tokens {NAMES[best]} has the highest accuracy")
+             title=f"After half of the tokens {best} has the highest accuracy")
 
 
 def outcomes_of(runs) -> list[dict]:

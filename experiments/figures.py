@@ -3,6 +3,8 @@
 A figure is 8 inches wide and is saved with 200 dots per inch, so that its text is legible when a page shows it 800
 pixels wide. Its title is a sentence with the message.
 """
+import numpy as np
+
 from trainer.plot import plt  # it chooses a backend that needs no screen
 
 ACCENT, INK, GREY, LIGHT = "#c8102e", "#262626", "#6e6e6e", "#b4b4b4"
@@ -24,6 +26,26 @@ def save_figure(figure, path):
     """Write the PNG and close the figure."""
     figure.savefig(path, dpi=200)
     plt.close(figure)
+
+
+def plot_accuracies(axis, curves, end) -> list[np.ndarray]:
+    """The mean over seeds of every curve, in percent, from x = 0 to `end`, with its seeds behind it, named at its end.
+
+    curves: (name, colour, line style, [(x, y) of every seed]). Returns the means at 61 places from 0 to the end.
+    """
+    grid, means = np.linspace(0, end, 61), []
+    for _, colour, style, seeds in curves:
+        for x, y in seeds:
+            axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+        means.append(np.mean([np.interp(grid, x, y) for x, y in seeds], axis=0))
+        axis.plot(grid, means[-1], style, color=colour, linewidth=2.5)
+    height = np.inf
+    for mean, (name, colour, *_) in sorted(zip(means, curves), key=lambda pair: -pair[0][-1]):
+        height = min(mean[-1], height - 8)           # names are kept apart from one another
+        axis.annotate(name, (end, height), (6, 0), textcoords="offset points", va="center", color=colour,
+                      annotation_clip=False)
+    axis.set(xlim=(0, end), ylim=(0, 102), ylabel="greedy accuracy on\nheld-out questions (%)")
+    return means
 
 
 def plot_forest(axis, rows, columns=()):

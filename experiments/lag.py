@@ -15,7 +15,7 @@ import json
 
 import numpy as np
 
-from experiments.figures import GREY, INK, new_figure, save_figure
+from experiments.figures import GREY, INK, new_figure, plot_accuracies, save_figure
 from experiments.runs import (
     Arm,
     Experiment,
@@ -125,26 +125,15 @@ def tables(measured) -> str:
 def plot_lags(measured, title):
     """A panel for each method: accuracy over updates, a line per lag (mean of the seeds), and the seeds behind it."""
     figure, axes = new_figure(3.6, "ab", sharey=True)
-    end = shared_updates(measured)
     for axis, (method, label) in zip(axes.values(), PANELS.items()):
-        names = []
+        curves = []
         for lag in LAGS:
-            colour, style = LOOKS[lag]
-            runs = measured["arms"][f"{method}-{lag}"]["seeds"]
-            for run in runs:
-                axis.plot(run["updates"], 100 * np.array(run["accuracy"]), color=colour, alpha=0.25, linewidth=0.8)
-            grid = np.linspace(0, end, 61)
-            mean = 100 * np.mean([np.interp(grid, run["updates"], run["accuracy"]) for run in runs], axis=0)
-            axis.plot(grid, mean, style, color=colour, linewidth=2.5)
-            names.append((mean[-1], lag, colour))
-        height = np.inf
-        for value, lag, colour in sorted(names, reverse=True):               # names are kept apart from one another
-            height = min(value, height - 8)
-            axis.annotate(f"lag {lag}", (end, height), (4, 0), textcoords="offset points", va="center", color=colour,
-                          annotation_clip=False)
-        axis.set(title=label, xlabel=f"updates; bold lines are means of {len(runs)} seeds", xlim=(0, end),
-                 ylim=(0, 102))
-    axes["a"].set_ylabel("greedy accuracy on\nheld-out questions (%)")
+            seeds = measured["arms"][f"{method}-{lag}"]["seeds"]
+            curves.append((f"lag {lag}", *LOOKS[lag],
+                           [(run["updates"], 100 * np.array(run["accuracy"])) for run in seeds]))
+        plot_accuracies(axis, curves, shared_updates(measured))
+        axis.set(title=label, xlabel=f"updates; bold lines are means of {len(seeds)} seeds")
+    axes["b"].set_ylabel("")
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from deep_grpo import Config
-from experiments import speed
+from experiments import speed, workload
 from loss import authors_weights, paper_weights
 
 
 def tiny_work(model, **changes):
-    return speed.Work(model, **dict(questions=2, mean=8, cap=12, prompt=8, group_size=4, branches=3) | changes)
+    return workload.Work(model, **dict(questions=2, mean=8, cap=12, prompt=8, group_size=4, branches=3) | changes)
 
 
 def test_the_plain_update_has_the_same_gradient(model, ref_model):
     groups = tiny_work(model).groups()
     assert any(t.branches for g in groups for t in g.trajectories)
     results = []
-    for update in (speed.update_ours, speed.update_plainly):
+    for update in (workload.update_ours, workload.update_plainly):
         model.zero_grad()
         loss = update(model, groups, Config(beta=0.3), ref_model, 60)
         results.append((loss, [p.grad.clone() for p in model.parameters()]))
@@ -32,7 +32,7 @@ def test_the_plain_update_has_the_same_gradient(model, ref_model):
 
 def test_every_variant_of_a_step_has_the_same_tokens_to_generate(model):
     shapes = []
-    for sampler in (speed.sample_ours, speed.sample_plainly):
+    for sampler in (workload.sample_ours, workload.sample_plainly):
         work = tiny_work(model)
         groups = work.branch(sampler, work.rollouts(sampler))
         trajectories = [t for g in groups for t in g.trajectories]
@@ -44,13 +44,13 @@ def test_every_variant_of_a_step_has_the_same_tokens_to_generate(model):
 
 def test_x_is_time_over_that_of_the_first_and_seconds_are_a_median(monkeypatch):
     now, takes = [0.0], {"ours": iter([9, 2, 4, 3, 0]), "theirs": iter([9, 6, 6, 60, 0])}    # warm-up, 3 runs, memory
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(workload.time, "perf_counter", lambda: now[0])
 
     def run(name):
         now[0] += next(takes[name])
 
     args = SimpleNamespace(repeats=3, bar=SimpleNamespace(update=lambda: None))
-    ours, theirs = speed.side_by_side(args, "row", {name: lambda name=name: run(name) for name in takes})
+    ours, theirs = workload.side_by_side(args, "row", {name: lambda name=name: run(name) for name in takes})
     assert (ours["x"], ours["seconds"], ours["runs"]) == (1, 3, [2, 4, 3])
     assert (theirs["x"], theirs["seconds"], theirs["runs"]) == (2, 6, [6, 6, 60])
 
@@ -70,7 +70,7 @@ def test_a_row_that_fails_is_named_and_the_others_are_kept(monkeypatch, capsys, 
 
 
 def test_memory_of_a_run_is_the_peak_above_its_start():
-    sizes = [speed.peak_memory(lambda n=n: torch.zeros(n * 2**18).sum()) for n in (100, 300)]        # megabytes
+    sizes = [workload.peak_memory(lambda n=n: torch.zeros(n * 2**18).sum()) for n in (100, 300)]        # megabytes
     assert sizes[0] == pytest.approx(100, abs=20) and sizes[1] == pytest.approx(300, abs=20)
 
 
@@ -85,7 +85,7 @@ def test_memory_that_nothing_refers_to_is_freed_before_a_run():
         del cycle
         assert gone() is not None
         seen = []
-        peak = speed.peak_memory(lambda: seen.append(gone()) or torch.zeros(100 * 2**18).sum())
+        peak = workload.peak_memory(lambda: seen.append(gone()) or torch.zeros(100 * 2**18).sum())
     finally:
         gc.enable()
     assert seen == [None] and peak == pytest.approx(100, abs=20)
@@ -95,7 +95,7 @@ def test_memory_that_nothing_refers_to_is_freed_before_a_run():
     (["update", "host", "weights", "generation", "passes", "head", "step"], 25), (["growth"], 13),
     (["--gpu", "decode", "paper_update", "paper_whole", "sharded"], 24)])
 def test_every_row_runs_and_json_keeps_it(argv, rows, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "peak_memory", lambda run: 12.5)        # it would run everything once more
+    monkeypatch.setattr(workload, "peak_memory", lambda run: 12.5)        # it would run everything once more
     monkeypatch.setattr("trainer.compiling.compiled", lambda function: function)     # which takes long on a CPU
     assert speed.main([*argv, "--size", "test", "--repeats", "1", "--json", str(tmp_path / "kept.json")]) == 0
     kept = json.loads((tmp_path / "kept.json").read_text())
@@ -122,18 +122,18 @@ def test_all_rollouts_packed_or_none(model):
     packed = sum(len(x) + len(t.response) + sum(len(y) for _, y in t.branches) for x, t in sequences)
     separate = sum(len(x) + len(t.response) + sum(len(x) + pivot + len(y) for pivot, y in t.branches)
                    for x, t in sequences)
-    assert speed.tokens_through(groups, speed.ALWAYS) == packed < separate
-    assert speed.tokens_through(groups, speed.NEVER) == separate
+    assert workload.tokens_through(groups, workload.ALWAYS) == packed < separate
+    assert workload.tokens_through(groups, workload.NEVER) == separate
 
 
-@pytest.mark.parametrize("a", [speed.ALWAYS, speed.NEVER])
+@pytest.mark.parametrize("a", [workload.ALWAYS, workload.NEVER])
 def test_the_update_computes_the_layout_that_is_asked_for(a, model, monkeypatch):
     """The two variants of the row `update` would otherwise be one and the same."""
     groups, computed = tiny_work(model).groups(), []
     model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: computed.append((kwargs["input_ids"] != 0).sum().item()), with_kwargs=True)
-    speed.with_length(a, lambda: speed.update_ours(model, groups, Config(beta=0.0), None, 500))
-    assert sum(computed) == speed.tokens_through(groups, a)
+    workload.with_length(a, lambda: workload.update_ours(model, groups, Config(beta=0.0), None, 500))
+    assert sum(computed) == workload.tokens_through(groups, a)
 
 
 @pytest.mark.parametrize("k", [0, 3])
@@ -148,4 +148,4 @@ def test_all_of_the_work_has_a_weight(model, k):
 def test_loss_tokens_are_those_of_rollouts_and_branches(model):
     work = tiny_work(model, failed=1.0)
     rest = sum(int(n) - int(pivot) for n, pivot in zip(work.lengths.flat, work.pivots.flat))
-    assert speed.loss_tokens(work.groups()) == work.lengths.sum() + 3 * rest
+    assert workload.loss_tokens(work.groups()) == work.lengths.sum() + 3 * rest

@@ -130,7 +130,7 @@ def test_a_run_leaves_its_settings_logs_checkpoints_and_figure(short_run):
 
 
 def test_metrics_of_the_run_by_hand(short_run):
-    """Those that tests/test_deep_grpo.py does not recompute: totals, speed, the fit, the accuracy."""
+    """Those that tests/paper/test_deep_grpo.py does not recompute: totals, speed, the fit, the accuracy."""
     rows, clock = read(short_run), read(short_run, "timing.jsonl")
     total = 0
     for row, timing in zip(rows[1:], clock[1:]):

@@ -1,0 +1,165 @@
+"""The second list of speed.py (`--gpu`): the step of the paper in the shapes of Qwen2.5-0.5B.
+
+Every function yields the records of its rows. At the size "test" all of them run on a CPU, too.
+"""
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+import deep_grpo
+from deep_grpo import Config
+from experiments.workload import (
+    NEVER,
+    SAMPLERS,
+    Work,
+    compiled_models,
+    loss_tokens,
+    make_model,
+    our_ranks,
+    paper_step,
+    sample_ours,
+    side_by_side,
+    synchronize,
+    tokens_through,
+    update_ours,
+)
+from packing import attention_length
+from trainer.compiling import compiled_layers
+from trainer.memory import estimate, of_row
+from trainer.model import checkpoint_activations, gathered, precision, shard
+
+PEAK = 790e12                            # bf16 operations per second, as measured on one H200
+BANDWIDTH = 4.3e12                       # bytes per second of its memory, as measured, too
+
+
+def time_decoding(args):
+    """Milliseconds per token step after prompts of 110 tokens, by each of SAMPLERS."""
+    n, sizes = (4, (2, 3)) if args.size == "test" else (128, (64, 512, 1688))
+    model, prompt = make_model(args.size), 110
+    config, compute = model.config, 2 if torch.cuda.is_available() else 4
+    token = of_row(model, 1, torch.bfloat16 if torch.cuda.is_available() else torch.float32)["KV cache"]
+    weights = compute * sum(p.numel() for p in model.parameters())
+
+    def run(sampler, prompts):
+        with precision(model):
+            sampler(model, prompts, 1, max_new_tokens=n, eos_token_id=config.vocab_size, pad_token_id=0)
+
+    for batch in sizes:
+        prompts = torch.randint(2, config.vocab_size, (batch, prompt)).tolist()
+        read = weights + batch * (prompt + n / 2) * token
+        for record in side_by_side(args, f"decode, batch {batch}", {
+                name: lambda sampler=sampler, prompts=prompts: run(sampler, prompts)
+                for name, sampler in SAMPLERS.items()}):
+            step = record["seconds"] / n
+            yield record | {"work": f"{1000 * step:.2f} ms per token step, {100 * read / step / BANDWIDTH:.0f} % of "
+                                    f"{BANDWIDTH / 1e12:.1f} TB/s"}
+
+
+def time_paper_update(args):
+    """The update of the paper's step: compiled and not, DEEP-GRPO and GRPO, by micro-batch, and checkpointed."""
+    model, config = make_model(args.size), Config(beta=0.0)
+    head_size = model.get_output_embeddings().weight.numel()
+    layers_size = sum(p.numel() for p in model.parameters()) - head_size               # tied: counted once
+
+    def measured(title, k, tokens):
+        groups = Work(model, **paper_step(args), branches=k).groups()
+        scored, through = loss_tokens(groups), tokens_through(groups, attention_length(model))
+
+        def run(compile):
+            update_ours(model, groups, config, None, tokens, compile)
+            model.zero_grad()
+
+        for record in side_by_side(args, f"{title}, micro-batches of {tokens}", {
+                "compiled": lambda: run(True), "not compiled": lambda: run(False)}):
+            rate = 6 * (layers_size * through + head_size * scored) / record["seconds"]
+            yield record | {"work": f"{scored / record['seconds']:.0f} loss tokens/s, {through} tokens, "
+                                    f"{100 * rate / PEAK:.1f} % of {PEAK / 1e12:.0f} TFLOP/s (without attention)"}
+
+    yield from measured("update, K=8", 8, 16384)
+    yield from measured("update, K=0 (GRPO)", 0, 16384)
+    yield from measured("update, K=8", 8, 32768)
+    checkpoint_activations(model)
+    yield from measured("update, K=8, gradient checkpointing", 8, 16384)
+
+
+def time_paper_step(args):
+    """64 x 8 rollouts, 45 % of them branched at 70 % depth, AdamW and, for the paper's objective, a reference.
+
+    Then the same with 68 % of failures, as in the first steps of a real run, and with the memory of a 24 GB card.
+    """
+    model, ref_model = make_model(args.size), make_model(args.size)
+    optimizer, times = torch.optim.AdamW(model.parameters(), lr=1e-6), []
+
+    def run(tokens, form, **shape):
+        config = Config(objective=form, beta=1e-4 if form == "paper" else 0.0)
+        work, start = Work(model, **paper_step(args) | shape), time.perf_counter()
+        groups = work.rollouts(sample_ours)
+        rolled = time.perf_counter()
+        groups = work.branch(sample_ours, groups)
+        branched = time.perf_counter()
+        with compiled_layers(*compiled_models(model, ref_model)):
+            deep_grpo.update(model, optimizer, groups, config, ref_model if config.beta else None, tokens, our_ranks())
+        synchronize()
+        times.append((rolled - start, branched - rolled, time.perf_counter() - branched))
+
+    def measured(title, tokens, form, **shape):
+        times.clear()
+        for record in side_by_side(args, title, {f"{form} objective": lambda: run(tokens, form, **shape)}):
+            yield record | {"work": "rollouts {:.2f} s, branches {:.2f} s, update {:.2f} s".format(
+                *(statistics.median(column) for column in zip(*times[1:args.repeats + 1])))}
+
+    for form in ("paper", "authors"):
+        yield from measured("whole step, K=8", 16384, form)
+        yield from measured("whole step, K=0 (GRPO)", 16384, form, branches=0)
+    yield from measured("first real step, 68 % fail", 16384, "paper", failed=0.68)
+    checkpoint_activations(model)
+    cuda = torch.cuda.is_available()
+    try:
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(24 * 2**30 / torch.cuda.mem_get_info()[1])
+        yield from measured("whole step in 24 GB, gradient checkpointing", 8192, "paper")
+    finally:
+        if cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def time_sharding(args):
+    """Sampling and update on one device, as they are and under `fully_shard` with no other process.
+
+    This shows what FSDP costs where it gains nothing. The last column has what trainer/memory.py expects as the peak
+    above the weights. There are 16 questions, and gradients are checkpointed.
+    """
+    cuda = torch.cuda.is_available()
+    shape = paper_step(args) | ({} if args.size == "test" else dict(questions=16, cap=256))
+    compute = torch.bfloat16 if cuda else torch.float32
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for size in ("test",) if args.size == "test" else ("0.5b", "1.5b"):
+            models = {"one device": make_model(size), "fully_shard": shard(make_model(size), compute)}
+            work = Work(models["one device"], **shape)
+            groups, rows = work.groups(), len(work.prompts) * work.G
+            tokens = min(8192, tokens_through(groups, NEVER))
+            width = max(map(len, work.prompts)) + int(work.lengths.max())
+            parts = estimate(models["one device"], 1, rows, width, tokens, False, True, compute=compute)
+
+            def sampling(model):
+                with gathered(model):
+                    Work(model, **shape).rollouts(sample_ours)
+
+            def learning(model, groups=groups, tokens=tokens):
+                update_ours(model, groups, Config(beta=0.0), None, tokens)
+                model.zero_grad()
+
+            for model in models.values():
+                checkpoint_activations(model)
+            for phase, run, before in (("sampling", sampling, ("weights", "gradients", "moments")),
+                                       ("update", learning, ("weights", "moments"))):
+                computed = sum(n for name, n in parts[phase].items() if name not in before)
+                yield from side_by_side(args, f"{size}, {phase}", {
+                    name: lambda model=model, run=run: run(model) for name, model in models.items()},
+                    {"one device": f"trainer/memory.py: {computed / 2**20:.0f} MB"})
+    finally:
+        dist.destroy_process_group()

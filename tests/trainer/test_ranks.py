@@ -809,7 +809,7 @@ def test_a_rank_that_dies_ends_the_run_and_it_resumes(on_ranks, tmp_path):
 
 @pytest.mark.slow
 def test_learns_the_tiny_task_under_torchrun(tmp_path):
-    """As the one process of tests/test_train.py does. (Seed 0 with two processes ends at .92.)"""
+    """As the one process of tests/trainer/test_train.py does. (Seed 0 with two processes ends at .92.)"""
     launcher = torchrun(2, "--preset", "tiny", "--eval-every", 40, "--eval-rows", 64, "--out", tmp_path / "run")
     _, errors = launcher.communicate()
     assert launcher.returncode == 0, errors

@@ -12,11 +12,11 @@ r"""Methods side by side on the embedded task, at an equal budget of generated t
     python -m experiments.compare --experiment uneven      # a choice of questions, where they differ, 10 seeds
     python -m experiments.compare --extend --arms mine     # an arm that you added to ARMS beside the kept ones
 
-Every step of every method generates at least --step-tokens tokens: whole batches of questions are added until it does.
-So all methods make about as many steps, and one that needs fewer tokens for a question gets more questions. All runs of
-an experiment start from one base model. All but those with Goldilocks take the same questions in the same order. Two
-runs go on at a time, with one thread each. Runs are kept in --out: finished ones are not run again, and interrupted
-ones go on.
+After step n, every method has generated at least n times --step-tokens tokens: a step adds whole batches of questions
+until it has. So all methods make about as many steps, and one that needs fewer tokens for a question gets more
+questions. All runs of an experiment start from one base model. All but those with Goldilocks take the same questions in
+the same order. Two runs go on at a time, with one thread each. Runs are kept in --out: finished ones are not run again,
+and interrupted ones go on.
 
 An experiment writes three files into results/. NAME.json has the numbers of every run, NAME.png is the figure, and
 NAME.md has the tables between two markers. --redraw draws the figure from NAME.json, without any runs. --extend makes

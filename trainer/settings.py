@@ -120,8 +120,8 @@ def add_run_flags(group):
     """When a run ends, evaluates and saves."""
     group.add_argument("--budget-tokens", type=count, help="end after the step that reaches this many generated "
                        "tokens; default: no such end")
-    group.add_argument("--step-tokens", type=count, help="draw batches of --questions in a step until this many tokens "
-                       "are generated; default: one batch")
+    group.add_argument("--step-tokens", type=count, help="draw batches of --questions in step n until the run has "
+                       "generated n times this many tokens; default: one batch")
     group.add_argument("--eval-every", type=int, help="evaluate greedily every N steps, and before and after the run; "
                        "0: never; default: the preset's")
     group.add_argument("--save-every", type=int, help="save a checkpoint every N steps, besides the best one and "
@@ -224,11 +224,15 @@ def fill_settings(parser, args):
             known = ", ".join(other for other, method in METHODS.items() if name in method.flags)
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"argument {flag}: has no part in --method {args.method}, only in {known}")
+    if args.maspo and (args.clip_low, args.clip_high) != (None, None):
+        parser.error("argument --maspo: has no clip, leave out --clip-low and --clip-high")
     for name in TEACHER:
         if getattr(args, name) is not None and args.select is None:
             parser.error(f"argument --{name.replace('_', '-')}: has a part only with --select goldilocks")
     preset = PRESETS[args.preset]
-    if "objective" not in METHODS[args.method].flags:                    # such a method has an objective of its own
+    if "objective" not in METHODS[args.method].flags and "objective" in preset:
+        print(f"the objective is that of --method {args.method}, and not that of the preset, --objective "
+              f"{preset['objective']}")
         preset = {name: value for name, value in preset.items() if name != "objective"}
     if args.data not in (None, preset["data"]):      # other rows have a way to answer of their own, and no test set
         if preset.get("answer") and args.answer is None:

@@ -9,12 +9,13 @@ hyper-parameters and replaces one or two functions of the algorithm:
 
 To add a method, copy the file that is nearest to it: dr_grpo.py (only weights, 20 lines), treerl.py (states and
 weights), or ablations.py (a change of one function). Write its paper, its rule and "differs from deep_grpo.py in" at
-the top, add a row here under a new name, and write a test of its own. Four tables of tests/variants/test_methods.py
-name every method: its G and K, its functions, whether it fits P, and its forks. Every Fork gets config.branches
-branches. Two forks with K/2 each are a row with half of the branches; loss.py divides by the branches of the whole
-rollout. A constant of the method stands at the top of its file; a flag needs a field of deep_grpo.Config and a line in
-trainer/settings.py. An update() of its own returns the metrics of deep_grpo.update, best by calling it. The policy
-offers text, encode, sample, rewards, score and each (trainer/policy.py).
+the top, add a row here under a new name, and write a test of its own. Three tables of tests/variants/test_methods.py
+name every method: its G and K, its functions, and whether it fits P. A fourth one has its forks, if it chooses states
+in its own way. Every Fork gets config.branches branches. Two forks with K/2 each are a row with half of the branches;
+loss.py divides by the branches of the whole rollout. A constant of the method stands at the top of its file; a flag
+needs a field of deep_grpo.Config and a line in trainer/settings.py. An update() of its own returns the metrics of
+deep_grpo.update, best by calling it. The policy offers text, encode, sample, rewards, score and each
+(trainer/policy.py).
 
 Six options are no methods, and can be combined with them where they have a meaning: stapo.py, maspo.py, thin.py,
 goldilocks.py, the mask of spo.py, and --lag, which vcpo.py is about.

@@ -8,7 +8,9 @@ r"""DEEP-GRPO without one of its parts, or with one changed: six methods for `--
     one_stream       what Eq. (A) forbids: rollouts and branches of a question are one group with one mean
 
 Each differs from deep_grpo.py in one function: line 2 for the pivots, the weights of J for no_std and one_stream, and
-the groups that update() is given for train_prefix. K = 4, lambda, gamma and the rest are flags and need no code.
+the groups that update() is given for train_prefix. no_std and one_stream have the paper's form of J, so they are to be
+compared with deep_grpo and `--objective paper`, which gsm8k and the MATH presets do not have. K = 4, lambda, gamma and
+the rest are flags and need no code.
 """
 from dataclasses import replace
 

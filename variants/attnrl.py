@@ -46,10 +46,10 @@ def choose_pivots(policy, questions, groups, config, recoverability, rng) -> lis
 
 def branched_first(rewards) -> list[int]:
     """Which rollouts of a question are branched: round(G exp(-accuracy)) of them, those of the minority first."""
-    accuracy = mean(rewards)
-    minority = 0.0 if accuracy >= 0.5 else 1.0
-    order = sorted(range(len(rewards)), key=lambda i: rewards[i] != minority)                    # stable
-    return order[:round(len(rewards) * math.exp(-accuracy))]
+    right = [r > 0 for r in rewards]
+    accuracy = mean(right)
+    order = sorted(range(len(right)), key=lambda i: right[i] == (accuracy >= 0.5))               # stable
+    return order[:round(len(right) * math.exp(-accuracy))]
 
 
 def earliest_influential(ends, influences) -> list[int]:

@@ -27,8 +27,8 @@ def choose_pivots(policy, questions, groups, config, recoverability, rng) -> lis
     _, entropies = policy.score(groups)
     entropies, result = iter(entropies), []
     for g in groups:
-        rewards = [t.reward for t in g.trajectories]
-        bases = {rewards.index(r) for r in rewards} if len(set(rewards)) > 1 else {}
+        right = [t.reward > 0 for t in g.trajectories]
+        bases = {right.index(True), right.index(False)} if len(set(right)) == 2 else set()
         result.append(Group(g.prompt, []))
         for i, (t, entropy) in enumerate(zip(g.trajectories, entropies)):
             by_entropy = sorted(range(1, len(t.response)), key=lambda j: -entropy[j].item())

@@ -8,10 +8,9 @@ Unlikely tokens get a wider region, and so do tokens with a large positive advan
 1, and MASPO changes nothing, unless the batch was drawn by an older policy (--lag). The clamp is only in the authors'
 code, which has the exponent -0.5 for a model of 1.5 B parameters.
 
-Differs from deep_grpo.py in: the surrogate of Eq. (L), so that clip_low and clip_high have no effect. It composes with
-every method (`--maspo`). With VCPO, pi_old is the policy before the update even if an older one drew the batch, so with
-one update per batch MASPO changes nothing there.
-
+Differs from deep_grpo.py in: the surrogate of Eq. (L), which has no clip then. It composes with every method
+(`--maspo`). With VCPO, pi_old is the policy before the update even if an older one drew the batch, so with one update
+per batch MASPO changes nothing there.
 """
 import torch
 from torch import Tensor

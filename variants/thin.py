@@ -6,9 +6,10 @@ run, most branch tokens teach nothing. With --step-tokens, the tokens that are s
 Differs from deep_grpo.py in: line 2, whose groups lose the forks of some rollouts. They are drawn at random. Of n
 rollouts with forks, n S keep them on average. T_fail of Eq. (J) are the failures that are branched, so the branches
 that are left weigh more. `--method light_branches` removes this effect: its T_fail are all failures, and a branch
-weighs what it weighs with S = 1. Other methods that branch are thinned in the same way, except SPO, which needs all of
-its branches to know the value of a state. With RRPO and SRPO, a question whose probe loses its fork is trained as GRPO
-does it: all its rollouts, the probe among them, are one group.
+weighs what it weighs with S = 1 in the paper's form of J (`--objective paper`). Other methods that branch are thinned
+in the same way, except SPO, which needs all of its branches to know the value of a state. With RRPO and SRPO, all
+rollouts of a question whose probe loses its fork, the probe among them, are one group. SRPO asks the model about every
+probe before, and these answers count as generated.
 """
 from collections.abc import Callable
 from dataclasses import replace

@@ -30,8 +30,8 @@ def fork_at(trajectory, pivots):
 
 
 def mean(values):
-    """The mean of a list that is not empty."""
-    return sum(values) / len(values)
+    """The mean of a list that is not empty. That of equal values is exact, so that differences to it are 0."""
+    return values[0] if len(set(values)) == 1 else sum(values) / len(values)
 
 
 def choose_pivots(policy, questions, groups, config, recoverability, rng) -> list[Group]:

@@ -64,7 +64,9 @@ def test_what_of_the_gsm8k_preset_goes_with_what(flags, answer, objective, capsy
     """Other rows are asked in their own way, which is said, and another method has an objective of its own."""
     args = parse_args(["--preset", "gsm8k", *flags.split()])
     assert (args.answer, args.objective) == (answer, objective)
-    assert ("--answer follows the rows of my.jsonl" in capsys.readouterr().out) == (answer is None)
+    said = capsys.readouterr().out
+    assert ("--answer follows the rows of my.jsonl" in said) == (answer is None)
+    assert ("the objective is that of --method treerl" in said) == (flags == "--method treerl")
 
 
 # ---- a resumed run ----

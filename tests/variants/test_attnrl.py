@@ -138,7 +138,8 @@ def test_the_number_of_trees_follows_the_accuracy_of_each_question():
     ([1, 1, 0, 1, 0, 1], [0, 2, 4]),                                       # accuracy 2/3: 3 trees, both wrong ones
     ([1, 1, 1, 0, 0, 0], [0, 3, 4, 5]),                                    # at one half wrong ones are the minority
     ([1, 1, 1, 1, 1, 0], [0, 1, 5]), ([0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 5]),
-    ([1] * 6, [0, 1]), ([0] * 6, [0, 1, 2, 3, 4, 5])])
+    ([1] * 6, [0, 1]), ([0] * 6, [0, 1, 2, 3, 4, 5]),
+    ([0, 0, .5, 0, 0, .2], [0, 1, 2, 5]), ([0, 0, 2, 2, 2, 2], [0, 1, 2])])       # above 0 is right
 def test_trees_of_the_minority_class_come_first(rewards, branched):
     group = Group([3], [Trajectory([5, 2, 6, EOS], float(r)) for r in rewards])
     (forks,) = pivots(choose(attnrl.choose_pivots, make_policy(kind=Watched), [group]))

@@ -85,6 +85,16 @@ def test_it_branches_the_first_right_and_the_first_wrong_rollout_at_the_highest_
     assert policy.forwarded == sum(len(row.ids) for row in pack_groups(groups, attention_length(policy.model)))
 
 
+@pytest.mark.parametrize("rewards, forked", [
+    ([0.0, 0.2, 0.4, 0.6, 1.0], [0, 1]), ([0.3, 0.0, 0.0, 1.0], [0, 1]), ([0.5, 1.0, 1.0], [])])
+def test_a_rollout_with_a_part_of_the_reward_counts_as_right(rewards, forked):
+    """As everywhere. Else every different reward would be a kind of its own."""
+    policy = make_policy(kind=Told)
+    policy.entropies = [torch.ones(3)] * len(rewards)
+    (forks,) = pivots(choose(fr3e.choose_pivots, policy, [Group([3], [Trajectory([5] * 3, r) for r in rewards])]))
+    assert [i for i, f in enumerate(forks) if f] == forked
+
+
 def test_the_question_is_not_forked_and_the_last_token_may_be():
     """State 0 has its branches already: the 16 rollouts."""
     policy = make_policy(kind=Told)

@@ -28,6 +28,14 @@ def test_maspo_by_its_formula(rho, pi_old, advantage):
     assert (m < 1) == moved
 
 
+@pytest.mark.parametrize("advantage, rho, m", [(1.0, 1.5, 0.9708), (-1.0, 0.5, 0.9672)])
+def test_maspo_by_values_that_were_computed_elsewhere(advantage, rho, m):
+    """With pi_old = .1, where sigma is 2.0551 and 1.9371. The formula above could have the same wrong constant."""
+    old = torch.tensor(math.log(0.1), dtype=torch.float64)
+    value = soft_surrogate(old + math.log(rho), old, torch.tensor(advantage, dtype=torch.float64))
+    assert value.item() / (rho * advantage) == pytest.approx(m, abs=5e-5)
+
+
 def test_maspo_in_the_objective_replaces_the_clip(model):
     logp, old = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.5])
     groups = [Group([3], [Trajectory([4], 1.0), Trajectory([5], 0.0)])]

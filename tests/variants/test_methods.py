@@ -228,6 +228,7 @@ def test_flags_without_a_part_in_the_method_are_refused(method, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--method", "treerl", "--gamma", "1"], "--gamma: has no part in --method treerl, only in deep_grpo, no_std"),
+    (["--maspo", "--clip-high", ".3"], "--maspo: has no clip, leave out --clip-low and --clip-high"),
     (["--method", "no_std", "--objective", "authors"], "--objective: has no part in --method no_std, only in"),
     (["--method", "one_stream", "--objective", "authors"], "--objective: has no part in --method one_stream"),
     (["--method", "dr_grpo", "--branches", "8"], "--branches: --method dr_grpo is K = 0, got 8"),

@@ -11,7 +11,7 @@ from small_policy import Told, choose, make_policy, pivots
 import deep_grpo
 from deep_grpo import Config, Fork, Group, Trajectory, objective
 from packing import attention_length, pack_groups
-from variants import treerl
+from variants import METHODS, treerl
 
 BETA = 0.3
 
@@ -171,3 +171,11 @@ def test_forks_are_in_the_order_of_their_depth():
     before = Trajectory([5] * 8, 0.0)
     assert treerl.fork_at(before, [6, 2]) == Trajectory([5] * 8, 0.0, [Fork(2, 0.25), Fork(6, 0.75)])
     assert before.forks == []
+
+
+@pytest.mark.parametrize("method", ["treerl", "fr3e"])
+def test_equal_rewards_give_no_advantage_whatever_they_are(method):
+    """A tenth has no exact sum. Seven rollouts of a tenth would otherwise be trained by what rounding leaves."""
+    tree = Trajectory([5] * 4, 0.1, [Fork(2, 0.5, [[6], [7]], [0.1, 0.1])])
+    assert sum([0.1] * 21) / 21 != 0.1
+    assert {span.A for span in METHODS[method].weights([Group([3], [tree] * 7)], Config())} == {0.0}

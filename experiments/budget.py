@@ -156,7 +156,7 @@ def main(argv=None):
         parts = [f"### {name}\n\n{tables(measured)}" for name, measured in kept.items()]
         write_page(page, TITLE, picture.name, "\n\n".join([about, table(kept), *parts]))
         print(table(kept))
-    kept_result = list(kept) == list(LOCKS) and settings_of_all(kept) == {(9, 128_000)}
+    kept_result = list(kept) == list(LOCKS) and settings_of_all(kept) == {(10, 128_000)}
     save_figure(plot_budget(kept, MESSAGE if kept_result else TITLE), picture)
     print(picture)
 

@@ -116,17 +116,47 @@ def test_kept_numbers_are_those_of_the_experiment_and_can_be_drawn(name, tmp_pat
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 
 
+def kept(name, lock=None):
+    """The kept numbers of an experiment; of the budget's, those of one lock."""
+    measured = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    return measured[lock] if lock else measured
+
+
+THE_TABLE = {                                          # of the README: setting -> (kept numbers, links to their pages)
+    "the preset": ([kept("methods")], "[methods](results/methods.md)"),
+    "the preset, each at its best learning rate": ([kept("methods-tuned")],
+                                                   "[tuned](results/methods-tuned.md)"),
+    **{f"{lock} correct answers": ([kept("budget", lock)], "[budget](results/budget.md)")
+       for lock in ("early error, frequent", "early error, rare", "late error, frequent", "late error, rare")},
+    "three late errors, very rare correct answers": (
+        [kept("branches"), kept("thinning")], "[branches](results/branches.md), [thinning](results/thinning.md)"),
+    "hot sampling, temperature 1.8": ([kept("hot")], "[hot](results/hot.md)"),
+}
+
+
+def line_of(setting, pages, links) -> str:
+    """A line of the README's table, from the kept numbers of one page or of several that have other seeds."""
+    grpo, deep = (100 * np.array([run["accuracy_mean"] for page in pages for run in page["arms"][arm]["seeds"]])
+                  for arm in (("g8", "s100") if "budget" in links else ("grpo", "deep_grpo")))
+    mean, width, _ = interval(deep - grpo)
+    return (f"| {setting} | {len(deep)} | {grpo.mean():.1f} | {deep.mean():.1f} | {mean:+.1f} \u00b1 {width:.1f} "
+            f"| {links} |")
+
+
+@pytest.mark.parametrize("setting", THE_TABLE)
+def test_the_table_of_the_readme_has_the_kept_numbers(setting):
+    assert line_of(setting, *THE_TABLE[setting]) in (ROOT / "README.md").read_text()
+
+
 def test_the_differences_over_42_seeds_are_those_of_the_kept_numbers():
     """Where correct answers are rare: the seeds 0 to 19 of one page and 20 to 41 of another."""
-    pages = [json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("branches", "thinning")]
     found = {}
     for arm, other in (("deep_grpo", "grpo"), ("treerl", "grpo"), ("treerl", "deep_grpo")):
-        seeds = [100 * d for page in pages for d in differences(page, arm, other)]
+        seeds = [100 * d for page in (kept("branches"), kept("thinning")) for d in differences(page, arm, other)]
         mean, width, _ = interval(seeds)
         assert len(seeds) == 42
         found[arm, other] = f"{mean:.0f} \u00b1 {width:.0f}"
     readme, answers = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "results/README.md"))
-    assert f"DEEP-GRPO is {found['deep_grpo', 'grpo']} points ahead of GRPO over 42 seeds" in readme
     assert f"is {found['treerl', 'grpo']} points ahead of GRPO in the same seeds" in readme
     assert f"not shown to be ahead of DEEP-GRPO ({found['treerl', 'deep_grpo']})" in readme
     assert f"by {found['deep_grpo', 'grpo']} points, and TreeRL by {found['treerl', 'grpo']}." in answers

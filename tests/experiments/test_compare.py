@@ -123,8 +123,8 @@ def kept(name, lock=None):
 
 
 THE_TABLE = {                                          # of the README: setting -> (kept numbers, links to their pages)
-    "the preset": ([kept("methods")], "[methods](results/methods.md)"),
-    "the preset, each at its best learning rate": ([kept("methods-tuned")],
+    "the preset of the task": ([kept("methods")], "[methods](results/methods.md)"),
+    "the same, each at its best learning rate": ([kept("methods-tuned")],
                                                    "[tuned](results/methods-tuned.md)"),
     **{f"{lock} correct answers": ([kept("budget", lock)], "[budget](results/budget.md)")
        for lock in ("early error, frequent", "early error, rare", "late error, frequent", "late error, rare")},
@@ -139,8 +139,9 @@ def line_of(setting, pages, links) -> str:
     grpo, deep = (100 * np.array([run["accuracy_mean"] for page in pages for run in page["arms"][arm]["seeds"]])
                   for arm in (("g8", "s100") if "budget" in links else ("grpo", "deep_grpo")))
     mean, width, _ = interval(deep - grpo)
+    ahead = "not shown" if abs(mean) <= width else "DEEP-GRPO" if mean > 0 else "GRPO"
     return (f"| {setting} | {len(deep)} | {grpo.mean():.1f} | {deep.mean():.1f} | {mean:+.1f} \u00b1 {width:.1f} "
-            f"| {links} |")
+            f"| {links} | {ahead} |")
 
 
 @pytest.mark.parametrize("setting", THE_TABLE)

@@ -130,7 +130,8 @@ def prepare(args) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     score = plain_rows
     if args.compile and compiles("the update", lambda: compiling.warm_up(
-            model, ref_model, config.temperature, config.updates > 1 or args.stapo or args.method == "vcpo")):
+            model, ref_model, config.temperature, config.updates > 1 or args.stapo or args.method == "vcpo",
+            args.micro_batch_tokens)):
         score = compiled_rows
     if sampler is decoding.sample:
         if args.compile and compiles("sampling", lambda: decoding.warm_up(model, True)):

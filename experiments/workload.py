@@ -45,7 +45,10 @@ def make_model(size, layers=None):
 
 
 class Work:
-    """The prompts, lengths and rewards of one step. They are drawn beforehand, so all variants have the same to do."""
+    """The prompts, lengths and rewards of one step. They are drawn beforehand, so all variants have the same to do.
+
+    Every rollout has a length of its own, so a prompt is prefilled for each of them, and in a run only once.
+    """
 
     def __init__(self, model, questions, mean, cap, prompt=110, group_size=8, branches=8, failed=0.45, depth=0.7):
         rng = np.random.default_rng(0)

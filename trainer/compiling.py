@@ -111,7 +111,7 @@ def compiled_layers(*models, attend=attend):
     try:
         # There are some kinds of passes, each of which is compiled once: with and without gradients, of one row and of
         # several, of the policy and the reference, of the update and of sampling.
-        with attention(attend), torch._dynamo.config.patch(recompile_limit=32):
+        with attention(attend), torch._dynamo.config.patch(recompile_limit=128):
             yield
     finally:
         for layer in layers:
@@ -120,9 +120,18 @@ def compiled_layers(*models, attend=attend):
 
 def compiled_rows(model, rows, temperature=1.0, entropies=True):
     """packing.score_rows, within compiled_layers()."""
-    masks = block_masks if model.device.type == "cuda" else dense_masks
+    masks = dense_masks
+    if model.device.type == "cuda":
+        rows, masks = of_several_blocks(rows), block_masks
     return score_rows(model, rows, temperature, entropies=entropies, masks=masks, score_tokens=compiled(fused_scores),
                       multiple=padded_to(compiled_rows, model.device))
+
+
+def of_several_blocks(rows):
+    """The rows, and one more without a loss where none is longer than BLOCK: rows of one block would be a case of their
+    own to the compiler, and compiled anew whenever the first of them comes."""
+    longest = max((len(row.ids) for row in rows), default=0)
+    return rows if longest > BLOCK else [*rows, pack([0] * (BLOCK + 1), [])]
 
 
 def plain_rows(model, rows, temperature=1.0, entropies=True):
@@ -140,31 +149,39 @@ def padded_to(score, device) -> int:
     return BLOCK if score is compiled_rows else 8
 
 
-def warm_up(model, ref_model, temperature, scores=False) -> str | None:
+def warm_up(model, ref_model, temperature, scores=False, tokens=8192) -> str | None:
     """Compile all that an update needs, before the first step. Returns why a run has to go on without, or None, on all
     ranks alike.
 
-    scores: an update also needs deep_grpo.score_groups(), for old log-probabilities or for entropies.
-    Log-probabilities and gradients of several rows and of one are compared with those of plain_rows(). On a GPU it is
-    the mean difference of log-probabilities, because bf16 rounds single tokens by more. Measured on a CPU with a real
-    model of 135 M parameters, two correct kernels of attention differ by .05 nats and 2 % of the gradient under
-    autocast, and by .07 nats and 3 % with bf16 weights. With a wrong mask they differ by .45 nats and 24 to 35 %.
+    scores: an update also needs deep_grpo.score_groups(), for old log-probabilities or for entropies. tokens: those of
+    a micro-batch. On a GPU torch makes other kernels for the backward pass of large micro-batches than for that of
+    small ones (where a sum over all tokens and the norm of a layer share a kernel), so a large one comes first.
+    Log-probabilities and gradients of many rows, of several and of one are compared with those of plain_rows(). On a
+    GPU it is the mean difference of log-probabilities, because bf16 rounds single tokens by more. Measured on a CPU
+    with a real model of 135 M parameters, two correct kernels of attention differ by .05 nats and 2 % of the gradient
+    under autocast, and by .07 nats and 3 % with bf16 weights. With a wrong mask they differ by .45 nats and 24 to 35 %.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (3, 200), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [pack(y[:20], y[20:n], [(30, y[n:150]), (9, y[150:])]) for y, n in zip(ids, (120, 90, 60))]
-
-    def learn(score, part):
-        logp, _ = Ranks(score).score(model, part, temperature, entropies=False)
-        logp.sum().backward()
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        model.zero_grad()
-        return logp.detach(), grads
-
     exact = device_of(model).type == "cpu"
 
+    def rows_of(count, n):
+        """So many rows of n tokens, with two branches each."""
+        ids = torch.randint(vocabulary, (count, n), generator=torch.Generator().manual_seed(0)).tolist()
+        ends = [n * (12, 9, 6)[i % 3] // 20 for i in range(count)]                   # of the response
+        return [pack(y[:20], y[20:end], [(30, y[end:3 * n // 4]), (9, y[3 * n // 4:])]) for y, end in zip(ids, ends)]
+
+    def learn(score, *batches):
+        logps = []
+        for batch in batches:
+            logp, _ = Ranks(score).score(model, batch, temperature, entropies=False)
+            logp.sum().backward()
+            logps.append(logp.detach())
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return torch.cat(logps), grads
+
     def fault(part):
-        right, right_grads = learn(plain_rows, part)
+        right, right_grads = learn(plain_rows, *(part[i:i + 3] for i in range(0, len(part), 3)))     # in less memory
         try:
             with compiled_layers(model, *([] if ref_model is None else [ref_model])):
                 logp, grads = learn(compiled_rows, part)
@@ -184,7 +201,9 @@ def warm_up(model, ref_model, temperature, scores=False) -> str | None:
             return f"log-probabilities differ by {gap:.2g} nats, gradients by {100 * difference:.1f} %"
         return None
 
-    return first_fault(partial(fault, part) for part in (rows, rows[:1]))
+    several = rows_of(3, 200)
+    many = [] if exact else [rows_of(max(1, min(tokens, 8192) // 512), 512)]
+    return first_fault(partial(fault, part) for part in (*many, several, several[:1]))
 
 
 # ---- how long it takes ----

@@ -212,6 +212,17 @@ def test_rows_are_padded_as_micro_batches_reckon():
     assert found == {"cpu": [1, 1], "cuda": [8, 128]}
 
 
+def test_rows_of_one_block_get_one_more_without_a_loss():
+    model, rows = make_model(0, torch.float32), random_rows(3, 1, 2)
+    assert max(len(row.ids) for row in rows) <= BLOCK
+    more = compiling.of_several_blocks(rows)
+    assert len(more) == 4 and len(more[-1].ids) > BLOCK and compiling.of_several_blocks(more) is more
+    for a, b in zip(score_rows(model, rows), score_rows(model, more)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    alone = compiling.of_several_blocks([])                              # of a rank without rows
+    assert len(score_rows(model, alone)[0]) == 0 and len(alone[0].ids) > BLOCK
+
+
 @pytest.mark.slow
 def test_a_compiled_run_makes_the_steps_of_a_plain_one(tmp_path, capsys):
     lines = []
@@ -253,3 +264,7 @@ def test_the_warm_up_has_every_kind_of_pass(monkeypatch):
     calls.clear()
     assert warm_up(model, None, 1.0, scores=True) is None
     assert calls == [(3, 1.0, True), (3, 1.0, False), (1, 1.0, True), (1, 1.0, False)]
+    calls.clear()
+    monkeypatch.setattr(compiling, "device_of", lambda model: torch.device("cuda"))      # a large micro-batch first
+    assert warm_up(model, None, 1.0, tokens=2048) is None
+    assert calls == [(4, 1.0, True), (3, 1.0, True), (1, 1.0, True)]

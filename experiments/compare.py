@@ -136,7 +136,8 @@ EXPERIMENTS = {                                      # the last line of each is 
         arms("deep_grpo half half_light quarter eighth grpo treerl"), RARE, first_seed=20),
     "thinning-methods": Experiment(
         "Fewer branches, more questions, in the regime of the comparison of methods", 20, 128_000, EQUAL,
-        arms("deep_grpo half half_light quarter eighth grpo treerl"), None, first_seed=20),
+        arms("deep_grpo half half_light quarter eighth grpo treerl"), None,
+        "Half or a quarter of the branches is better than all", first_seed=20),
 }
 
 

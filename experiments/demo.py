@@ -3,13 +3,13 @@ r"""The demo: DEEP-GRPO beside GRPO on the embedded task, at an equal budget of 
     python -m experiments.demo           # `make demo`: tiny-deep, 3 seeds of each, two runs at a time, one thread each
 
 All runs start from the shipped base model. DEEP-GRPO draws 8 rollouts per question and 8 short branches per failure.
-While nearly everything fails, that is as many tokens as 24 rollouts. It is therefore compared with two forms of GRPO:
+While nearly everything fails, most of the tokens are those of branches. It is compared with two methods that spend less
+on branches and have more updates instead:
 
-    GRPO, G = 8      as many questions in an update. An update has a third of the tokens, so there are more updates.
-    GRPO, G = 24     as many tokens in an update, at first. As failures get rarer, updates of DEEP-GRPO get cheaper.
+    GRPO, G = 8          no branches. An update has a third of the tokens at first.
+    DEEP-GRPO, S = 1/2   only half of the failures are branched, drawn at random (--branch-share .5, variants/thin.py).
 
-All of them run until the same number of tokens has been generated. The demo takes about eight minutes on two cores.
-GRPO with G = 8 accounts for two fifths of that: it samples few sequences at a time, so a token takes it longer. The
+All of them run until the same number of tokens has been generated. The demo takes about eight minutes on two cores. The
 demo writes a run directory for each run, table.md and comparison.png. Finished runs in --out are kept and are not run
 again.
 """
@@ -30,9 +30,9 @@ from trainer.settings import OneLineParser, count
 
 ARMS = {"deep_grpo": Arm("DEEP-GRPO, G = 8, K = 8", "--method deep_grpo"),
         "grpo": Arm("GRPO, G = 8", "--method grpo"),
-        "grpo24": Arm("GRPO, G = 24", "--method grpo --group-size 24")}
-NAMES = {"deep_grpo": "DEEP-GRPO", "grpo": "GRPO (G = 8)", "grpo24": "GRPO (G = 24)"}
-LOOKS = {"deep_grpo": (ACCENT, "-"), "grpo": (INK, "--"), "grpo24": (GREY, ":")}
+        "half": Arm("DEEP-GRPO, S = 1/2", "--method deep_grpo --branch-share .5")}
+NAMES = {"deep_grpo": "DEEP-GRPO", "grpo": "GRPO", "half": "DEEP-GRPO, S = 1/2"}
+LOOKS = {"deep_grpo": (ACCENT, "-"), "grpo": (INK, "--"), "half": (ACCENT, ":")}
 
 
 def table(directories) -> str:
@@ -65,7 +65,7 @@ def shared_tokens(directories) -> float:
 def verdict_of(found) -> str:
     """Which differences to DEEP-GRPO are significant: a paired t test by seed, 95 %. found: method -> accuracies."""
     clear = []
-    for method in ("grpo", "grpo24"):
+    for method in ("grpo", "half"):
         mean, width, _ = interval(found["deep_grpo"] - found[method])
         if abs(mean) > width:
             clear.append(f"{'ahead of' if mean > 0 else 'behind'} {NAMES[method]}")

@@ -34,11 +34,11 @@ def plot_accuracies(axis, curves, end) -> list[np.ndarray]:
     curves: (name, colour, line style, [(x, y) of every seed]). Returns the means at 61 places from 0 to the end.
     """
     grid, means = np.linspace(0, end, 61), []
-    for _, colour, style, seeds in curves:
+    for name, colour, style, seeds in curves:
         for x, y in seeds:
             axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
         means.append(np.mean([np.interp(grid, x, y) for x, y in seeds], axis=0))
-        axis.plot(grid, means[-1], style, color=colour, linewidth=2.5)
+        axis.plot(grid, means[-1], style, color=colour, linewidth=2.5, label=name)
     height = np.inf
     for mean, (name, colour, *_) in sorted(zip(means, curves), key=lambda pair: -pair[0][-1]):
         height = min(mean[-1], height - 8)           # names are kept apart from one another

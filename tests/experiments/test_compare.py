@@ -123,7 +123,9 @@ def kept(name, lock=None):
 
 
 THE_TABLE = {                                          # of the README: setting -> (kept numbers, links to their pages)
-    "the preset of the task": ([kept("methods")], "[methods](results/methods.md)"),
+    "the preset of the task": (
+        [kept("methods"), kept("thinning-methods")],
+        "[methods](results/methods.md), [thinning](results/thinning-methods.md)"),
     "the same, each at its best learning rate": ([kept("methods-tuned")],
                                                    "[tuned](results/methods-tuned.md)"),
     **{f"{lock} correct answers": ([kept("budget", lock)], "[budget](results/budget.md)")
@@ -319,7 +321,8 @@ def test_the_kept_results_are_those_of_the_experiments_of_now(name):
         assert own.get("flags", experiment.arms[arm].flags) == experiment.arms[arm].flags
 
 
-@pytest.mark.parametrize("name", ["methods", "methods-tuned", "hot", "uneven", "thinning", "choice"])
+@pytest.mark.parametrize("name", ["methods", "methods-tuned", "hot", "uneven", "thinning", "thinning-methods",
+                                  "choice"])
 def test_the_kept_pages_have_the_tables_of_the_kept_numbers(name):
     measured = json.loads((ROOT / "results" / f"{name}.json").read_text())
     assert tables(measured) in (ROOT / "results" / f"{name}.md").read_text()

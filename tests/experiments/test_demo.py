@@ -40,18 +40,18 @@ def lines_of(run_dir):
 def test_table_by_hand(demo, tmp_path):
     out, printed = demo
     assert (out / "table.md").read_text().strip() in printed and printed.count(" ± 0 |") > 4     # one seed: no spread
-    second = shutil.copytree(out / "grpo24-0", tmp_path / "grpo24-1")        # as if there were two
+    second = shutil.copytree(out / "half-0", tmp_path / "half-1")        # as if there were two
     lines = [row | {"generated_total": 2 * row["generated_total"]} for row in lines_of(second)]
     lines[-1] |= {"eval_accuracy": 0.625, "trained_tokens": 77, "step": 9}
     (second / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    runs = [lines_of(out / "grpo24-0"), lines]
+    runs = [lines_of(out / "half-0"), lines]
     columns = [([run[0]["eval_accuracy"] for run in runs], 3),
                ([run[-1]["eval_accuracy"] for run in runs], 3),
                ([run[-1]["step"] for run in runs], 0),
                ([run[-1]["generated_total"] for run in runs], 0),
                ([sum(row["trained_tokens"] for row in run[1:]) for run in runs], 0)]
-    row = program.table({"grpo24": [out / "grpo24-0", second]}).splitlines()[-1]
-    cells = row.removeprefix("| GRPO, G = 24 | ").split(" | ")
+    row = program.table({"half": [out / "half-0", second]}).splitlines()[-1]
+    cells = row.removeprefix("| DEEP-GRPO, S = 1/2 | ").split(" | ")
     assert cells[:5] == [f"{statistics.mean(c):.{n}f} ± {statistics.stdev(c):.{n}f}" for c, n in columns]
 
 
@@ -62,7 +62,7 @@ def test_equal_budgets(demo):
         run = lines_of(out / f"{method}-0")          # the step that reaches the budget is the last
         assert run[-1]["generated_total"] >= 3000 > run[-2]["generated_total"]
         pivots = [row["pivots"] for row in run[1:]]
-        expected = {"grpo": [16], "grpo24": [48], "deep_grpo": [16 + 8 * n for n in pivots]}[method]
+        expected = [16] if method == "grpo" else [16 + 8 * n for n in pivots]
         assert {row["sequences"] for row in run[1:]} == set(expected)
         # GRPO with G = 8 has a third of the tokens in an update, and is evaluated after three times as many.
         evaluated = [row["step"] for row in run[:-1] if "eval_accuracy" in row]
@@ -78,7 +78,7 @@ def test_all_methods_see_the_same_questions(demo, tmp_path):
     run = prepare(parse_args(["--preset", "tiny", "--seed", "0", "--out", str(tmp_path / "run")]))
     for folder, own in zip(folders, settings):
         different = {k for k in own if own[k] != settings[0][k]}
-        assert different <= {"method", "group_size", "branches", "eval_every", "out"}, folder.name
+        assert different <= {"method", "branch_share", "branches", "eval_every", "out"}, folder.name
         samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         assert samples
         for step in {row["step"] for row in samples}:
@@ -124,15 +124,15 @@ def test_figure_shows_what_the_runs_hold(demo):
 def test_the_caption_says_what_is_significant(tmp_path):
     """Three seeds of each method with these accuracies after half and after all of the tokens."""
     accuracies = {"deep_grpo": [(0.50, 0.9), (0.52, 0.8), (0.54, 0.7)], "grpo": [(0.80, 0.9), (0.81, 0.8), (0.85, 0.7)],
-                  "grpo24": [(0.20, 0.7), (0.50, 0.9), (0.53, 0.8)]}
+                  "half": [(0.20, 0.7), (0.50, 0.9), (0.53, 0.8)]}
     runs = {method: [write_run(tmp_path / f"{method}-{i}", (0.0, half, end), tokens=(100, 200, 400))
                      for i, (half, end) in enumerate(pairs)] for method, pairs in accuracies.items()}
     assert program.shared_tokens(runs) == 400 and program.accuracy_at(runs["grpo"], 200).tolist() == [0.80, 0.81, 0.85]
     half, end = program.caption(runs).splitlines()
-    assert half == ("After half of the tokens the accuracy is 52 % with DEEP-GRPO, 82 % with GRPO (G = 8) and 41 % "
-                    "with GRPO (G = 24); DEEP-GRPO is significantly behind GRPO (G = 8).")
-    assert end == ("At the end the accuracy is 80 % with DEEP-GRPO, 80 % with GRPO (G = 8) and 80 % with "
-                   "GRPO (G = 24); with 3 seeds no difference to DEEP-GRPO is significant.")
+    assert half == ("After half of the tokens the accuracy is 52 % with DEEP-GRPO, 82 % with GRPO and 41 % with "
+                    "DEEP-GRPO, S = 1/2; DEEP-GRPO is significantly behind GRPO.")
+    assert end == ("At the end the accuracy is 80 % with DEEP-GRPO, 80 % with GRPO and 80 % with "
+                   "DEEP-GRPO, S = 1/2; with 3 seeds no difference to DEEP-GRPO is significant.")
 
 
 @pytest.mark.slow

@@ -223,8 +223,7 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
     surrogate = surrogate or partial(clipped_surrogate, clip_low=config.clip_low, clip_high=config.clip_high)
 
     # Sums stay on the device until the end, because reading one would make the device wait for the host.
-    zeros = partial(torch.zeros, device=table.device)
-    loss, sums, largest_gap = zeros(()), zeros(4, dtype=torch.float64), zeros(())
+    loss, sums, largest_gap = table.new_zeros(()), table.new_zeros(4), table.new_zeros(())
     for batch in ranks.mine(batches):
         batch_rows, ref = [rows[i] for i in batch], None
         if has_kl:

@@ -48,7 +48,8 @@ def branched_first(rewards) -> list[int]:
     """Which rollouts of a question are branched: round(G exp(-accuracy)) of them, those of the minority first."""
     right = [r > 0 for r in rewards]
     accuracy = mean(right)
-    order = sorted(range(len(right)), key=lambda i: right[i] == (accuracy >= 0.5))               # stable
+    minority = accuracy < 0.5                        # the right ones, else the wrong ones
+    order = sorted(range(len(right)), key=lambda i: right[i] != minority)                        # stable
     return order[:round(len(right) * math.exp(-accuracy))]
 
 

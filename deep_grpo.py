@@ -15,8 +15,8 @@ DEEP-GRPO is one function, `step`, at the end of this file: one step on a batch 
 GRPO is K = 0: lines 2 to 4 vanish, and the first half of J is left. The methods that the paper compares itself with
 are other functions in the place of line 2 or of the weights of J (variants/).
 
-Departures from the paper: a step t is a sentence of a response, and its depth is t/(T + 1) (pivot.py). phi is the exact
-L2-regularised fit to the last 10,000 outcomes, and P is 1 until there are enough of them (recoverability.py). A
+Departures from the paper: a step t is a sentence or a line of a response, at the depth t/(T + 1) (pivot.py). phi is the
+exact L2-regularised fit to the last 10,000 outcomes, and P is 1 until there are enough of them (recoverability.py). A
 response that does not end within the cap has reward 0, and a branch has the room that its prefix left. The form of the
 authors' code is Config.objective = "authors" (loss.py).
 
@@ -101,8 +101,8 @@ class Config:
         for name in ("temperature", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not math.isfinite(self.gamma):
-            raise ValueError(f"gamma must be a finite number, got {self.gamma}")
+        if not abs(self.gamma) <= 1e6:
+            raise ValueError(f"gamma must be a number from -1e6 to 1e6, got {self.gamma}")
         if self.objective not in ("paper", "authors"):
             raise ValueError(f"objective must be 'paper' or 'authors', got {self.objective!r}")
 
@@ -144,7 +144,7 @@ def resample_failures(policy, questions, groups, config) -> list[Group]:
         return groups
     drawn = policy.sample([g.prompt + tau.response[:fork.pivot] for _, g, tau, fork in forked], config.branches,
                           [config.max_new_tokens - fork.pivot for *_, fork in forked],      # what the prefix left
-                          [len(tau.response) - fork.pivot for *_, tau, fork in forked])         # the expected length
+                          [len(tau.response) - fork.pivot for *_, tau, fork in forked])   # by which ranks share them
     rewards = iter(policy.rewards([(q, tau.response[:fork.pivot] + y)
                                    for (q, _, tau, fork), branches in zip(forked, drawn) for y in branches]))
     drawn = iter(drawn)
@@ -214,23 +214,24 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
         table = reweigh(table, *(torch.cat([table[:0, 0], *parts]) for parts in (logps, entropies)))
     has_kl = ref_model is not None and config.beta > 0
     needed, tokens = needed_sequences(groups, table, has_kl)
-    table, sampled = table[tokens].to(model.device), sampled_logps(groups)[tokens].to(model.device)
+    table, sampled = table[tokens], sampled_logps(groups)[tokens]
     rows = pack_groups(groups, attention_length(model), micro_batch_tokens or math.inf, needed)
     batches = micro_batches(rows, micro_batch_tokens, ranks.size, ranks.multiple)
-    lengths = [len(row.targets) for row in rows]
-    of_row, sampled_of_row = table.split(lengths), sampled.split(lengths)
-    clipped = surrogate is None
+    index, constants = torch.arange(len(table), device=model.device), table.to(model.device)
+    of_row = index.split([len(row.targets) for row in rows])
+    clip = (config.clip_low, config.clip_high) if surrogate is None else None
     surrogate = surrogate or partial(clipped_surrogate, clip_low=config.clip_low, clip_high=config.clip_high)
 
-    # Sums stay on the device until the end, because reading one would make the device wait for the host.
-    loss, sums, largest_gap = table.new_zeros(()), table.new_zeros(4), table.new_zeros(())
+    # All numbers stay on the device until the end, because reading one would make the device wait for the host.
+    loss, scores = constants.new_zeros(()), constants.new_zeros(2, len(table))       # of every token log pi, log pi_ref
     for batch in ranks.mine(batches):
         batch_rows, ref = [rows[i] for i in batch], None
+        at = torch.cat([index[:0], *(of_row[i] for i in batch)])     # its n loss tokens; a process without rows has 0
         if has_kl:
             with torch.no_grad():                    # before the policy's own pass, whose activations take this room
                 ref, _ = ranks.score(ref_model, batch_rows, config.temperature, entropies=False)
-        logp, _ = ranks.score(model, batch_rows, config.temperature, entropies=False)          # (n,) loss tokens
-        A, w, w_kl, main, old = torch.cat([table[:0], *(of_row[i] for i in batch)]).to(logp).T
+        logp, _ = ranks.score(model, batch_rows, config.temperature, entropies=False)          # (n,)
+        A, w, w_kl, _, old = constants[at].to(logp).T
         old = logp.detach() if old_logps is None else old
 
         # Eq. (J): over these tokens, the sum of w min(rho A, clip(rho) A) - w_kl k3
@@ -241,25 +242,28 @@ def objective(model, groups, config, ref_model=None, old_logps=None, micro_batch
             (-J).backward()
             J = J.detach()
         loss = loss.to(J) - J
-        drawn = torch.cat([sampled[:0], *(sampled_of_row[i] for i in batch)]).to(logp)
-        batch_sums, gap = token_sums(logp.detach(), ref, A, w, main, old, drawn, config if clipped else None)
-        sums, largest_gap = sums.to(batch_sums) + batch_sums, torch.maximum(largest_gap.to(gap), gap)
+        scores[:, at] = torch.stack([logp.detach(), logp.detach() if ref is None else ref]).to(scores)
 
+    logp, ref = ranks.total(scores).cpu()            # each token was scored by one process
     costs = batch_costs(rows, batches, ranks.size, ranks.multiple)
     costs["forwarded_tokens"] += scored
-    return ranks.total(loss), objective_metrics(table, ranks.total(sums), ranks.largest(largest_gap)) | costs
+    old = logp if old_logps is None else table[:, 4]
+    return ranks.total(loss), objective_metrics(table, logp, ref, old, sampled, clip) | costs
 
 
-def needed_sequences(groups, table, has_kl) -> tuple[list[bool], torch.Tensor]:
-    """Which sequences have a weight: a bool for each, in the order of the table, and a mask of their tokens, [N]."""
+def needed_sequences(groups, table, has_kl) -> tuple[list[list[bool]], torch.Tensor]:
+    """Which sequences have a weight: for every rollout a bool for its response and each branch, and a mask of their
+    tokens, [N]."""
     A, w, w_kl, *_ = table.T
     weighs = A * w != 0
     if has_kl:
         weighs |= w_kl != 0
-    lengths = torch.tensor([len(y) for g in groups for tau in g.trajectories for y in tau.sequences], dtype=torch.long)
+    of_rollout = [[len(y) for y in tau.sequences] for g in groups for tau in g.trajectories]
+    lengths = torch.tensor([n for sizes in of_rollout for n in sizes], dtype=torch.long)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    weight = torch.cat([ends[:1], weighs.cumsum(0)])[ends].diff()        # how many tokens of it have a weight
-    return (weight > 0).tolist(), (weight > 0).repeat_interleave(lengths)
+    needed = torch.cat([ends[:1], weighs.cumsum(0)])[ends].diff() > 0    # has any of its tokens a weight?
+    return [part.tolist() for part in needed.split([len(sizes) for sizes in of_rollout])], \
+        needed.repeat_interleave(lengths)
 
 
 def sampled_logps(groups) -> torch.Tensor:
@@ -280,29 +284,22 @@ def known_logps(groups) -> torch.Tensor:
     return logps
 
 
-def token_sums(logp, ref, A, w, main, old, drawn, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """([k3 of the tokens of rollouts, number of tokens that the clip holds (config None: there is none), sum of the
-    sampler_gap, number of tokens where it is known], the largest gap). drawn: log pi when the tokens were drawn."""
-    held = torch.zeros_like(logp)
-    if config is not None:
-        rho = torch.exp(logp - old)
-        held = (A > 0) & (rho > 1 + config.clip_high) | (A < 0) & (rho < 1 - config.clip_low)
-    kl = torch.zeros_like(logp) if ref is None else k3_kl(logp, ref)
-    known = (A != 0) & (w != 0) & ~drawn.isnan()
-    gap = torch.where(known, (logp - drawn).abs(), 0)
-    largest = torch.cat([gap, gap.new_zeros(1)]).amax()                  # of no tokens, 0
-    return torch.stack([(kl * main).sum(), held.sum(), gap.sum(), known.sum()]).double(), largest
+def objective_metrics(table, logp, ref, old, sampled, clip) -> dict:
+    """The metrics of objective() but for the batch_costs.
 
-
-def objective_metrics(table, sums, largest_gap) -> dict:
-    """The metrics of objective() but for the batch_costs. sums, largest_gap: those of token_sums(), of all processes.
+    logp, ref, old, sampled: of every loss token, log pi, log pi_ref, log pi_old and the sampled_logps, [N]. clip:
+    (clip_low, clip_high); None: the surrogate has no clip.
     """
-    kl, held, gap, known = sums.tolist()
     A, w, _, main, _ = table.T
     n_main, trained = main.sum().item(), (A != 0) & (w != 0)
-    return {"kl": kl / n_main if n_main else None, "clip_fraction": held / max(1, len(table)),
-            "trained_tokens": int(trained.sum()), "sampler_gap": gap / known if known else None,
-            "sampler_gap_max": largest_gap.item() if known else None}
+    held, rho = torch.zeros_like(trained), torch.exp(logp - old)
+    if clip is not None:
+        held = (A > 0) & (rho > 1 + clip[1]) | (A < 0) & (rho < 1 - clip[0])
+    gap = (logp - sampled).abs()[trained & ~sampled.isnan()]
+    return {"kl": (k3_kl(logp, ref) * main).sum().item() / n_main if n_main else None,
+            "clip_fraction": held.sum().item() / max(1, len(table)), "trained_tokens": int(trained.sum()),
+            "sampler_gap": gap.mean().item() if len(gap) else None,
+            "sampler_gap_max": gap.max().item() if len(gap) else None}
 
 
 def clip_gradient(model, max_norm) -> torch.Tensor:

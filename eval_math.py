@@ -8,11 +8,14 @@ r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with c
     python eval_math.py --model runs/mine/checkpoints/step_100 --sets mine.jsonl     # questions of your own
     torchrun --nproc-per-node 8 eval_math.py ...     # the same answers, each GPU does every 8th batch
 
-The protocol is that of the MATH table of the paper, which is that of Dr. GRPO. Decoding is greedy, with at most 3,000
-new tokens, and at most 4,096 with the prompt. The last \boxed{} counts, and unfinished answers are graded like all
-others. On GSM8K an unfinished answer is incorrect, as in training, and the number after `####` counts, unless --answer
-says otherwise. Two further columns stand beside the accuracy on GSM8K: `strict` is the plain `#### n` rule, and `last
-number` takes the last number anywhere in the answer. The latter is for models that were not told the format.
+On the five MATH sets, the protocol is that of the paper's table, which is that of Dr. GRPO. Decoding is greedy, with at
+most 3,000 new tokens, and at most 4,096 with the prompt. The last \boxed{} counts, and unfinished answers are graded
+like all others. Everywhere else, also in a file of your own, an unfinished answer is incorrect, as in training. So a
+training run on MATH counts fewer answers as correct than this program does.
+
+On GSM8K the number after `####` counts, unless --answer says otherwise. Two further columns stand beside the accuracy:
+`strict` is the plain `#### n` rule, and `last number` takes the last number anywhere in the answer. The latter is for
+models that were not told the format.
 
 accuracy   The share of correct answers. With k samples it is the mean over questions and samples.
 interval   Wilson's 95 % interval with n = number of questions. With k samples, which are not independent, it is
@@ -56,7 +59,7 @@ from trainer.session import owned
 from trainer.settings import PRESETS, OneLineParser, count
 
 MATH_SETS = ["aime24", "amc", "math500", "minerva", "olympiadbench"]
-TOTAL_TOKENS = 4096                                  # prompt and answer together
+TOTAL_TOKENS = 4096                                  # on the MATH sets: prompt and answer together
 PAPER = {                                            # accuracies of the paper's two tables
     **{f"{method}, Qwen2.5-0.5B-Instruct": {"gsm8k": x} for method, x in (
         ("GRPO, N = 8", .641), ("GRPO, N = 64", .662), ("TreeRL", .655), ("AttnRL", .670),
@@ -99,6 +102,9 @@ def parse_args(argv=None):
         if name not in SETS and name not in tasks.lock.LOCKS and not name.endswith(".jsonl"):
             parser.error(f"argument --sets: {name!r} is neither a .jsonl file nor one of "
                          f"{', '.join([*SETS, *tasks.lock.LOCKS])}")
+    if args.max_new_tokens >= TOTAL_TOKENS and (capped := [name for name in args.sets if name in MATH_SETS]):
+        parser.error(f"argument --max-new-tokens: on {capped[0]} prompt and answer have {TOTAL_TOKENS} tokens "
+                     f"together, as in the paper, got {args.max_new_tokens}")
     if not 0 <= args.temperature < float("inf"):
         parser.error(f"argument --temperature: must be 0 (greedy) or positive, got {args.temperature}")
     if args.samples > 1 and args.temperature == 0:
@@ -177,7 +183,7 @@ def answer_batch(args, model, sampler, tokenizer, stop, name, questions, batch):
     The randomness is that of torch's global generator.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
-    total = min(TOTAL_TOKENS, context_of(model))
+    total = min(TOTAL_TOKENS if name in MATH_SETS else math.inf, context_of(model))
     room = [max(0, min(args.max_new_tokens, total - len(questions[i].prompt))) for i in batch]
     tails = sampler(model, [questions[i].prompt for i in batch], args.samples, eos_token_id=stop, pad_token_id=pad,
                     max_new_tokens=[max(1, n) for n in room], temperature=args.temperature)
@@ -266,7 +272,8 @@ def summarize(answers, k):
     result = {"n": n, "accuracy": accuracy, "interval": wilson(accuracy, n), "tokens": share("tokens"),
               "truncated": 1 - share("finished"),
               "pass": {str(j): sum(pass_at(j, c, k) for c in right.values()) / n for j in draws}}
-    return result | {column: share(column) for column in ("strict", "last_number") if column in answers[0]}
+    return result | {column: share(column) for column in ("strict", "last_number")
+                     if all(column in answer for answer in answers)}    # a file may have questions of both kinds
 
 
 def write_table(results):
@@ -316,8 +323,9 @@ def prepare(args, today):
     date = fix_date(tokenizer, there.get("date") or today)
     questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template, args.answer)[0]
                  for name in args.sets}
-    check_length(model, args.model, max(len(q.prompt) for asked in questions.values() for q in asked), 1)
-    if context_of(model) < TOTAL_TOKENS:
+    longest = max(len(q.prompt) for asked in questions.values() for q in asked)
+    check_length(model, args.model, longest, 1)
+    if context_of(model) < longest + args.max_new_tokens:
         print(f"the context of {args.model} has {context_of(model)} tokens: prompt and answer share them")
     return (model, choose_sampler(model), tokenizer, stop, questions), describe(args, model, stop, questions, date)
 

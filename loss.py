@@ -19,8 +19,8 @@ batch. How the batch is then cut into micro-batches cannot change the gradient.
 
 The authors' code has another form of (J), `authors_weights`. Four of its rules are left out. The dual clip and the
 clamp of log rho have no effect while every batch is fresh and has one optimizer step; with --updates above 1 or --lag
-they would. k3 is cut at 10 there, which happens where a token is 14 times likelier under the reference. And all
-branches of a step are dropped when fewer than 128 have an advantage.
+they would. k3 is cut at 10 there, which happens where a token is 14 times likelier under the reference, or 60,000 times
+less likely. And all branches of a step are dropped when fewer than 128 have an advantage.
 """
 from typing import NamedTuple
 
@@ -157,6 +157,9 @@ def loss_table(groups, spans: list[Span], old_logps: list[Tensor] | None = None)
     table[:, :3] = constants[:, 1:].repeat_interleave(tokens, dim=0)
     streams = [(len(y), float(i == 0)) for g in groups for tau in g.trajectories for i, y in enumerate(tau.sequences)]
     lengths, main = torch.tensor(streams, dtype=torch.float64).view(-1, 2).T
+    if tokens.sum() != lengths.sum():
+        raise ValueError(f"spans must cover the {lengths.sum():.0f} loss tokens of the groups, got {tokens.sum():d}: "
+                         "every branch needs its reward")
     table[:, 3] = main.repeat_interleave(lengths.long())
     if old_logps is not None:
         table[:, 4] = torch.cat(old_logps)

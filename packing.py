@@ -19,7 +19,7 @@ because gradient checkpointing drops the cache.
 """
 from bisect import bisect_left
 from functools import partial
-from itertools import chain, groupby, repeat
+from itertools import chain, compress, groupby, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -62,8 +62,8 @@ def pack(prompt: list[int], response: list[int], branches: list[tuple[int, list[
     index = np.arange(len(ids))
     # A token is predicted by the one before it. The first of a segment is predicted by the last token of its prefix.
     predictors = index[n:] - 1
-    first = np.flatnonzero(np.diff(segments[n - 1:]))
-    predictors[first] = prefix[segments[n:][first]] - 1
+    full = np.flatnonzero(counts[1:]) + 1                                            # the segments that have tokens
+    predictors[starts[full] - n] = prefix[full] - 1
     return Row(ids, index + (begins - starts)[segments], segments, prefix[segments], ids[n:], predictors,
                counts[1:].tolist())
 
@@ -71,18 +71,20 @@ def pack(prompt: list[int], response: list[int], branches: list[tuple[int, list[
 IDLE = pack([0], [])                     # a token without a loss, for a process without rows
 
 
-def pack_groups(groups, a: float, limit: float = float("inf"), needed: list[bool] | None = None) -> list[Row]:
+def pack_groups(groups, a: float, limit: float = float("inf"), needed: list[list[bool]] | None = None) -> list[Row]:
     """Return the Rows of all rollouts and branches, in order: one per rollout, or more where that is cheaper.
 
     a, limit: those of pack_or_split. The G responses of a question without any branch are packed as branches of the
-    question itself, so the prompt is computed once. needed: for every rollout and, after it, each of its branches, are
-    its tokens scored? None: all are. Of a rollout that is not, only the prefix of its branches stays.
+    question itself, so the prompt is computed once. needed: for every rollout, are its response and each of its
+    branches scored? None: all are. Of a response that is not, only the prefix of its branches stays.
     """
-    needed = repeat(True) if needed is None else iter(needed)
+    needed = repeat(None) if needed is None else iter(needed)
     trees = []                                       # (prompt, response, [(pivot, suffix), ...])
     for g in groups:
-        scored = [(tau.response, next(needed), [branch for branch in tau.branches if next(needed)])
-                  for tau in g.trajectories]
+        scored = []                                  # (response, is it scored?, those of its branches that are)
+        for tau in g.trajectories:
+            itself, *of_branches = next(needed) or [True] * len(tau.sequences)
+            scored.append((tau.response, itself, list(compress(tau.branches, of_branches))))
         if any(branches for *_, branches in scored):
             for response, itself, branches in scored:
                 if itself:
@@ -310,10 +312,6 @@ class Alone:
 
     def total(self, value):
         """The sum of a tensor over all processes."""
-        return value
-
-    def largest(self, value):
-        """The largest of a tensor over all processes."""
         return value
 
     def score(self, model, rows, temperature, entropies=True):

@@ -6,11 +6,11 @@ Deep states (large r_t) are those that sampling from the question rarely reaches
 from which a correct answer is still possible. The paper has gamma = 2. With gamma = 0 only recoverability counts, and a
 large negative gamma resamples from the question.
 
-States. A response is cut into T segments, which are sentences or a fixed number of tokens. The states t = 1 ... T are
-the question itself and the end of every segment but the last. As in the authors' code, r_t is t/(T+1). The question
-therefore has the ratio 1/(T+1), never 0, and the end of the response is never a candidate. The paper leaves open what a
-"step" is. The authors stop generation at the single token ".". Real tokenizers write most sentence ends as
-other tokens (".\n"), so we look at the text instead.
+States. A response is cut into T segments, which are sentences or a fixed number of tokens. A full stop or a line break
+ends a sentence; "?" and "!" do not. The states t = 1 ... T are the question itself and the end of every segment but the
+last. As in the authors' code, r_t is t/(T+1). The question therefore has the ratio 1/(T+1), never 0, and the end of the
+response is never a candidate. The paper leaves open what a "step" is. The authors stop generation at the single token
+".". Real tokenizers write most sentence ends as other tokens (".\n"), so we look at the text instead.
 
     python pivot.py        # draws Q(t) for several gamma and P
 """
@@ -23,7 +23,8 @@ import numpy as np
 # A line break, or a full stop before white space, so that 3.5 is not cut. Closing quotes, brackets and markdown may
 # stand between the full stop and the white space.
 SENTENCE_END = re.compile(r"\.[^\w\s]{0,3}(?=\s|\Z)|\n")
-LIST_NUMBER = re.compile(r"\W*\d{1,2}\.\W*")               # "2." begins a segment and is not one itself
+# "2." begins a segment and is not one itself, unless its line ends there.
+LIST_NUMBER = re.compile(r"\W*\d{1,2}\.[^\w\n]*")
 
 
 def sentence_ends(response: list[int], decode, pattern=SENTENCE_END) -> list[int]:
@@ -90,8 +91,8 @@ def candidate_ratios(n_segments: int) -> np.ndarray:
 def pivot_distribution(ratios, p_success, gamma: float) -> np.ndarray:
     """Eq. (Q) over the candidate states: float64 [n], which sums to 1.
 
-    ratios: r_t in (0, 1], [n]. p_success: P_phi(success | r_t) in [0, 1], [n], not all 0. gamma: any finite number.
-    Q is computed in log space, where 0.01^-20 and P = 1e-300 neither overflow nor vanish beside each other. Raises
+    ratios: r_t in (0, 1], [n]. p_success: P_phi(success | r_t) in [0, 1], [n], not all 0. gamma: from -1e6 to 1e6. Q is
+    computed in log space, where 0.01^-20 and P = 1e-300 neither overflow nor vanish beside each other. Raises
     ValueError for any other arguments.
     """
     ratios, p_success = np.asarray(ratios, dtype=float), np.asarray(p_success, dtype=float)
@@ -100,8 +101,8 @@ def pivot_distribution(ratios, p_success, gamma: float) -> np.ndarray:
     if p_success.shape != ratios.shape or not (
             np.all(p_success >= 0) and np.all(p_success <= 1) and np.any(p_success > 0)):
         raise ValueError(f"p_success must be one probability per ratio, not all 0, got {p_success}")
-    if not np.isfinite(gamma):
-        raise ValueError(f"gamma must be a finite number, got {gamma}")
+    if not abs(gamma) <= 1e6:                                # beyond that only the deepest or the first state is drawn
+        raise ValueError(f"gamma must be a number from -1e6 to 1e6, got {gamma}")
     with np.errstate(divide="ignore"):                       # log 0 = -inf is correct: never drawn
         log_q = np.log(p_success) + gamma * np.log(ratios)
     q = np.exp(log_q - log_q.max())

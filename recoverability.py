@@ -37,7 +37,7 @@ class Recoverability:
             raise ValueError(f"window must be at least 1 outcome, got {window}")
         if min_observations < 0:
             raise ValueError(f"min_observations must be 0 or more, got {min_observations}")
-        if not l2 > 0:
+        if not 0 < l2 < math.inf:
             raise ValueError(f"l2 must be positive (it keeps w finite on separable outcomes), got {l2}")
         self.outcomes = deque(maxlen=window)          # M, oldest first
         self.min_observations, self.l2 = min_observations, l2

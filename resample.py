@@ -66,10 +66,10 @@ def sample(model, prefixes: list[list[int]], k: int | list[int], *, max_new_toke
                          f"{len(prefixes)} prefixes, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}")
-    settings = dict(eos_token_id=sorted(stop), pad_token_id=pad_token_id, do_sample=temperature > 0, top_k=0,
-                    top_p=1.0, repetition_penalty=1.0, use_cache=True, return_dict_in_generate=True)
+    settings = dict(eos_token_id=sorted(stop), pad_token_id=pad_token_id, do_sample=temperature > 0,
+                    repetition_penalty=1.0, use_cache=True, return_dict_in_generate=True)
     if temperature > 0:
-        settings["temperature"] = float(temperature)
+        settings |= dict(temperature=float(temperature), top_k=0, top_p=1.0)
 
     was_training, own_config = model.training, model.generation_config
     model.eval()                                     # without dropout; checkpointing would switch the cache off

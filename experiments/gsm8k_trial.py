@@ -2,11 +2,15 @@ r"""A short trial on real GSM8K with one GPU: what do branches do at equal quest
 
     python -m experiments.gsm8k_trial --model FOLDER                   # four arms, 25 steps each; not run yet
     python -m experiments.gsm8k_trial --model FOLDER --arms deep,grpo --steps 10 --no-compile
+    python -m experiments.gsm8k_trial --model FOLDER --data TRAIN.jsonl --eval-data TEST.jsonl      # without the hub
 
     deep    DEEP-GRPO with 64 questions a step, G = 8 and K = 8
     grpo    GRPO with the same questions: against it stands what branches do at equal questions
-    more    GRPO with as many generated tokens a step as deep, which go to more questions: at equal tokens
+    more    GRPO with as many generated tokens as deep, which go to more questions: at equal tokens
     half    DEEP-GRPO with as many tokens, where half of the failures are branched and the rest goes to more questions
+
+The last two draw whole batches of 64 questions until they have the tokens, because a batch of fewer questions would
+take as long. What is too much in one step is missing in the next.
 
 The arms run one after another, each in a process with a directory of its own. A finished run is not run again, and an
 interrupted one goes on. All flags that are not listed below are flags of train_gsm8k.py and hold for every arm. The
@@ -30,8 +34,8 @@ from trainer.settings import OneLineParser, count
 
 ARMS = {"deep": Arm("DEEP-GRPO, 64 questions", "--method deep_grpo"),
         "grpo": Arm("GRPO, the same questions", "--method grpo"),
-        "more": Arm("GRPO, as many tokens", "--method grpo --questions 16"),
-        "half": Arm("DEEP-GRPO, S = 1/2, as many tokens", "--method deep_grpo --branch-share .5 --questions 16")}
+        "more": Arm("GRPO, as many tokens", "--method grpo"),
+        "half": Arm("DEEP-GRPO, S = 1/2, as many tokens", "--method deep_grpo --branch-share .5")}
 SAME_TOKENS = ("more", "half")                       # as deep, which therefore runs first
 FLAGS = "--preset gsm8k --answer boxed --val-rows 0 --save-every 0"
 KEPT = ("config.json", "metrics.jsonl", "timing.jsonl", "pivots.csv", "samples.jsonl")

@@ -4,6 +4,7 @@ r"""Speed and memory, side by side: each trick of this repository against the sa
     python -m experiments.speed update head        # only these rows
     python -m experiments.speed trl                # needs: pip install trl==1.16.0
     python -m experiments.speed --gpu              # the second list: the step of the paper on a GPU
+    python -m experiments.speed --gpu decode       # only this row; each takes some minutes of one H200, estimated
 
 Each row is a comparison. The first list is for any device:
 
@@ -21,10 +22,9 @@ The second list has the shapes of Qwen2.5-0.5B and the step of the paper:
 
     decode        milliseconds per token step, by loop, and the share of the memory's bandwidth
     paper_update  the update of the paper's step, compiled and not, by micro-batch
-    paper_whole   the whole step of the paper with both objectives, with and without branches; the first step of a real
-                  run, in which more rollouts fail; and the whole step in 24 GB of memory
+    paper_whole   the whole step of the paper with both objectives, with and without branches; the same for the first
+                  step of a real run, in which more rollouts fail; and the whole step in 24 GB of memory
     sharded       one GPU as it is and under fully_shard, with the estimate of trainer/memory.py beside it
-    trl           as above
 
 The weights are random. The lengths of responses are drawn beforehand, so that all variants do equal work. They are
 log-normal with sigma 0.4, as on GSM8K. Every number is the median of --repeats runs in one process. The variants of a
@@ -57,6 +57,7 @@ from experiments.workload import (
     Work,
     loss_tokens,
     make_model,
+    mostly_dead,
     paper_step,
     sample_ours,
     sample_plainly,
@@ -113,13 +114,7 @@ def time_update_of(args, prompt, prefix, suffix, k, n):
 def time_weights(args):
     """The authors' objective where three quarters of the questions and of the pivots teach nothing."""
     model, config = make_model(args.size), Config(objective="authors")
-    groups = Work(model, max(4, args.questions), args.mean, args.cap).groups()
-    for i, g in enumerate(groups):
-        for t in g.trajectories if i % 4 else ():
-            t.reward = 0.0
-    for i, fork in enumerate(fork for g in groups for t in g.trajectories for fork in t.forks):
-        if i % 4:
-            fork.rewards = [0.0] * len(fork.rewards)
+    groups = mostly_dead(Work(model, max(4, args.questions), args.mean, args.cap).groups())
     needed, _ = deep_grpo.needed_sequences(groups, loss_table(groups, authors_weights(groups, config)), False)
 
     def left_out():
@@ -149,10 +144,11 @@ def time_host(args):
         table = loss_table(groups, paper_weights(groups, config))
         needed, tokens = deep_grpo.needed_sequences(groups, table, True)
         rows = pack_groups(groups, a, 16384, needed)
-        parts = table[tokens].split([len(row.targets) for row in rows])
+        constants, _ = table[tokens], deep_grpo.sampled_logps(groups)[tokens]
+        of_row = torch.arange(len(constants)).split([len(row.targets) for row in rows])
         for batch in micro_batches(rows, 16384):
             batch_tensors([rows[i] for i in batch], "cpu")
-            torch.cat([parts[i] for i in batch])
+            constants[torch.cat([of_row[i] for i in batch])]
 
     for record in side_by_side(args, "host time of a pass", {"as shipped": host}):
         yield record | {"work": f"{1000 * record['seconds']:.0f} ms, {tokens_through(groups, a)} tokens, "
@@ -272,7 +268,7 @@ def time_growth_of(args, name, settings):
 COMPARISONS = {"update": time_updates, "host": time_host, "weights": time_weights, "generation": time_generation,
                "passes": time_passes, "head": time_head, "step": time_steps, "growth": time_growth, "trl": time_trl}
 GPU_COMPARISONS = {"decode": time_decoding, "paper_update": time_paper_update, "paper_whole": time_paper_step,
-                   "sharded": time_sharding, "trl": time_trl}
+                   "sharded": time_sharding}
 
 
 def main(argv=None) -> int:

@@ -57,9 +57,12 @@ class Work:
         self.prompts = [self.ids(int(n)) for n in rng.integers(prompt // 2, prompt * 3 // 2, questions)]
         drawn = rng.lognormal(np.log(mean) - 0.08, 0.4, (questions, group_size))
         self.lengths = drawn.clip(max(1, mean // 8), cap).astype(int)
-        self.failed = rng.random((questions, group_size)) < failed
+        # The first rollout of a question fails and the last one does not, so none is without an advantage. The others
+        # fail at the rate that makes `failed` the share of all.
+        others = (failed * group_size - 1) / max(1, group_size - 2)
+        self.failed = rng.random((questions, group_size)) < (others if failed < 1 else 1)
         if failed < 1:
-            self.failed[:, 0], self.failed[:, -1] = True, False          # no question is without an advantage
+            self.failed[:, 0], self.failed[:, -1] = True, False
         self.pivots = (depth * self.lengths).astype(int)
         self.depth = depth
 
@@ -88,6 +91,17 @@ class Work:
     def groups(self):
         """Rollouts and branches of random tokens."""
         return self.branch(self.sample_nothing, self.rollouts(self.sample_nothing))
+
+
+def mostly_dead(groups):
+    """The groups, where three quarters of the questions and of the pivots now have equal rewards, as in real runs."""
+    for i, g in enumerate(groups):
+        for t in g.trajectories if i % 4 else ():
+            t.reward = 0.0
+    for i, fork in enumerate(fork for g in groups for t in g.trajectories for fork in t.forks):
+        if i % 4:
+            fork.rewards = [0.0] * len(fork.rewards)
+    return groups
 
 
 def loss_tokens(groups):

@@ -265,13 +265,14 @@ def draw(logits, temperature):
 
 
 def exponential(u):
-    """Exp(1) from uniform numbers of torch.rand in fp32, from 0 on. On a CPU they are multiples of 2^-24, and on a GPU,
-    near 0, of 2^-31 or less.
+    """Exp(1) from uniform numbers of torch.rand in fp32, from 0 on. On a CPU they are multiples of 2^-24, and in code
+    that is compiled for a GPU, near 0, of 2^-31 or less. Other code of a GPU gives 0 as often as a CPU does.
 
     Half a step more keeps E away from 0, which would win against every other token. Small E, with which unlikely tokens
     win, come from small u, where log1p rounds least.
     """
-    return -torch.log1p(-(u + (2**-32 if u.device.type == "cuda" else 2**-25)))
+    fine = u.device.type == "cuda" and torch.compiler.is_compiling()
+    return -torch.log1p(-(u + (2**-32 if fine else 2**-25)))
 
 
 def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, caps, compile_layers, **inputs):
@@ -344,6 +345,8 @@ def draw_block(model, fixed, seen, token, position, pick, block) -> list[list]:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:            # nothing of the step has run
+                if isinstance(error.__context__, torch.OutOfMemoryError):    # which the end of a capture may hide
+                    raise error.__context__ from error
                 ASKS_THE_HOST[model] = True
                 no_graph(error)
     for _ in range(left):

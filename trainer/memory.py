@@ -141,8 +141,10 @@ def seconds_line(args, parameters, gpus) -> str:
     tokens, share = sum(sampled.values()) / gpus, 0.4 if args.objective == "authors" else 1.0
     passes = (3 + (args.beta > 0) + args.gradient_checkpointing) / 4
     seconds |= {"grading": 2.4e-6 * tokens, "update": size * passes * share * tokens / 70_000}
-    return (f"a step: about {sum(seconds.values()):.0f} s on {gpus} H200, a rough estimate from a run of prototypes ("
-            + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()) + ")")
+    step = sum(seconds.values())
+    return (f"a step: about {step:.0f} s on {gpus} H200, a rough estimate from a run of prototypes ("
+            + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+            + f"); {args.steps} steps: about {args.steps * step / 3600:.0f} hours, without evaluations")
 
 
 def largest(cost, limit) -> int:
@@ -217,7 +219,7 @@ def report(args, gpus) -> str:
              f"host memory: {4 * parameters / GB:.1f} on rank 0 to load the model{host}",
               seconds_line(args, parameters, gpus),
               "", f"the largest sizes that fit, with {100 * (1 - USABLE):.0f} % of the memory left free:"]
-    for card in (24, 40, 80):
+    for card in (24, 40, 80, 141):
         limit = USABLE * card * GB
         batch = largest(lambda n: sum(parts("sampling", n).values()), limit)
         tokens = largest(lambda n: sum(parts("update", tokens=n).values()), limit)

@@ -268,10 +268,6 @@ class Ranks:
             return value
         return sum(gather(lambda: value.detach().cpu()))
 
-    def largest(self, value: torch.Tensor) -> torch.Tensor:
-        """The largest over all ranks."""
-        return value if world_size() == 1 else torch.stack(gather(lambda: value.cpu())).amax(0)
-
     def score(self, model, rows, temperature, entropies=True):
         """packing.score_rows, or what takes its place, as a forward pass of the model."""
         with precision(model):

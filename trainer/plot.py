@@ -56,9 +56,12 @@ def interval(accuracy, n):
     return 1.96 * np.sqrt(accuracy * (1 - accuracy) / n)
 
 
-def on_gsm8k(settings) -> bool:
-    """Is a run evaluated on the test set of the authors' runs?"""
-    return settings.get("eval_data") == "gsm8k"
+def on_gsm8k(about) -> bool:
+    """Is a run evaluated on the test set of the authors' runs? A copy in a file is known by its number of questions.
+
+    about: what config.json holds.
+    """
+    return about["settings"].get("eval_data") == "gsm8k" or about["evaluation_questions"] == 1319
 
 
 def last_words(run_dir) -> list[str]:
@@ -74,7 +77,7 @@ def last_words(run_dir) -> list[str]:
     late = values[-max(1, len(values) // 4):]
     lines = [f"the mean accuracy on the evaluation questions over the last {len(late)} of {len(values)} evaluations is "
              f"{late.mean():.3f}: a number that is not a maximum"]
-    if not on_gsm8k(about["settings"]):
+    if not on_gsm8k(about):
         return lines
     n, curves, mine = about["evaluation_questions"], authors_curves(), smooth(steps, values)[-1]
     said = f"at step {steps[-1]:.0f} this run is at {mine:.3f} +- {interval(mine, n):.3f}"
@@ -108,7 +111,7 @@ def plot_run(run_dir) -> Path:
         if axis.has_data():
             axis.legend(fontsize=8)
     about = json.loads((Path(run_dir) / "config.json").read_text())
-    if on_gsm8k(about["settings"]):
+    if on_gsm8k(about):
         last, curves = max((steps[-1] for steps, _ in metrics.values()), default=0), authors_curves()
         for (name, column), style in zip(THEIRS.items(), ("-", "--")):
             steps, values = curves[column]

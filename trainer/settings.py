@@ -262,6 +262,12 @@ def check_together(parser, args):
         parser.error(f"argument --epsilon: must be between 0 and 1, got {args.epsilon}")
     if args.prob_mask is not None and not 0 < args.prob_mask <= 1:
         parser.error(f"argument --prob-mask: must be above 0 and at most 1, got {args.prob_mask}")
+    if args.branches == 1 and METHODS[args.method].two_streams:
+        parser.error("argument --branches: one branch has no siblings to be compared with, so its advantage is 0; at "
+                     "least 2 are needed")
+    if args.branches == 0 and args.group_size == 1:
+        parser.error("argument --group-size: one rollout has no others to be compared with, so its advantage is 0; at "
+                     "least 2 are needed")
     if "segment_tokens" in METHODS[args.method].settings and args.segment_tokens == 0:
         parser.error(f"argument --segment-tokens: --method {args.method} has nodes of at least 1 token, got 0")
     args.out = args.out or Path("runs") / f"{args.preset}-{args.method}-{args.seed}"

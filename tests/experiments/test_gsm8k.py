@@ -43,9 +43,9 @@ def test_hours_are_interpolated_and_may_never_come():
     assert gsm8k_curves.hours_to(curves) == {"DEEP-GRPO, K = 8": [2.0, 4.0, None]}
 
 
-def write_run(folder, eval_data, accuracies):
+def write_run(folder, eval_data, accuracies, n=1319):
     folder.mkdir()
-    about = {"settings": {"eval_data": eval_data, "group_size": 4}, "evaluation_questions": 1319}
+    about = {"settings": {"eval_data": eval_data, "group_size": 4}, "evaluation_questions": n}
     (folder / "config.json").write_text(json.dumps(about))
     lines = [json.dumps({"step": step, "eval_accuracy": accuracy}) + "\n" for step, accuracy in accuracies.items()]
     (folder / "metrics.jsonl").write_text("".join(lines))
@@ -64,7 +64,9 @@ def test_a_run_is_compared_with_the_authors_at_the_same_steps(tmp_path):
     assert f"the authors' deep_grpo was at {theirs:.3f} +- {spread:.3f}" in line and "the authors' grpo was at " in line
     line = last_words(write_run(tmp_path / "b", "gsm8k", {4590: 0.6}))[1]
     assert "the authors' deep_grpo ended before" in line and "the authors' grpo was at " in line
-    assert len(last_words(write_run(tmp_path / "c", None, {50: 0.6}))) == 1          # another test set
+    assert len(last_words(write_run(tmp_path / "c", None, {50: 0.6}, 256))) == 1     # another test set
+    copy = last_words(write_run(tmp_path / "copy", "data/test.jsonl", {0: 0.43, 25: 0.50, 50: 0.52}))
+    assert copy[1].startswith(f"at step 50 this run is at {mine:.3f} +- ")
     assert last_words(write_run(tmp_path / "d", "gsm8k", {0: 0.43})) == []
     assert plot.plot_run(tmp_path / "a").read_bytes()[:4] == b"\x89PNG"
 

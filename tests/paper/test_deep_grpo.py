@@ -508,19 +508,19 @@ def test_non_finite_stops_before_the_weights_change(model, broken, message):
 
 
 class OneOfTwo(Alone):
-    """One of two processes, whose sums are 3 times what they are: a sum that is forgotten shows."""
+    """One of two processes. others: what the other one has put into its sums, in order; None: they are its own."""
     size = 2
 
-    def __init__(self, number=0):
-        self.number, self.scored, self.totals = number, 0, 0
+    def __init__(self, number=0, others=None):
+        self.number, self.others, self.scored, self.own = number, others, 0, []
 
     def mine(self, batches):
         assert len(batches) % 2 == 0
         return batches[self.number::2]
 
     def total(self, value):
-        self.totals += 1
-        return 3 * value
+        self.own.append(value.detach())
+        return value if self.others is None else value + self.others[len(self.own) - 1]
 
     def score(self, model, rows, temperature, entropies=True):
         self.scored += 1
@@ -531,31 +531,34 @@ class OneOfTwo(Alone):
 def test_the_parts_of_two_processes_add_up(model, ref_model, micro_batch_tokens):
     """Each computes its own micro-batches. Loss, metrics, scores and gradients are sums over both."""
     def parts(call):
-        ranks = [OneOfTwo(number) for number in range(2)]
-        results = [call(each) for each in ranks]
-        assert all(each.scored for each in ranks)
-        return zip(*results)
+        alone = [OneOfTwo(number) for number in range(2)]
+        for each in alone:
+            call(each)
+        assert all(each.scored for each in alone)
+        assert all((own != 0).any() for each in alone for own in each.own)         # a sum that is forgotten shows
+        return [call(OneOfTwo(number, alone[1 - number].own)) for number in range(2)]
 
     config = Config(beta=BETA, clip_low=0.1, clip_high=0.25)
     old, _, forwarded = score_groups(moved(model, 0.02), example(), config)
-    *halves, counts = parts(lambda ranks: score_groups(model, example(), config, micro_batch_tokens, ranks))
-    for pair, whole in zip(halves, score_groups(model, example(), config)):
-        assert all((torch.cat(half) == 0).any() for half in pair)
-        torch.testing.assert_close(torch.cat(pair[0]) + torch.cat(pair[1]), 3 * torch.cat(whole), rtol=0, atol=1e-10)
-    assert set(counts) == {forwarded}
+    whole = score_groups(model, example(), config)
+    for part in parts(lambda ranks: score_groups(model, example(), config, micro_batch_tokens, ranks)):
+        for got, expected in zip(part[:2], whole):
+            torch.testing.assert_close(torch.cat(got), torch.cat(expected), rtol=0, atol=1e-10)
+        assert part[2] == forwarded
 
     loss, metrics = objective(model, example(), config, ref_model, old, backward=True)
     grads = gradients(model)
+
+    for their_loss, theirs in parts(lambda ranks: objective(
+            model, example(), config, ref_model, old, micro_batch_tokens, ranks=ranks)):
+        assert their_loss.item() == pytest.approx(loss.item(), rel=1e-10)
+        for name in ("kl", "clip_fraction", "trained_tokens", "forwarded_tokens"):
+            assert theirs[name] == pytest.approx(metrics[name], rel=1e-10) and theirs[name] > 0
+        assert theirs["imbalance"] > 1 == metrics["imbalance"]
+
     model.zero_grad()
-    losses, their_metrics = parts(lambda ranks: objective(
-        model, example(), config, ref_model, old, micro_batch_tokens, backward=True, ranks=ranks))
-    assert sum(losses).item() == pytest.approx(3 * loss.item(), rel=1e-10) and 0 not in losses
-    for name in ("kl", "clip_fraction"):
-        assert sum(part[name] for part in their_metrics) == pytest.approx(3 * metrics[name], rel=1e-10)
-        assert all(part[name] > 0 for part in their_metrics)
-    for name in ("trained_tokens", "forwarded_tokens"):                   # those of all, known without a model
-        assert {part[name] for part in their_metrics} == {metrics[name]}
-    assert their_metrics[0]["imbalance"] > 1 == metrics["imbalance"]
+    for number in range(2):                                               # the gradients of both add up
+        objective(model, example(), config, ref_model, old, micro_batch_tokens, backward=True, ranks=OneOfTwo(number))
     assert_gradients(model, grads)
 
 
@@ -576,7 +579,7 @@ def test_an_update_is_shared_out_as_it_is_told(model):
     update(model, torch.optim.SGD(model.parameters(), lr=0.05), example(), config, ranks=ranks,
            reweigh=lambda table, logp, entropy: table)
     # log pi_old, then for each of two steps the scores for reweigh and one micro-batch of the objective.
-    assert (ranks.scored, ranks.totals) == (1 + 2 * 2, 1 + 2 * (1 + 2))
+    assert (ranks.scored, len(ranks.own)) == (1 + 2 * 2, 1 + 2 * (1 + 2))
 
 
 def test_reweigh_changes_the_table_by_what_the_policy_thinks(model, ref_model):

@@ -227,3 +227,5 @@ def test_the_table_of_loss_tokens_by_hand():
     table = loss_table(groups, spans, old)
     assert table.dtype == torch.float64 and table.tolist() == expected
     assert loss_table(groups, spans).tolist() == [[*row[:4], 0.0] for row in expected]
+    with pytest.raises(ValueError, match="spans must cover the 10 loss tokens of the groups, got 8"):
+        loss_table(groups, spans[:-1])

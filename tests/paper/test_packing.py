@@ -202,7 +202,9 @@ def test_rows_of_groups_of_which_not_all_sequences_are_needed_by_hand():
             ("110000 000", [pack([1, 2], [4], [(0, [5, 6, 7])])]),        # branches all dead
             ("001000 010", [pack([1, 2, 5, 6], [8]), pack([3], [6, 7])]), ("000000 000", [])]:
         flags = [c == "1" for c in needed if c != " "]
-        assert plain(pack_groups(groups, inf, needed=flags)) == plain(rows)
+        given = iter(flags)
+        nested = [[next(given) for _ in tau.sequences] for g in groups for tau in g.trajectories]
+        assert plain(pack_groups(groups, inf, needed=nested)) == plain(rows)
         assert [t for row in rows for t in row.targets] == [t for y, n in zip(sequences, flags) if n for t in y]
 
 

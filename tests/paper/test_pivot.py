@@ -58,6 +58,8 @@ def test_sums_to_one_and_keeps_extremes_apart():
     ("p_success", lambda: pivot_distribution([0.5, 0.6], [1.0], 2.0)),
     ("p_success", lambda: pivot_distribution([0.5], [float("nan")], 2.0)),
     ("gamma", lambda: pivot_distribution([0.5], [1.0], np.inf)),
+    ("gamma", lambda: pivot_distribution([0.5], [1.0], np.nan)),
+    ("gamma", lambda: pivot_distribution([0.01, 0.5], [1.0, 1.0], -1e308)),
     ("n_segments", lambda: candidate_ratios(0)), ("tokens", lambda: fixed_ends([1, 2], 0))])
 def test_bad_arguments_are_named(name, call):
     with pytest.raises(ValueError, match=name):
@@ -78,6 +80,7 @@ def test_bad_arguments_are_named(name, call):
     ("Steps|:\n|1|.| Add| 3|.\n|12|.| Then| 4|.\n|So| 7|.|$",                             # numbers of a list
      ["Steps:\n", "1. Add 3.\n", "12. Then 4.\n", "So 7.$"]), ("18|.|$", ["18.$"]),
     ("One| x|.\n|100|.| Then| 4|.$", ["One x.\n", "100.", " Then 4.$"]),         # a number of three digits is none
+    ("One| x|\n|=| |12|.\n|Two|$", ["One x\n", "= 12.\n", "Two$"]),           # nor one that has a line of its own
     ("One| x|.\n|2|.|$", ["One x.\n", "2.$"]),                                  # but not a number that is the answer
     ("no| end", ["no end"]), ("$", ["$"]), (".|$", [".$"]),
 ])

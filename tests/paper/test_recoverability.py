@@ -148,6 +148,7 @@ def test_sigmoid_does_not_overflow():
     ("window", lambda: Recoverability(window=0)),
     ("min_observations", lambda: Recoverability(min_observations=-1)),
     ("l2", lambda: Recoverability(l2=0.0)), ("l2", lambda: Recoverability(l2=float("nan"))),
+    ("l2", lambda: Recoverability(l2=math.inf)),
     ("ratio", lambda: Recoverability().observe(1.2, True)),
     ("ratio", lambda: Recoverability().observe(-0.1, True)),
     ("ratio", lambda: Recoverability().observe(float("nan"), True))])

@@ -150,10 +150,14 @@ def test_compiled_layers_give_the_same_and_nothing_is_compiled_after_the_warm_up
     before = stopwatch.seconds
     assert warm_up(model, ref_model, 0.7, scores=True) is None and stopwatch.seconds > before
     before = stopwatch.seconds
-    # The last one is scored in chunks, as the head of a large micro-batch is.
+    # The last two are scored in chunks, as the head of a large micro-batch is.
     in_chunks = partial(score_rows, masks=dense_masks, score_tokens=compiled(fused_scores), chunk=40)
+
+    def all_but_one(model, rows, *args, **options):      # the last chunk has one token
+        return in_chunks(model, rows, *args, chunk=sum(len(row.targets) for row in rows) - 1, **options)
+
     for n, branches, score in ((3, 2, compiled_rows), (1, 2, compiled_rows), (1, 0, compiled_rows),
-                               (5, 0, compiled_rows), (2, 3, compiled_rows), (5, 2, in_chunks)):
+                               (5, 0, compiled_rows), (2, 3, compiled_rows), (5, 2, in_chunks), (4, 2, all_but_one)):
         rows = random_rows(n, n, branches)
         right = learned(model, score_rows, rows)
         with compiled_layers(model, ref_model):
@@ -254,17 +258,22 @@ def test_the_warm_up_has_every_kind_of_pass(monkeypatch):
     model, calls = make_model(0, torch.float32), []
 
     def watched(model, rows, temperature=1.0, **options):
-        calls.append((len(rows), temperature, torch.is_grad_enabled()))
+        tokens = sum(len(row.targets) for row in rows)
+        calls.append((len(rows), "one token" if tokens == 1 else temperature, torch.is_grad_enabled()))
         return plain_rows(model, rows, temperature, **options)
 
     monkeypatch.setattr(compiling, "compiled", lambda function: function)
     monkeypatch.setattr(compiling, "compiled_rows", watched)
     assert warm_up(model, make_model(1, torch.float32), 0.7) is None
-    assert calls == [(3, 0.7, True), (3, 0.7, False), (1, 0.7, True), (1, 0.7, False)]
+    one, no_gradient = (1, "one token", True), (1, "one token", False)
+    assert calls == [(3, 0.7, True), one, (3, 0.7, False), no_gradient,
+                     (1, 0.7, True), one, (1, 0.7, False), no_gradient]
     calls.clear()
     assert warm_up(model, None, 1.0, scores=True) is None
-    assert calls == [(3, 1.0, True), (3, 1.0, False), (1, 1.0, True), (1, 1.0, False)]
-    calls.clear()
+    assert calls == [(3, 1.0, True), one, (3, 1.0, False), no_gradient,
+                     (1, 1.0, True), one, (1, 1.0, False), no_gradient]
     monkeypatch.setattr(compiling, "device_of", lambda model: torch.device("cuda"))      # a large micro-batch first
-    assert warm_up(model, None, 1.0, tokens=2048) is None
-    assert calls == [(4, 1.0, True), (3, 1.0, True), (1, 1.0, True)]
+    for tokens, rows in ((4096, 8), (2048, 3)):          # not 4, which would be as many as the blocks of a row
+        calls.clear()
+        assert warm_up(model, None, 1.0, tokens=tokens) is None
+        assert calls == [(rows, 1.0, True), one, (3, 1.0, True), one, (1, 1.0, True), one]

@@ -355,8 +355,10 @@ def test_a_capture_that_fails_costs_the_graph_and_not_the_loop(like_a_gpu, monke
     assert greedy_of(model) == expected and len(tries) == 1
 
 
-def test_no_memory_for_a_graph_is_no_other_failure(like_a_gpu, monkeypatch, recwarn):
-    """It reaches resample.sample, which halves the rows, and the stream is the one of before."""
+@pytest.mark.parametrize("hidden", [False, True])
+def test_no_memory_for_a_graph_is_no_other_failure(like_a_gpu, monkeypatch, recwarn, hidden):
+    """It reaches resample.sample, which halves the rows, and the stream is the one of before. hidden: the end of the
+    capture fails, too, with another error."""
     did, captured = like_a_gpu
     streams = []
 
@@ -365,7 +367,11 @@ def test_no_memory_for_a_graph_is_no_other_failure(like_a_gpu, monkeypatch, recw
             self.replay = None
 
         def __enter__(self):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                if hidden:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
         def __exit__(self, *_):
             return False

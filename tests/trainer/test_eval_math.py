@@ -257,6 +257,9 @@ def test_prompt_and_answer_share_the_cap(checkpoint, data, tmp_path, monkeypatch
     cap = lengths[1] + 3
     assert lengths[0] + 12 <= cap <= lengths[-1]     # all three cases: room for all, for 3 tokens, for none
     monkeypatch.setattr(eval_math, "TOTAL_TOKENS", cap)
+    assert run(checkpoint, data, tmp_path / "again", "gsm8k") == 0
+    assert [x for x in lines_of(tmp_path / "again")] == [x for x in free.values() if x["set"] == "gsm8k"]
+    monkeypatch.setattr(eval_math, "MATH_SETS", ["gsm8k"])                       # the cap is one of the MATH sets
     for batch_tokens in (1, 10 ** 6):
         out = tmp_path / f"short-{batch_tokens}"
         assert run(checkpoint, data, out, "gsm8k", batch_tokens=batch_tokens) == 0
@@ -267,6 +270,15 @@ def test_prompt_and_answer_share_the_cap(checkpoint, data, tmp_path, monkeypatch
             assert whole["response"].startswith(x["response"])
             assert x["finished"] == (whole["finished"] and room >= whole["tokens"])
     assert {x["tokens"] for x in lines_of(out)} >= {0, 3}
+
+
+def test_a_file_may_have_questions_of_both_kinds(checkpoint, data, tmp_path):
+    path, out = tmp_path / "mixed.jsonl", tmp_path / "out"
+    path.write_text('{"question": "How many?", "answer": "#### 32"}\n{"problem": "How much?", "answer": "7"}\n')
+    assert run(checkpoint, data, out, path) == 0
+    assert [("strict" in x) for x in sorted(lines_of(out), key=lambda x: x["row"])] == [True, False]
+    result = json.loads((out / "results.json").read_text())["sets"][str(path)]
+    assert result["n"] == 2 and "strict" not in result
 
 
 def test_unfinished_answers_count_for_math_only():
@@ -409,6 +421,7 @@ def test_another_process_in_the_same_folder_is_refused(checkpoint, data, tmp_pat
     (dict(samples=2), "--samples: 2 greedy answers would all be the same"),
     (dict(temperature=-1), "--temperature: must be 0"), (dict(temperature="nan"), "--temperature: must be 0"),
     (dict(max_new_tokens=0), "--max-new-tokens: must be at least 1"),
+    (dict(max_new_tokens=4096), "--max-new-tokens: on amc prompt and answer have 4096 tokens together"),
     (dict(batch_tokens=0), "--batch-tokens: must be at least 1"),
     (dict(template="llama"), "--template: invalid choice"), (dict(frobnicate=1), "unrecognized arguments"),
     (dict(model="EMPTY"), "there is no config.json in it"),

@@ -75,20 +75,22 @@ def update_peak(model, tokens, n, autocast=False):
     assert [len(row.ids) for row in pack_groups(groups, attention_length(model), tokens)] == [tokens] * n
 
     mine, config = Ranks() if fsdp_modules(model) else ALONE, Config(beta=0.0)
-    # The table is in host memory, so no part of a GPU's. Rollouts without an advantage would be left out.
+    # The table and what is gathered of all ranks are in host memory, so no part of a GPU's. Rollouts without an
+    # advantage would be left out.
     table, all_of_it = loss_table(groups, sequence_weights(groups, config)), (None, slice(None))
     sampled = sampled_logps(groups)
 
     def run():
         with (torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
               patch.object(deep_grpo, "loss_table", return_value=table),
+              patch.object(Ranks, "total", lambda self, value: value),
               patch.object(deep_grpo, "sampled_logps", return_value=sampled),
               patch.object(deep_grpo, "needed_sequences", return_value=all_of_it)):
             objective(model, groups, config, None, None, tokens, backward=True, ranks=mine)
 
     run()                                            # what is allocated once and kept is not the question
     model.zero_grad()
-    return peak(run)
+    return peak(run) - 24 * len(table)               # of every token an index and two scores: next to a model, nothing
 
 
 def update_estimate(model, tokens, gpus, compute, checkpointing):
@@ -286,13 +288,14 @@ def test_a_run_warns_where_the_update_may_not_fit(flags, gb, said):
 
 def test_the_estimate_of_seconds_by_hand():
     args = argparse.Namespace(questions=32, group_size=8, branches=8, max_new_tokens=400, objective="authors",
-                              beta=1e-4, gradient_checkpointing=False)
+                              beta=1e-4, gradient_checkpointing=False, steps=5000)
     rollouts, branches = 256 * 160, 128 * 8 * 160 / 3
     steps = 400 * (2.1e-3 + 2 * 0.494e9 / 4.3e12)
     expected = [steps + 11.8e-6 * rollouts, steps + 11.8e-6 * branches, 2.4e-6 * (rollouts + branches),
                 0.4 * (rollouts + branches) / 70_000]
     line = memory.seconds_line(args, 0.494e9, 1)
     assert f"about {sum(expected):.0f} s on 1 H200, a rough estimate" in line
+    assert f"; 5000 steps: about {5000 * sum(expected) / 3600:.0f} hours" in line
     for name, value in zip(("rollouts", "branches", "grading", "update"), expected):
         assert f"{name} {value:.1f}" in line
     args.branches, args.objective, args.beta = 0, "paper", 0.0

@@ -421,7 +421,7 @@ def bad_inputs(tmp_path):
         "offload without ranks": (["--offload-optimizer"], "--offload-optimizer: .*torchrun"),
         "grpo with branches": (["--method", "grpo", "--branches", 8], "--method grpo is K = 0, got 8"),
         "one branch": (["--branches", 1], "--branches: one branch has no siblings"),
-        "one rollout": (["--method", "grpo", "--group-size", 1], "--group-size: one rollout has no others"),
+        "one rollout": (["--method", "grpo", "--branches", 0, "--group-size", 1], "--group-size: one rollout has no others"),
         "deep without branches": (["--branches", 0], "K = 0 is GRPO, ask for it with --method grpo"),
         "output is a file": (["--out", tmp_path / "file"], "file is a file"),
         "output is not empty": (["--out", tmp_path / "broken"], "broken already holds a run"),

@@ -133,7 +133,8 @@ EXPERIMENTS = {                                      # the last line of each is 
         "Where questions differ, Goldilocks is not shown to help", hard=(1, 3)),
     "thinning": Experiment(
         "Fewer branches, more questions, where correct answers are rare", 40, 128_000, f"{EQUAL} --lr 1.6e-4",
-        arms("deep_grpo half half_light quarter eighth grpo treerl"), RARE, first_seed=20),
+        arms("deep_grpo half half_light quarter eighth grpo treerl"), RARE,
+        "Where correct answers are rare, half of the branches is not shown to differ from all", first_seed=20),
     "thinning-methods": Experiment(
         "Fewer branches, more questions, in the regime of the comparison of methods", 20, 128_000, EQUAL,
         arms("deep_grpo half half_light quarter eighth grpo treerl"), None,

@@ -151,18 +151,21 @@ def test_the_table_of_the_readme_has_the_kept_numbers(setting):
     assert line_of(setting, *THE_TABLE[setting]) in (ROOT / "README.md").read_text()
 
 
-def test_the_differences_over_42_seeds_are_those_of_the_kept_numbers():
-    """Where correct answers are rare: the seeds 0 to 19 of one page and 20 to 41 of another."""
+def test_the_differences_over_60_seeds_are_those_of_the_kept_numbers():
+    """Where correct answers are rare: the seeds 0 to 19 of one page and 20 to 59 of another."""
     found = {}
     for arm, other in (("deep_grpo", "grpo"), ("treerl", "grpo"), ("treerl", "deep_grpo")):
         seeds = [100 * d for page in (kept("branches"), kept("thinning")) for d in differences(page, arm, other)]
         mean, width, _ = interval(seeds)
-        assert len(seeds) == 42
+        assert len(seeds) == 60
         found[arm, other] = f"{mean:.0f} \u00b1 {width:.0f}"
     readme, answers = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "results/README.md"))
-    assert f"is {found['treerl', 'grpo']} points ahead of GRPO in the same seeds" in readme
-    assert f"not shown to be ahead of DEEP-GRPO ({found['treerl', 'deep_grpo']})" in readme
-    assert f"by {found['deep_grpo', 'grpo']} points, and TreeRL by {found['treerl', 'grpo']}." in answers
+    assert f"is ahead of GRPO by {found['treerl', 'grpo']} points" in readme
+    assert f"and of DEEP-GRPO by {found['treerl', 'deep_grpo']}" in readme
+    assert f"TreeRL is ahead of GRPO by {found['treerl', 'grpo']} points, and DEEP-GRPO minus GRPO is " \
+        f"{found['deep_grpo', 'grpo']}." in answers
+    mean, width, _ = interval(100 * differences(kept("thinning"), "half", "grpo"))
+    assert f"by {mean:.0f} \u00b1 {width:.0f} points" in readme and f"by {mean:.0f} \u00b1 {width:.0f} points" in answers
 
 
 def test_nothing_can_be_drawn_without_numbers(tmp_path, capsys):

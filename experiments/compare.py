@@ -129,8 +129,9 @@ EXPERIMENTS = {                                      # the last line of each is 
         arms("deep_grpo k4 k16 two_pivots uniform root branch_all one_stream no_std grpo24"), None,
         "The changes that cost the most questions have the lowest accuracy"),
     "uneven": Experiment(
-        "A choice of questions, where they differ", 10, 128_000, f"{EQUAL} --lr 8e-5", arms("grpo goldilocks"), RARE,
-        "Where questions differ, Goldilocks is not shown to help", hard=(1, 3)),
+        "A choice of questions, where they differ", 10, 128_000, f"{EQUAL} --lr 8e-5",
+        arms("grpo goldilocks deep_grpo deep_goldilocks"), RARE,
+        "Where questions differ, DEEP-GRPO is behind GRPO, with Goldilocks by less", hard=(1, 3)),
     "thinning": Experiment(
         "Fewer branches, more questions, where correct answers are rare", 40, 128_000, f"{EQUAL} --lr 1.6e-4",
         arms("deep_grpo half half_light quarter eighth grpo treerl"), RARE,

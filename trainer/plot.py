@@ -61,7 +61,7 @@ def on_gsm8k(about) -> bool:
 
     about: what config.json holds.
     """
-    return about["settings"].get("eval_data") == "gsm8k" or about["evaluation_questions"] == 1319
+    return about["settings"].get("eval_data") == "gsm8k" or about.get("evaluation_questions") == 1319
 
 
 def last_words(run_dir) -> list[str]:

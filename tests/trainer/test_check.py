@@ -171,7 +171,7 @@ def test_missing_and_renamed_tensors_are_refused_everywhere(change, what, tmp_pa
     """transformers makes random numbers of them: such a checkpoint once loaded, evaluated and resumed in silence."""
     folder = saved(random_model("llama", torch.float32), tmp_path / "model")
     run = tmp_path / "run"
-    flags = ["--preset", "tiny", "--steps", "1", "--questions", "1", "--group-size", "2", "--branches", "1",
+    flags = ["--preset", "tiny", "--steps", "1", "--questions", "1", "--group-size", "2", "--branches", "2",
              "--eval-every", "0", "--max-new-tokens", "4", "--model", str(folder), "--out", str(run)]
     assert train_gsm8k.main(flags) == 0
     rename(folder, change)

@@ -718,7 +718,7 @@ def test_bad_input_is_one_line_of_all_ranks_together(argv, part, on_ranks, tmp_p
 def test_a_batch_without_any_weight_is_a_step_without_an_update(on_ranks, tmp_path):
     """No rank computes anything then, and none waits for another one. One token is too little for any answer."""
     flags = ["--beta", "0", "--group-size", "2", "--branches", "2", "--max-new-tokens", "1"]
-    on_ranks(2, "train", run_flags(tmp_path / "run", 2, *flags))
+    on_ranks(2, "train_as_it_is", run_flags(tmp_path / "run", 2, *flags))
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1:]:
         metrics = json.loads(line)
         names = ("optimizer_steps", "forwarded_tokens", "trained_tokens", "grad_norm", "loss")

@@ -51,7 +51,7 @@ from tqdm import tqdm
 import tasks.lock
 from grading import GRADERS, grade_gsm8k, grade_last_number, r1_answer, r1_text
 from tasks import SETS, TEMPLATES, digests, fix_date, load_rows, load_set, make_questions, stop_ids
-from trainer.check import check_length, check_model, choose_sampler, context_of
+from trainer.check import check_ids, check_length, check_model, choose_sampler, context_of
 from trainer.checkpoint import append_lines, write_whole
 from trainer.model import checksum, load_model
 from trainer.ranks import device, end, fail, first, first_line, gather, rank, start, world_size
@@ -325,6 +325,7 @@ def prepare(args, today):
                  for name in args.sets}
     longest = max(len(q.prompt) for asked in questions.values() for q in asked)
     check_length(model, args.model, longest, 1)
+    check_ids(model, args.model, [q.prompt for asked in questions.values() for q in asked], stop)
     if context_of(model) < longest + args.max_new_tokens:
         print(f"the context of {args.model} has {context_of(model)} tokens: prompt and answer share them")
     return (model, choose_sampler(model), tokenizer, stop, questions), describe(args, model, stop, questions, date)

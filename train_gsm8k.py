@@ -44,7 +44,7 @@ from recoverability import Recoverability
 from resample import sample
 from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
 from trainer import compiling, decoding
-from trainer.check import check_length, check_model, choose_sampler
+from trainer.check import check_ids, check_length, check_model, choose_sampler
 from trainer.checkpoint import cut_logs, find_checkpoints, load_run, moving_parts, save_run
 from trainer.compiling import compiled_layers, compiled_rows, padded_to, plain_rows, stopwatch
 from trainer.memory import evaluated_at_once, report, update_warning
@@ -115,8 +115,10 @@ def prepare(args) -> Run:
         asked = encode_questions(args, rows, tokenizer)
         longest = max(len(q.prompt) for part in asked[:3] for q in part)
         check_length(model, args.model, longest, config.max_new_tokens)
+        stop = stop_ids(tokenizer, model)
+        check_ids(model, args.model, [q.prompt for part in asked[:3] for q in part], stop)
         check_questions(args.out, before, asked[:3])
-        start = {"stop_ids": stop_ids(tokenizer, model), "weights": checksum(model), "reward": name_of(Policy.reward)}
+        start = {"stop_ids": stop, "weights": checksum(model), "reward": name_of(Policy.reward)}
         check_start(args.out, before, start)
         return asked, tokenizer, model.config, date, start, sampler
 
@@ -467,7 +469,8 @@ def main(argv=None) -> int:
                   f"--resume {args.out} and these flags", file=sys.stderr)
             return 1
         except BadReward as error:
-            return fail(f"{error}; go on with --resume {args.out}, or remove that folder to begin again", 1)
+            return fail(f"{error}. A run keeps the reward that it began with, so a corrected one is a new run: remove "
+                        f"{args.out}, or name another --out", 1)
         except OSError as error:                         # most often a full disk
             return fail(f"{error}. What was saved is still there: make room, then --resume {args.out}", 1)
 

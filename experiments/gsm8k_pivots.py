@@ -133,9 +133,12 @@ def main(argv=None):
     """Write numbers, figure and tables."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=KEPT, help=f"Names the run directory. The default is {KEPT}.")
-    parser.add_argument("--results", type=Path, default=Path("results/gsm8k"),
-                        help="Names the folder for numbers, figure and tables. The default is results/gsm8k.")
+    parser.add_argument("--results", type=Path, help="Names the folder for numbers, figure and tables. The default is "
+                        "results/gsm8k; with another --run it must be named.")
     args = parser.parse_args(argv)
+    if args.results is None and args.run != KEPT:
+        parser.error("argument --results: name a folder, because results/gsm8k has the numbers of the kept run")
+    args.results = args.results or Path("results/gsm8k")
     try:
         pivots = read_pivots(args.run)
     except (OSError, ValueError, KeyError) as error:

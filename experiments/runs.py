@@ -139,7 +139,9 @@ def run_all(experiment, out, jobs=2, enough=lambda directory: False, known=()) -
     commands = {d: flags_of(experiment, arm, seed, d) for arm, seed, d in everything}
     for d, flags in commands.items():
         check_settings(d, flags)
-    waiting = [entry for entry in everything if not (entry[2] / "run.png").exists()       # written last
+    # The figure is written last, and by trainer.plot also of a run that is not at its end.
+    waiting = [entry for entry in everything
+               if not ((entry[2] / "run.png").exists() and tokens_so_far(entry[2]) >= experiment.budget_tokens)
                and not enough(entry[2])]
     kept = len(everything) - len(waiting)
     if kept:

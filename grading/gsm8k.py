@@ -111,7 +111,8 @@ def gsm8k_gold(answer: str) -> str:
     """
     _, marker, gold = answer.rpartition("####")
     if not marker:
-        raise ValueError(f"no #### marker in the GSM8K answer ...{answer[-60:]!r}")
+        raise ValueError(f"no #### marker in the GSM8K answer ...{answer[-60:]!r}: write '#### 5', or give a row "
+                         "without it the field 'problem' in the place of 'question'")
     _gold_value(gold)
     return gold.strip()
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 
-from grading import GRADERS, grade_math, gsm8k_gold
+from grading import GRADERS, grade_last_number, grade_math, gsm8k_gold
 
 GSM8K_INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'
 MATH_INSTRUCTION = r" Let's think step by step and output the final answer within \boxed{}."
@@ -115,7 +116,10 @@ def digests(questions) -> dict[str, str]:
 def chat_prompt(tokenizer, text):
     """Token ids of one user message `text` in the tokenizer's chat template, up to where the answer begins."""
     turns = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    try:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except TemplateError as error:
+        raise ValueError(f"the chat template of the tokenizer cannot be used: {error}") from error
 
 
 def plain_prompt(tokenizer, text):
@@ -146,16 +150,22 @@ def make_questions(rows, tokenizer, max_prompt_tokens, template="chat", answer=N
                          "use qwen_math, r1 or no")
     questions, skipped = [], []
     for row in rows:
-        math = "problem" in row
+        math = row.get("problem") is not None
         text, gold = (row["problem"], row["answer"]) if math else (row["question"], gsm8k_gold(row["answer"]))
         how = answer or ("boxed" if math else "hash")
         if math and how != "boxed":
             gold = number_of(gold, text, how)
+        if how == "last" and not grade_last_number(gold, gold):
+            raise ValueError(f"the question {text[:40]!r} has the answer {gold[:40]!r}, which is more than one number: "
+                             "with answer 'last' only the last one can be read, so use 'hash'")
         if template == "chat":
             prompt = chat_prompt(tokenizer, text + INSTRUCTIONS[how])
         else:
             before, after = TEMPLATES[template]
             prompt = plain_prompt(tokenizer, before + text + after)
+        if not prompt:
+            raise ValueError(f"the prompt of the question {text[:40]!r} is empty: does the chat template hold the "
+                             "messages?")
         if len(prompt) > max_prompt_tokens:
             skipped.append(row)
         else:
@@ -296,7 +306,8 @@ def _read_jsonl(path, math=None):
             row = json.loads(line, parse_float=Decimal)                 # a float would not keep all digits
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or str(error)
-            raise ValueError(f"{path}, line {number}: not valid JSON ({reason})") from error
+            raise ValueError(f"{path}, line {number}: not valid JSON ({reason}); every line must be one object"
+                             ) from error
         rows.append(_check_row(row, f"{path}, line {number}", math))
     if not rows:
         raise ValueError(f"{path} holds no rows")
@@ -310,7 +321,7 @@ def _check_row(row, where, math=None):
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be an object with named fields, got {type(row).__name__}")
-    if math or math is None and "problem" in row:
+    if math or math is None and row.get("problem") is not None:
         return _check_math_row(row, where)
     if not all(is_text(row.get(name)) for name in ("question", "answer")):
         raise ValueError(f"{where}: a row needs the text fields 'question' and 'answer', it has "
@@ -371,6 +382,9 @@ def _check_math_row(row, where):
                          "'final_answer', or a 'solution' with a \\boxed{}), which is text, a finite number or a "
                          f"list of these; it has {found}")
     golds = [re.sub(r"^0+(?=\d+$)", "", gold) for gold in golds]
+    if marked := [gold for gold in golds if "####" in gold]:
+        raise ValueError(f"{where}: the answer {marked[0][-40:]!r} is one of a GSM8K row, whose question has the field "
+                         "'question' and not 'problem'")
     for gold in golds:                               # a lone sign, or braces that do not match
         odd = not any(c.isalnum() for c in gold) or gold.count("{") != gold.count("}")
         if odd and not grade_math(rf"\boxed{{{gold}}}", gold):

@@ -95,6 +95,15 @@ def check_length(model, name, prompt_tokens, max_new_tokens) -> None:
                          "--max-prompt-tokens")
 
 
+def check_ids(model, name, prompts, stop) -> None:
+    """Raise ValueError when a token id of the prompts or a stop id has no embedding."""
+    size = model.get_input_embeddings().weight.shape[0]
+    for what, ids in (("a prompt has", [i for prompt in prompts for i in prompt]), ("the stop ids have", stop)):
+        if (largest_id := max(ids)) >= size:
+            raise ValueError(f"model {name!r} has embeddings for {size} tokens, and {what} the token {largest_id}: its "
+                             "tokenizer is that of another model, or the embeddings were not resized")
+
+
 def own_logps(model, sequences) -> torch.Tensor:
     """Log-probabilities of every y of (prefix, y) pairs by the model's own forward, one sequence at a time."""
     found = []

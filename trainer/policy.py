@@ -106,8 +106,15 @@ class Policy:
 
         0 is a failure, and anything above is a success. Raises BadReward for what is neither.
         """
+        def graded(question, response):
+            try:
+                return self.reward(question, response)
+            except (OSError, ArithmeticError) as error:  # which would be taken for a full disk, or for an update
+                raise BadReward(f"the reward of the question {question.text[:40]!r} failed: {type(error).__name__}: "
+                                f"{error}") from error
+
         with self.clock.phase("score"):
-            rewards = share(pairs, lambda part: [self.reward(*pair) for pair in part])
+            rewards = share(pairs, lambda part: [graded(*pair) for pair in part])
         if wrong := [reward for reward in rewards if not isinstance(reward, Real) or not 0 <= reward < inf]:
             raise BadReward(f"a reward must be a number, 0 (a failure, which is branched) or above; got {wrong[0]!r}")
         return [float(reward) for reward in rewards]

@@ -15,7 +15,7 @@ import train_gsm8k
 from deep_grpo import Config, Fork, Group, Trajectory, objective
 from packing import pack, score_rows
 from resample import sample
-from trainer.check import check_length, check_model, largest, own_logps, sampling_error
+from trainer.check import check_ids, check_length, check_model, largest, own_logps, sampling_error
 from trainer.memory import estimate
 from trainer.model import checkpoint_activations, layers_of, load_model, without_noise
 
@@ -252,3 +252,11 @@ def test_a_second_continuation_that_differs_is_refused(monkeypatch):
     monkeypatch.setattr("trainer.check.sample", second_differs)
     with pytest.raises(ValueError, match="greedy sampling .* differs"):
         check_model(random_model("llama", torch.float32), "x")
+
+
+def test_token_ids_without_an_embedding_are_refused(model):
+    size = model.get_input_embeddings().weight.shape[0]
+    check_ids(model, "x", [[1], [2, size - 1]], [size - 1])
+    for prompts, stop, what in (([[1], [size]], [1], "a prompt has"), ([[1]], [1, size], "the stop ids have")):
+        with pytest.raises(ValueError, match=f"has embeddings for {size} tokens, and {what} the token {size}: "):
+            check_ids(model, "x", prompts, stop)

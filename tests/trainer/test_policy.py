@@ -140,6 +140,17 @@ def test_what_is_neither_a_failure_nor_a_success_is_refused(reward, make, questi
         policy.rewards([(questions[0], [3])])
 
 
+def test_an_error_of_a_reward_is_no_full_disk_and_no_bad_update(make, questions, monkeypatch):
+    policy = make()
+    for error in (ConnectionError("refused"), FloatingPointError("nan")):
+        def fails(question, response, error=error):
+            raise error
+
+        monkeypatch.setattr(policy, "reward", fails)
+        with pytest.raises(BadReward, match=f"the reward of the question .* failed: {type(error).__name__}: {error}"):
+            policy.rewards([(questions[0], [3])])
+
+
 @pytest.mark.parametrize("reward", [True, 1, np.float32(1)])
 def test_every_kind_of_number_is_a_reward(reward, make, questions, monkeypatch):
     policy = make()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from jinja2 import TemplateError
 from tokenizers import processors
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -310,6 +311,12 @@ def test_rows_of_both_kinds_from_one_loader(tmp_path):
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no rows"):
         load_rows(path, "train")
+    path.write_text(json.dumps(GSM8K_ROW | {"problem": None}))                       # a column that is empty
+    assert load_rows(path, "train") == [GSM8K_ROW | {"problem": None}]
+    assert make_questions(load_rows(path, "train"), CHARACTERS, 512)[0][0].gold == "2"
+    path.write_text(json.dumps({"problem": "What is 1 + 1?", "answer": "#### 2"}))
+    with pytest.raises(ValueError, match="is one of a GSM8K row, whose question has the field 'question'"):
+        load_rows(path, "train")
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
@@ -516,6 +523,28 @@ def test_each_way_to_answer_has_its_instruction():
             assert (question.answer, question.gold) == (how, gold)
             text = CHARACTERS.decode(question.prompt)
             assert ("boxed{}" in text) == (how == "boxed") and ('after "####"' in text) == (how != "boxed")
+
+
+def test_an_answer_of_two_numbers_cannot_be_the_last_one():
+    row = GSM8K_ROW | {"answer": "#### 1/2"}
+    assert make_questions([row], CHARACTERS, 512)[0][0].gold == "1/2"
+    with pytest.raises(ValueError, match="'1/2', which is more than one number: .* so use 'hash'"):
+        make_questions([row], CHARACTERS, 512, answer="last")
+
+
+def test_chat_templates_that_make_no_prompt_are_refused():
+    class Fails(Characters):
+        def apply_chat_template(self, *args, **kwargs):
+            raise TemplateError("only two messages")
+
+    class Empty(Characters):
+        def apply_chat_template(self, *args, **kwargs):
+            return []
+
+    with pytest.raises(ValueError, match="the chat template of the tokenizer cannot be used: only two messages"):
+        make_questions([GSM8K_ROW], Fails(), 512)
+    with pytest.raises(ValueError, match="the prompt of the question 'What is 1 . 1.' is empty"):
+        make_questions([GSM8K_ROW], Empty(), 512)
 
 
 @pytest.mark.parametrize("gold", [r"\frac{1}{2}x", ["2", "3"], "(1, 2)"])

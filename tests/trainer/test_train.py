@@ -560,7 +560,7 @@ def test_a_bad_reward_in_the_middle_of_a_run_is_one_line(tmp_path, monkeypatch, 
     monkeypatch.setattr(Policy, "reward", lambda self, question, response: next(rewards))
     assert train(*SHORT, "--eval-every", 0, "--steps", 3, "--out", tmp_path / "run") == 1
     line, = capsys.readouterr().err.splitlines()[-1:]
-    assert line.startswith("error: a reward must be a number, ") and f"got None; go on with --resume {tmp_path}" in line
+    assert line.startswith("error: a reward must be a number, ") and f"is a new run: remove {tmp_path}" in line
 
 
 def test_words_that_the_tokenizer_does_not_know_are_said(tmp_path, capsys):

@@ -91,12 +91,17 @@ from variants.stapo import silence_spurious
 from variants.thin import thinned
 
 
+def config_of(args) -> Config:
+    """The hyper-parameters of a run. Raises ValueError for impossible ones."""
+    return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+
+
 def prepare(args) -> Run:
     """Load and check everything. Nothing is written before that. Raises ValueError or OSError on bad input.
 
     Rank 0 loads, and the other ranks get everything from it.
     """
-    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+    config = config_of(args)
     seed_rank(args.seed)
     weights = []                                     # the model, on rank 0
 
@@ -444,6 +449,7 @@ def main(argv=None) -> int:
 
         try:
             if args.dry_run:
+                config_of(args)
                 print(first(lambda: report(args, args.gpus or 1)))
                 return 0
             if args.resume is not None:                  # its logs are cut when it is loaded

@@ -254,15 +254,16 @@ def why_nothing_is_right(run, asked) -> str:
         return f"{100 * sum(count) / max(1, len(of)):.0f} %"
 
     def read_as(how):
+        of = texts if how == "boxed" else numbers        # the others read numbers only
         return share([GRADERS[how](r1_text(text, how, finished=True) if q.template == "r1" else text, q.gold)
-                      for q, text in numbers], numbers)
+                      for q, text in of], of)
 
     marked, boxed = share("####" in text for _, text in texts), share("\\boxed" in text for _, text in texts)
     stated = share([states_gold(text, q.gold) for q, text in numbers], numbers)
     return (f"no response of the first two steps is right. {share(cut)} of them were cut off at --max-new-tokens, "
             f"{marked} contain ####, {boxed} a box, and in {stated} some number equals the gold answer. Read "
             "otherwise, finished or not, these would be right: "
-            + ", ".join(f"{read_as(how)} with --answer {how}" for how in GRADERS))
+            + ", ".join(f"{read_as(how)} with --answer {how}" for how in GRADERS if numbers or how == "boxed"))
 
 
 def stop_after_this_step(run, signals) -> list:

@@ -255,6 +255,7 @@ def test_a_model_without_a_geometry_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_a_local_model_needs_no_table(capsys):
     assert train_gsm8k.main(["--preset", "tiny", "--dry-run"]) == 0
+    assert train_gsm8k.main(["--preset", "tiny", "--dry-run", "--group-size", "0"]) == 2      # as a run does
     assert "assets/tiny: 0.00 G parameters on 1 GPU;" in capsys.readouterr().out
 
 

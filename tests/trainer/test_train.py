@@ -814,6 +814,13 @@ def test_what_nothing_right_means_is_read_from_the_answer_tags_of_the_template_r
     assert "100 % with --answer boxed" in found["r1"] and ", 0 % with --answer boxed" in found["chat"]
 
 
+def test_only_a_box_is_tried_on_answers_that_are_no_numbers():
+    policy = SimpleNamespace(stop=[2], text=lambda ids: r"so \boxed{\frac12}")
+    asked = [(Question("1 / 2?", r"\frac{1}{2}", [1], "boxed"), Group([1], [Trajectory([5], 0.0)]))]
+    said = why_nothing_is_right(SimpleNamespace(policy=policy), asked)
+    assert said.endswith("these would be right: 100 % with --answer boxed") and "100 % of them were cut off" in said
+
+
 def test_the_end_of_a_run_reports_a_mean_that_is_no_maximum(tmp_path, monkeypatch, capsys):
     accuracies = iter([0.5, 0.9, 0.1, 0.2, 0.4])
     evaluate = train_gsm8k.evaluate

@@ -179,9 +179,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.run is not None:
         try:
-            print(tables({str(args.run): measured_of([shares_of(args.run)])}))
+            shares = shares_of(args.run)
+            print(tables({str(args.run): measured_of([shares])}))
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"argument --run: {args.run} cannot be measured: {error}")
+        if len(np.unique(shares["step"])) < 5:
+            print("\nThe intervals come from how much steps differ. With pivots of fewer than 5 steps they mean nothing.")
         return
     numbers = args.results / "decided.json"
     measured = json.loads(numbers.read_text()) if numbers.exists() else {}

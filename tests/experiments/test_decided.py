@@ -109,7 +109,8 @@ def test_the_tables_of_a_run_of_ones_own_are_printed_and_nothing_is_written(tmp_
     run = write_run(tmp_path / "run", LOCK, [(100, 50)])
     before = sorted(tmp_path.rglob("*"))
     main(["--run", str(run), "--results", str(tmp_path)])
-    assert f"| {run} | 4 | 0.50 | 0.50 | 25.0 % | 50.0 % |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"| {run} | 4 | 0.50 | 0.50 | 25.0 % | 50.0 % |" in out and "of fewer than 5 steps they mean nothing" in out
     assert sorted(tmp_path.rglob("*")) == before
     dead = [line for line in LOCK if line.endswith(",0")]                # of a question without a correct rollout
     grpo, hopeless = (write_run(tmp_path / name, lines, [(9, 5)]) for name, lines in (("grpo", []), ("dead", dead)))

@@ -184,7 +184,8 @@ def main(argv=None):
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"argument --run: {args.run} cannot be measured: {error}")
         if len(np.unique(shares["step"])) < 5:
-            print("\nThe intervals come from how much steps differ. With pivots of fewer than 5 steps they mean nothing.")
+            print("\nThe intervals come from how much steps differ. With pivots of fewer than 5 steps they mean "
+                  "nothing.")
         return
     numbers = args.results / "decided.json"
     measured = json.loads(numbers.read_text()) if numbers.exists() else {}

@@ -69,6 +69,15 @@ def test_what_of_the_gsm8k_preset_goes_with_what(flags, answer, objective, capsy
     assert ("the objective is that of --method treerl" in said) == (flags == "--method treerl")
 
 
+@pytest.mark.parametrize("flags, said", [
+    ("", None), ("--clip-high .3", "--clip-high"), ("--maspo", "--maspo"), ("--maspo --updates 2", None),
+    ("--clip-low .1 --lag 1 --steps 3", None)])
+def test_what_acts_on_the_ratio_has_no_part_where_it_is_1(flags, said, capsys):
+    parse_args(["--preset", "tiny", *flags.split()])
+    out = capsys.readouterr().out
+    assert f"{said} changes nothing with one update" in out if said else "changes nothing" not in out
+
+
 # ---- a resumed run ----
 
 @pytest.fixture

@@ -10,8 +10,8 @@ r"""Evaluate any checkpoint on GSM8K and the five MATH sets of the paper, with c
 
 On the five MATH sets, the protocol is that of the paper's table, which is that of Dr. GRPO. Decoding is greedy, with at
 most 3,000 new tokens, and at most 4,096 with the prompt. The last \boxed{} counts, and unfinished answers are graded
-like all others. Everywhere else, also in a file of your own, an unfinished answer is incorrect, as in training. So a
-training run on MATH counts fewer answers as correct than this program does.
+like all others, also in math_train. Everywhere else, also in a file of your own, an unfinished answer is incorrect, as
+in training. So a training run on MATH counts fewer answers as correct than this program does.
 
 On GSM8K the number after `####` counts, unless --answer says otherwise. Two further columns stand beside the accuracy:
 `strict` is the plain `#### n` rule, and `last number` takes the last number anywhere in the answer. The latter is for
@@ -51,7 +51,7 @@ from tqdm import tqdm
 import tasks.lock
 from grading import GRADERS, grade_gsm8k, grade_last_number, r1_answer, r1_text
 from tasks import SETS, TEMPLATES, digests, fix_date, load_rows, load_set, make_questions, stop_ids
-from trainer.check import check_ids, check_length, check_model, choose_sampler, context_of
+from trainer.check import check_model, check_prompts, choose_sampler, context_of
 from trainer.checkpoint import append_lines, write_whole
 from trainer.model import checksum, load_model
 from trainer.ranks import device, end, fail, first, first_line, gather, rank, start, world_size
@@ -323,10 +323,9 @@ def prepare(args, today):
     date = fix_date(tokenizer, there.get("date") or today)
     questions = {name: make_questions(rows[name], tokenizer, float("inf"), args.template, args.answer)[0]
                  for name in args.sets}
-    longest = max(len(q.prompt) for asked in questions.values() for q in asked)
-    check_length(model, args.model, longest, 1)
-    check_ids(model, args.model, [q.prompt for asked in questions.values() for q in asked], stop)
-    if context_of(model) < longest + args.max_new_tokens:
+    prompts = [q.prompt for asked in questions.values() for q in asked]
+    check_prompts(model, args.model, prompts, stop, 1)
+    if context_of(model) < max(map(len, prompts)) + args.max_new_tokens:
         print(f"the context of {args.model} has {context_of(model)} tokens: prompt and answer share them")
     return (model, choose_sampler(model), tokenizer, stop, questions), describe(args, model, stop, questions, date)
 

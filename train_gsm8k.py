@@ -44,7 +44,7 @@ from recoverability import Recoverability
 from resample import sample
 from tasks import SETS, fix_date, load_rows, load_set, make_questions, split_validation, stop_ids
 from trainer import compiling, decoding
-from trainer.check import check_ids, check_length, check_model, choose_sampler
+from trainer.check import check_model, check_prompts, choose_sampler
 from trainer.checkpoint import cut_logs, find_checkpoints, load_run, moving_parts, save_run
 from trainer.compiling import compiled_layers, compiled_rows, padded_to, plain_rows, stopwatch
 from trainer.memory import evaluated_at_once, report, update_warning
@@ -118,10 +118,9 @@ def prepare(args) -> Run:
             layers_of(model)
         weights.append(model)
         asked = encode_questions(args, rows, tokenizer)
-        longest = max(len(q.prompt) for part in asked[:3] for q in part)
-        check_length(model, args.model, longest, config.max_new_tokens)
         stop = stop_ids(tokenizer, model)
-        check_ids(model, args.model, [q.prompt for part in asked[:3] for q in part], stop)
+        prompts = [q.prompt for part in asked[:3] for q in part]
+        check_prompts(model, args.model, prompts, stop, config.max_new_tokens)
         check_questions(args.out, before, asked[:3])
         start = {"stop_ids": stop, "weights": checksum(model), "reward": name_of(Policy.reward)}
         check_start(args.out, before, start)

@@ -87,19 +87,16 @@ def context_of(model) -> float:
     return getattr(model.config, "max_position_embeddings", None) or float("inf")
 
 
-def check_length(model, name, prompt_tokens, max_new_tokens) -> None:
-    """Raise ValueError when the longest prompt and response, in tokens, do not fit into the model's context."""
-    if prompt_tokens + max_new_tokens > context_of(model):
+def check_prompts(model, name, prompts, stop, max_new_tokens) -> None:
+    """Raise ValueError when the longest prompt and a response do not fit into the model's context, or when a token id
+    of a prompt or a stop id has no embedding."""
+    longest, size = max(map(len, prompts)), model.get_input_embeddings().weight.shape[0]
+    if longest + max_new_tokens > context_of(model):
         raise ValueError(f"model {name!r} has a context of {context_of(model)} tokens, and the longest prompt has "
-                         f"{prompt_tokens}, a response up to {max_new_tokens}: lower --max-new-tokens or "
+                         f"{longest}, a response up to {max_new_tokens}: lower --max-new-tokens or "
                          "--max-prompt-tokens")
-
-
-def check_ids(model, name, prompts, stop) -> None:
-    """Raise ValueError when a token id of the prompts or a stop id has no embedding."""
-    size = model.get_input_embeddings().weight.shape[0]
-    for what, ids in (("a prompt has", [i for prompt in prompts for i in prompt]), ("the stop ids have", stop)):
-        if (largest_id := max(ids)) >= size:
+    for what, largest_id in (("a prompt has", max(map(max, prompts))), ("the stop ids have", max(stop))):
+        if largest_id >= size:
             raise ValueError(f"model {name!r} has embeddings for {size} tokens, and {what} the token {largest_id}: its "
                              "tokenizer is that of another model, or the embeddings were not resized")
 

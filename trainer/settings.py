@@ -226,8 +226,7 @@ def fill_settings(parser, args):
             parser.error(f"argument {flag}: has no part in --method {args.method}, only in {known}")
     if args.maspo and (args.clip_low, args.clip_high) != (None, None):
         parser.error("argument --maspo: has no clip, leave out --clip-low and --clip-high")
-    of_ratio = [flag for flag, value in (("--clip-low", args.clip_low), ("--clip-high", args.clip_high),
-                                         ("--maspo", args.maspo or None)) if value is not None]
+    of_ratio = [name for name in ("clip_low", "clip_high", "maspo") if getattr(args, name) is not None]
     for name in TEACHER:
         if getattr(args, name) is not None and args.select is None:
             parser.error(f"argument --{name.replace('_', '-')}: has a part only with --select goldilocks")
@@ -252,8 +251,8 @@ def fill_settings(parser, args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if of_ratio and args.updates == 1 and args.lag == 0:
-        print(f"{of_ratio[0]} changes nothing with one update on every fresh batch, where rho is 1; --updates 2 or "
-              "--lag 1 would give it a part")
+        print(f"--{of_ratio[0].replace('_', '-')} changes nothing with one update on every fresh batch, where rho is "
+              "1; --updates 2 or --lag 1 would give it a part")
     check_together(parser, args)
 
 

@@ -15,7 +15,7 @@ import train_gsm8k
 from deep_grpo import Config, Fork, Group, Trajectory, objective
 from packing import pack, score_rows
 from resample import sample
-from trainer.check import check_ids, check_length, check_model, largest, own_logps, sampling_error
+from trainer.check import check_model, check_prompts, largest, own_logps, sampling_error
 from trainer.memory import estimate
 from trainer.model import checkpoint_activations, layers_of, load_model, without_noise
 
@@ -216,9 +216,9 @@ def test_a_response_must_fit_into_the_context(kind, tmp_path, capsys):
 
 def test_the_last_token_that_fits_is_allowed():
     model = random_model("llama", torch.float32, max_position_embeddings=90)
-    check_length(model, "x", 10, 80)
+    check_prompts(model, "x", [[1], [1] * 10], [2], 80)
     with pytest.raises(ValueError, match="lower --max-new-tokens"):
-        check_length(model, "x", 11, 80)
+        check_prompts(model, "x", [[1], [1] * 11], [2], 80)
 
 
 def test_gpt2_is_trained_on_one_gpu_but_neither_sharded_nor_sized():
@@ -256,7 +256,7 @@ def test_a_second_continuation_that_differs_is_refused(monkeypatch):
 
 def test_token_ids_without_an_embedding_are_refused(model):
     size = model.get_input_embeddings().weight.shape[0]
-    check_ids(model, "x", [[1], [2, size - 1]], [size - 1])
+    check_prompts(model, "x", [[1], [2, size - 1]], [size - 1], 1)
     for prompts, stop, what in (([[1], [size]], [1], "a prompt has"), ([[1]], [1, size], "the stop ids have")):
         with pytest.raises(ValueError, match=f"has embeddings for {size} tokens, and {what} the token {size}: "):
-            check_ids(model, "x", prompts, stop)
+            check_prompts(model, "x", prompts, stop, 1)
